@@ -1,0 +1,54 @@
+"""Model FLOPs, and the peak that MFU is measured against.
+
+Counts are 2 per multiply-add, matmuls and attention only, with no remat and no padding; training is
+3 x the forward pass. MFU = model FLOPs / (step time x dense bf16 peak of the chips).
+"""
+
+import jax
+
+from maskdm_jax import uvit
+from maskdm_jax.masking import num_visible
+from maskdm_jax.patches import grid_shape
+
+# Dense bf16 TFLOP/s by the vendors' datasheets, by a part of `device.device_kind`.
+PEAK_TFLOPS = {
+    "A100": 312.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "TPU v4": 275.0,
+    "TPU v5 lite": 197.0,
+    "TPU v5e": 197.0,
+    "TPU v5p": 459.0,
+    "TPU v5": 459.0,
+    "TPU v6 lite": 918.0,
+    "TPU v6e": 918.0,
+}
+
+
+def tokens_per_image(config) -> int:
+    """L: visible patches, time, and class where there are classes."""
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
+    return num_visible(config.mask, grid) + (2 if config.model.num_classes else 1)
+
+
+def forward_flops(config) -> float:
+    """FLOPs of one forward pass for one image."""
+    width, depth, _ = uvit.dimensions(config.model)
+    length = tokens_per_image(config)
+    patch_dim = config.model.patch_size**2 * config.data.channels
+    skips = depth // 2
+    block = 2 * length * width**2 * (4 + 2 * config.model.mlp_ratio) + 4 * length**2 * width
+    skip = 2 * length * 2 * width * width
+    ends = 2 * 2 * length * patch_dim * width
+    return (2 * skips + 1) * block + skips * skip + ends
+
+
+def training_flops(config) -> float:
+    """FLOPs of one forward and backward pass for one image."""
+    return 3 * forward_flops(config)
+
+
+def peak_tflops(device: jax.Device) -> float | None:
+    """The device's dense bf16 peak in TFLOP/s; None where it is not known (a CPU, say)."""
+    matches = [name for name in PEAK_TFLOPS if name in device.device_kind]
+    return PEAK_TFLOPS[max(matches, key=len)] if matches else None

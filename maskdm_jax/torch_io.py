@@ -1,0 +1,96 @@
+"""Checkpoints of the official PyTorch implementation: in, as parameters of this U-ViT.
+
+An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (their average, under
+`ema_model.model.*`). Only `load_official` needs PyTorch: `pip install "maskdm_jax[convert]"`.
+"""
+
+import numpy as np
+
+_DENSE = {
+    "qkv": "attn.qkv",
+    "proj": "attn.proj",
+    "mlp_in": "mlp.fc1",
+    "mlp_out": "mlp.fc2",
+    "skip": "skip_linear",
+}
+_NORMS = {"norm_attention": "norm1", "norm_mlp": "norm2"}
+_PREFIX = {"raw": "model.", "ema": "ema_model.model."}
+
+
+def load_official(path: str, weights: str = "ema") -> dict:
+    """Parameters of an official `.pt` file.
+
+    Args:
+      path: the file.
+      weights: "raw" or "ema".
+
+    Raises:
+      ImportError: without PyTorch, with the command that installs it.
+      ValueError: where the file is not an official checkpoint.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs PyTorch; type: pip install 'maskdm_jax[convert]'"
+        ) from error
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    group = {"raw": "model", "ema": "ema"}[weights]
+    if not isinstance(checkpoint, dict) or group not in checkpoint:
+        raise ValueError(f"{path} has no '{group}' entry; expected an official MaskDM checkpoint")
+    return from_official({k: v.numpy() for k, v in checkpoint[group].items()}, weights)
+
+
+def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> dict:
+    """This U-ViT's parameters from an official, unconditional state dict of NumPy arrays.
+
+    Every entry of the network must find its place; the schedule's buffers are left out.
+
+    Raises:
+      ValueError: naming the entries that have no place here.
+    """
+    prefix = _PREFIX[weights]
+    rest = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+    rest = {k: v for k, v in rest.items() if k.startswith("encoder")}
+    if not rest:
+        raise ValueError(f"no weights under '{prefix}encoder*'; is this an official checkpoint?")
+
+    def take_dense(name):
+        layer = {"kernel": rest.pop(f"{name}.weight").T}
+        if f"{name}.bias" in rest:
+            layer["bias"] = rest.pop(f"{name}.bias")
+        return layer
+
+    def take_norm(name):
+        return {"scale": rest.pop(f"{name}.weight"), "bias": rest.pop(f"{name}.bias")}
+
+    def take_block(name):
+        block = {ours: take_norm(f"{name}.{theirs}") for ours, theirs in _NORMS.items()}
+        for ours, theirs in _DENSE.items():
+            if f"{name}.{theirs}.weight" in rest:
+                block[ours] = take_dense(f"{name}.{theirs}")
+        for ours in ("q_bias", "v_bias"):
+            if f"{name}.attn.{ours}" in rest:
+                block[ours] = rest.pop(f"{name}.attn.{ours}")
+        return block
+
+    # [D, C, p, p] -> [(p p C), D]: the convolution of stride p as a matmul over patches.
+    kernel = rest.pop("encoder.patch_embed.proj.weight").transpose(2, 3, 1, 0)
+    params = {
+        "position": rest.pop("encoder.encoder_pos_embed")[0],
+        "patch_embed": {
+            "kernel": kernel.reshape(-1, kernel.shape[-1]),
+            "bias": rest.pop("encoder.patch_embed.proj.bias"),
+        },
+        "mid_block": take_block("encoder.mid_block"),
+        "norm": take_norm("encoder.norm"),
+        "output": take_dense("encoder_to_output"),
+    }
+    for ours, theirs in (("in_block", "in_blocks"), ("out_block", "out_blocks")):
+        i = 0
+        while f"encoder.{theirs}.{i}.norm1.weight" in rest:
+            params[f"{ours}_{i}"] = take_block(f"encoder.{theirs}.{i}")
+            i += 1
+    if rest:
+        raise ValueError(f"official weights with no place in this U-ViT: {sorted(rest)}")
+    return params
