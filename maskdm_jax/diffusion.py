@@ -67,19 +67,24 @@ def target(prediction: str, x0: jax.Array, eps: jax.Array, signal, noise) -> jax
     return signal * eps - noise * x0
 
 
-def to_x0(prediction: str, output: jax.Array, x_t: jax.Array, signal, noise) -> jax.Array:
-    """x0 from the network's output."""
+def x0_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) with x0 = a x_t + b output, float64 of alphas_cumprod's shape.
+
+    Made in float64: near t = T the two terms are 1 / sqrt(abar), thousands, and nearly cancel.
+    """
+    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
     if prediction == "x0":
-        return output
+        return np.zeros_like(signal), np.ones_like(signal)
     if prediction == "eps":
-        return (x_t - noise * output) / signal
-    return signal * x_t - noise * output
+        return 1 / signal, -np.sqrt(1 / alphas_cumprod - 1)
+    return signal, -noise
 
 
-def to_eps(prediction: str, output: jax.Array, x_t: jax.Array, signal, noise) -> jax.Array:
-    """eps from the network's output."""
+def eps_coefficients(prediction: str, alphas_cumprod: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(a, b) with eps = a x_t + b output, float64 of alphas_cumprod's shape."""
+    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
     if prediction == "eps":
-        return output
+        return np.zeros_like(signal), np.ones_like(signal)
     if prediction == "x0":
-        return (x_t - signal * output) / noise
-    return noise * x_t + signal * output
+        return 1 / noise, -signal / noise
+    return noise, signal

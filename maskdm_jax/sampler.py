@@ -54,17 +54,16 @@ def sample(
     steps_xs = {
         "i": np.arange(steps, dtype=np.int32),
         "t": times[:-1],
-        "signal": np.sqrt(abar[:-1]),
-        "noise": np.sqrt(1 - abar[:-1]),
+        "to_x0": diffusion.x0_coefficients(prediction, abar[:-1]),
+        "to_eps": diffusion.eps_coefficients(prediction, abar[:-1]),
         **coefficients,
     }
 
     def step(x_t, at):
         t_B = jnp.full((x_t.shape[0],), at["t"], jnp.int32)
         output = predict(x_t, t_B)
-        x0 = diffusion.to_x0(prediction, output, x_t, at["signal"], at["noise"])
-        x0 = jnp.clip(x0, -1, 1)
-        eps = diffusion.to_eps(prediction, output, x_t, at["signal"], at["noise"])
+        x0 = jnp.clip(at["to_x0"][0] * x_t + at["to_x0"][1] * output, -1, 1)
+        eps = at["to_eps"][0] * x_t + at["to_eps"][1] * output
         x_t = at["x0"] * x0 + at["eps"] * eps + at["x_t"] * x_t
         if adds_noise:
             x_t += at["sigma"] * draw_noise(at["i"])
@@ -103,8 +102,11 @@ def guided(predict_label, label_B: jax.Array, num_classes: int, guidance_scale: 
 
 def _ddim(abar, eta):
     """x_s = sqrt(abar_s) x0 + sqrt(1 - abar_s - sigma^2) eps + sigma z (Song et al., eq. 12)."""
+    # float32 arithmetic, as in the official code: at eta 1 the first step's 1 - abar - sigma^2
+    # nearly cancels, and what rounding leaves of it shows in the image at 1e-4.
+    abar = abar.astype(np.float32)
     now, then = abar[:-1], abar[1:]
-    sigma = eta * np.sqrt((1 - now / then) * (1 - then) / (1 - now))
+    sigma = np.float32(eta) * np.sqrt((1 - now / then) * (1 - then) / (1 - now))
     return {
         "x0": np.sqrt(then),
         "eps": np.sqrt(np.maximum(1 - then - sigma**2, 0)),
