@@ -1,0 +1,42 @@
+"""Images on disk: PNGs that are whole or absent, and grids of them."""
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+
+def to_uint8(image: np.ndarray) -> np.ndarray:
+    """Float images in [-1, 1] to uint8, rounded to nearest."""
+    return np.clip(np.rint((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)
+
+
+def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
+    """Writes a uint8 image [H, W, C]; a reader sees all of it or nothing.
+
+    One channel is written as grey, three as RGB, another number as its channels side by side.
+    """
+    path = pathlib.Path(path)
+    channels = image_HWC.shape[-1]
+    if channels not in (1, 3):
+        image_HWC = np.concatenate(np.split(image_HWC, channels, axis=-1), axis=1)
+    picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    picture.save(unfinished, "PNG")
+    os.replace(unfinished, path)
+
+
+def grid(images_BHWC: np.ndarray, scale: int = 1) -> np.ndarray:
+    """uint8 images [B, H, W, C] as one picture, about square, with a white line between them."""
+    batch, height, width, channels = images_BHWC.shape
+    cols = int(np.ceil(batch**0.5))
+    rows = -(-batch // cols)
+    line = 1
+    cell_h, cell_w = height * scale + line, width * scale + line
+    picture = np.full((rows * cell_h + line, cols * cell_w + line, channels), 255, np.uint8)
+    large = images_BHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+    for i, image in enumerate(large):
+        top, left = (i // cols) * cell_h + line, (i % cols) * cell_w + line
+        picture[top : top + height * scale, left : left + width * scale] = image
+    return picture

@@ -1,0 +1,53 @@
+"""AdamW, learning-rate schedules and clipping from Optax, and the EMA of the parameters."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+_EMA_COPY_UPDATES = 100
+
+
+def learning_rate(config) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or cosine to 0 at `train.num_steps`."""
+    optim = config.optim
+    warmup = optim.warmup_steps
+    if optim.lr_schedule == "cosine":
+        after = optax.cosine_decay_schedule(
+            optim.lr_peak, max(config.train.num_steps - warmup, 1)
+        )
+    else:
+        after = optax.constant_schedule(optim.lr_peak)
+    if not warmup:
+        return after
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, optim.lr_peak, warmup), after], [warmup]
+    )
+
+
+def make_optimizer(config) -> optax.GradientTransformation:
+    """Clipping where `optim.clip_norm` is set, then AdamW with decay on every parameter."""
+    optim = config.optim
+    adamw = optax.adamw(
+        learning_rate(config), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+    )
+    if not optim.clip_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+
+
+def ema_decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:
+    """The EMA's decay at the update that makes `step` completed updates into `step + 1`.
+
+    With `ramp`, the official rule: 0 (a copy) for the first 100 updates, then 1 - (1 + n)^(-2/3)
+    with n counted from there, up to `decay`.
+    """
+    if not ramp:
+        return jnp.float32(decay)
+    n = jnp.maximum(step - _EMA_COPY_UPDATES, 0).astype(jnp.float32)
+    return jnp.where(step < _EMA_COPY_UPDATES, 0.0, jnp.minimum(1 - (1 + n) ** (-2 / 3), decay))
+
+
+def update_ema(ema, params, step: jax.Array, config):
+    """The EMA after one more update of `params`."""
+    decay = ema_decay(step, config.optim.ema_decay, config.optim.ema_ramp)
+    return optax.incremental_update(params, ema, 1 - decay)
