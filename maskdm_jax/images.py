@@ -40,3 +40,13 @@ def grid(images_BHWC: np.ndarray, scale: int = 1) -> np.ndarray:
         top, left = (i // cols) * cell_h + line, (i % cols) * cell_w + line
         picture[top : top + height * scale, left : left + width * scale] = image
     return picture
+
+
+def read_png(path: str | pathlib.Path, channels: int) -> np.ndarray:
+    """What `save_png` wrote: uint8 [H, W, channels]."""
+    with Image.open(path) as picture:
+        image = np.asarray(picture)
+    image = image[..., None] if image.ndim == 2 else image
+    if channels not in (1, 3):
+        image = np.concatenate(np.split(image, channels, axis=1), axis=-1)
+    return image

@@ -92,8 +92,8 @@ def guided(predict_label, label_B: jax.Array, num_classes: int, guidance_scale: 
         return lambda x_t, t_B: predict_label(x_t, t_B, label_B)
 
     def predict(x_t, t_B):
-        both_labels = jnp.concatenate([label_B, jnp.full_like(label_B, num_classes)])
-        both = predict_label(jnp.tile(x_t, (2,) + (1,) * (x_t.ndim - 1)), jnp.tile(t_B, 2), both_labels)
+        labels = jnp.concatenate([label_B, jnp.full_like(label_B, num_classes)])
+        both = predict_label(jnp.concatenate([x_t, x_t]), jnp.concatenate([t_B, t_B]), labels)
         with_label, without = jnp.split(both, 2)
         return without + guidance_scale * (with_label - without)
 

@@ -49,5 +49,5 @@ def state_shardings(abstract_state, mesh: Mesh):
 
 def _divides(shape, spec, mesh):
     return len(shape) == len(spec) and all(
-        axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(shape, spec)
+        axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(shape, spec, strict=True)
     )

@@ -1,0 +1,13 @@
+"""The baseline: whole digits with no pre-training, in as many steps as fine-tuning.
+
+Command:  python main.py --config=configs/scratch_digits.py --workdir=W
+Device:   2 CPU cores, about 2 minutes
+"""
+
+from configs import finetune_digits
+
+
+def get_config():
+    config = finetune_digits.get_config()
+    config.optim.lr_peak = 1e-3
+    return config

@@ -1,0 +1,72 @@
+"""The command line: train a config, or draw samples from what it trained.
+
+    python main.py --config=configs/pretrain_celebahq.py --workdir=W1
+    python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
+    python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from maskdm_jax.config import ConfigError, validate, validate_devices
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}; expected --flag=value")
+    config = _CONFIG.value
+    validate(config)
+
+    import jax  # after the checks, which need no device
+
+    from maskdm_jax import sample, train
+
+    _use_compilation_cache(jax)
+    validate_devices(config, jax.device_count())
+    if _MODE.value == "sample":
+        sample.sample(config, _WORKDIR.value)
+    else:
+        train.train(config, _WORKDIR.value)
+
+
+def _use_compilation_cache(jax):
+    """A second start compiles nothing; JAX_COMPILATION_CACHE_DIR names another folder."""
+    if not jax.config.jax_compilation_cache_dir:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache / "maskdm_jax" / "xla"))
+
+
+def _parse(argv):
+    """Parses the flags; a bad one is a ConfigError, not a stack trace."""
+    try:
+        left = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = " ".join(str(error.args[0] if error.args else error).split())
+        raise ConfigError(
+            f"{text}; expected --config=configs/NAME.py and fields of it, all of which "
+            "maskdm_jax/config.py documents"
+        ) from error
+    for flag in ("config", "workdir"):
+        if flags.FLAGS[flag].value is None:
+            raise ConfigError(
+                f"--{flag} is missing; type: python main.py --config=configs/pretrain_digits.py "
+                "--workdir=/tmp/digits"
+            )
+    return left
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.WARNING)
+    try:
+        app.run(main, flags_parser=_parse)
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,1 @@
+"""Images: preparing them, finding them, and feeding them to the devices."""

@@ -1,0 +1,175 @@
+"""Batches for the devices: order, decoding, caches and prefetch.
+
+Which examples step n reads is a pure function of (seed, n): epoch e is a permutation drawn from
+(seed, e), and step n reads positions n * batch .. (n + 1) * batch of the epochs laid end to end. So
+there is no iterator to save, and a run goes on from any step on any number of hosts. Each process
+reads only its own share of each batch. Images go to the devices as uint8.
+"""
+
+import hashlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from maskdm_jax import sharding
+from maskdm_jax.config import ConfigError
+from maskdm_jax.data.sources import Source
+
+_PREFETCH_BATCHES = 4
+
+
+class Order:
+    """Which examples each step reads."""
+
+    def __init__(self, seed: int, num_examples: int, batch_size: int):
+        self._seed = seed
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+        self._epochs = {}
+
+    def ids(self, step: int) -> np.ndarray:
+        """Example indices of step `step`, int64 [batch_size]."""
+        start = step * self._batch_size
+        position = np.arange(start, start + self._batch_size)
+        epoch, within = np.divmod(position, self._num_examples)
+        ids = np.empty_like(position)
+        for e in np.unique(epoch):
+            here = epoch == e
+            ids[here] = self._permutation(int(e))[within[here]]
+        return ids
+
+    def _permutation(self, epoch):
+        permutation = self._epochs.get(epoch)
+        if permutation is None:
+            generator = np.random.default_rng([self._seed, epoch])
+            permutation = generator.permutation(self._num_examples)
+            # A few epochs stay, since prefetching threads run ahead.
+            self._epochs = dict([*self._epochs.items()][-3:]) | {epoch: permutation}
+        return permutation
+
+
+class Loader:
+    """Feeds the train step.
+
+    `arrays` is what stays on the devices (the whole set where `data.cache` is "device", else
+    nothing), `batches(step)` yields what each step adds, and `materialize(arrays, batch)`, called
+    under jit, makes of both {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+    """
+
+    def __init__(self, config, source: Source, mesh: Mesh):
+        self._config = config
+        self._source = source
+        self._order = Order(config.seed, len(source), config.train.batch_size)
+        self._sharding = sharding.batch_sharding(mesh)
+        self._cache = None if config.data.cache == "none" else _open_cache(config, source)
+        self.arrays = {}
+        if config.data.cache == "device":
+            self.arrays = {
+                k: jax.device_put(np.asarray(v), sharding.replicated(mesh))
+                for k, v in self._cache.items()
+            }
+
+    def batches(self, step: int) -> Iterator[dict]:
+        """Batches from `step` on, each already on its way to the devices."""
+        if self._config.data.cache == "none":
+            local = self._decoded(step)
+        else:
+            local = self._gathered(step)
+        for batch in local:
+            yield jax.tree.map(
+                lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+            )
+
+    @staticmethod
+    def materialize(arrays: dict, batch: dict) -> dict:
+        """The images and labels of a batch; call it under jit."""
+        if not arrays:
+            return batch
+        return {name: array[batch["ids"]] for name, array in arrays.items()}
+
+    def _local_ids(self, step):
+        share = self._config.train.batch_size // jax.process_count()
+        first = jax.process_index() * share
+        return self._order.ids(step)[first : first + share]
+
+    def _gathered(self, step):
+        num_steps = self._config.train.num_steps
+        if self.arrays:
+            return ({"ids": self._local_ids(n).astype(np.int32)} for n in range(step, num_steps))
+        reads = _ByStep(
+            num_steps, lambda n: {k: v[self._local_ids(n)] for k, v in self._cache.items()}
+        )
+        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=_PREFETCH_BATCHES)
+        return iter(grain.MapDataset.source(reads)[step:].to_iter_dataset(options))
+
+    def _decoded(self, step):
+        share = self._config.train.batch_size // jax.process_count()
+        examples = _ByStep(
+            self._config.train.num_steps * share,
+            lambda i: self._source[self._local_ids(i // share)[i % share]],
+        )
+        options = grain.ReadOptions(
+            num_threads=self._config.data.num_threads,
+            prefetch_buffer_size=_PREFETCH_BATCHES * share,
+        )
+        dataset = grain.MapDataset.source(examples)[step * share :]
+        return iter(dataset.to_iter_dataset(options).batch(share, drop_remainder=True))
+
+
+class _ByStep:
+    """A random-access source for Grain, made of a length and a function of the index."""
+
+    def __init__(self, length, read):
+        self._length = length
+        self._read = read
+
+    def __len__(self):
+        return self._length
+
+    def __getitem__(self, index):
+        return self._read(int(index))
+
+
+def _open_cache(config, source) -> dict[str, np.ndarray]:
+    """The decoded set as memory maps, decoded first where no process has done so yet."""
+    folder = source.folder / "decoded"
+    stamp = (source.folder / "dataset_info.json").stat()
+    # A set that was prepared again has other bytes under the same name.
+    key = hashlib.sha256(f"{stamp.st_mtime_ns} {stamp.st_size}".encode()).hexdigest()[:12]
+    paths = {k: folder / f"{source.split}-{k}-{key}.npy" for k in ("image", "label")}
+    if not all(path.exists() for path in paths.values()):
+        _decode_all(config, source, folder, paths)
+    return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+
+
+def _decode_all(config, source, folder, paths):
+    try:
+        folder.mkdir(exist_ok=True)
+        unfinished = {k: p.with_suffix(f".{os.getpid()}.tmp") for k, p in paths.items()}
+        shape = (len(source), *config.data.image_size, config.data.channels)
+        images = np.lib.format.open_memmap(
+            unfinished["image"], mode="w+", dtype=np.uint8, shape=shape
+        )
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache {config.data.cache!r} needs to write decoded images to {folder}: {error}; "
+            "make it writable, or type --config.data.cache=none"
+        ) from error
+    labels = np.zeros(len(source), np.int32)
+    options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=1024)
+    examples = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    bar = tqdm(examples, total=len(source), desc=f"decoding {config.data.name}", unit=" images")
+    for i, example in enumerate(bar):
+        images[i] = example["image"]
+        labels[i] = example["label"]
+    images.flush()
+    with open(unfinished["label"], "wb") as file:
+        np.save(file, labels)
+    for name, path in paths.items():
+        os.replace(unfinished[name], pathlib.Path(path))

@@ -1,0 +1,181 @@
+"""Prepares any folder of images for training.
+
+    python -m maskdm_jax.data.prepare --images DIR --name celebahq --size 256
+
+Every image is cropped to its central square (or --size HxW shape), resized, and kept encoded in
+TFDS ArrayRecord format; a JPEG or PNG that has the right size already is kept byte for byte.
+A class is a sub-folder of DIR. Files that cannot be read are listed and skipped; more than 1 % of
+them is an error, and then nothing is written.
+"""
+
+import argparse
+import io
+import multiprocessing
+import os
+import pathlib
+import re
+import sys
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from maskdm_jax.config import ConfigError
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
+_MAX_UNREADABLE_SHARE = 0.01
+_ONE_CLASS = "all"
+
+
+def prepare(
+    images: str | pathlib.Path,
+    name: str,
+    size: tuple[int, int],
+    *,
+    data_dir: str | pathlib.Path = "~/tensorflow_datasets",
+    channels: int = 3,
+    encoding: str = "png",
+    quality: int = 95,
+    num_processes: int | None = None,
+) -> pathlib.Path:
+    """Writes the images of a folder as a data set; see the module's docstring.
+
+    Args:
+      images: the folder, searched with its sub-folders.
+      name: of the set: lower-case letters, digits and underscores.
+      size: (height, width) in pixels.
+      data_dir: where TFDS sets live.
+      channels: 3 (RGB) or 1 (grey).
+      encoding: "png" (lossless) or "jpeg", for images that have to be resized.
+      quality: of JPEG, 1 to 100.
+      num_processes: default: one per core.
+
+    Returns:
+      The set's folder.
+
+    Raises:
+      ConfigError: for a folder, a name or images that cannot be used.
+    """
+    root, data_dir = (pathlib.Path(p).expanduser().absolute() for p in (images, data_dir))
+    _check(root, name, data_dir, size)
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    if not files:
+        raise ConfigError(
+            f"--images {images} holds no image files; expected some of {sorted(_SUFFIXES)}"
+        )
+    # Classes where every image lies in a sub-folder; else the folder is one class.
+    has_classes = all(p.parent != root for p in files)
+    labels = [p.relative_to(root).parts[0] if has_classes else _ONE_CLASS for p in files]
+
+    from maskdm_jax.data import writer  # after the checks: importing TFDS takes a moment
+
+    unreadable = []
+    jobs = [(str(p), size, channels, encoding, quality) for p in files]
+    limit = int(len(files) * _MAX_UNREADABLE_SHARE)
+
+    def examples():
+        # spawn: no state of this process, such as another library's threads, is shared.
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(num_processes or os.cpu_count()) as pool:
+            encoded = pool.imap(_encode, jobs, chunksize=16)
+            bar = tqdm(encoded, total=len(jobs), desc=f"preparing {name}", unit=" images")
+            for path, label, (data, problem) in zip(files, labels, bar, strict=True):
+                if data is not None:
+                    yield data, label, str(path.relative_to(root))
+                    continue
+                unreadable.append(f"{path}: {problem}")
+                tqdm.write(f"skipped {unreadable[-1]}", file=sys.stderr)
+                if len(unreadable) > limit:
+                    raise ConfigError(
+                        f"--images {images}: {len(unreadable)} of the first {bar.n} files cannot "
+                        f"be read, more than 1 % of all {len(files)}; remove them or mend them, "
+                        f"then run again: {'; '.join(unreadable)}"
+                    )
+
+    folder = writer.write(
+        name,
+        data_dir,
+        examples(),
+        image_shape=(*size, channels),
+        classes=sorted(set(labels)),
+        description=f"Images of the folder {root.name}, {size[0]}x{size[1]} pixels.",
+    )
+    print(
+        f"wrote {len(files) - len(unreadable)} images in {len(set(labels))} class(es), "
+        f"{len(unreadable)} unreadable, to {folder}"
+    )
+    return folder
+
+
+def _check(root, name, data_dir, size):
+    if not root.is_dir():
+        raise ConfigError(f"--images {root} is not a folder; expected a folder of images")
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        raise ConfigError(
+            f"--name {name!r} is not a data set's name; expected lower-case letters, digits and "
+            "underscores, a letter first, such as --name my_faces"
+        )
+    if min(size) < 1:
+        raise ConfigError(f"--size {size} is not positive; expected pixels, such as --size 64")
+    if (data_dir / name).exists():
+        raise ConfigError(
+            f"the data set {data_dir / name} exists; delete that folder to make it again, or type "
+            "another --name"
+        )
+
+
+def _encode(job):
+    """(encoded image, None), or (None, why not); runs in a worker process."""
+    path, size, channels, encoding, quality = job
+    mode = "RGB" if channels == 3 else "L"
+    try:
+        data = pathlib.Path(path).read_bytes()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()  # a truncated file fails here
+            fits = image.format in ("JPEG", "PNG") and image.mode == mode
+            upright = image.getexif().get(0x0112, 1) == 1
+            if fits and upright and image.size == (size[1], size[0]):
+                return data, None
+            image = ImageOps.exif_transpose(image).convert(mode)
+            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
+        out = io.BytesIO()
+        if encoding == "jpeg":
+            image.save(out, "JPEG", quality=quality, subsampling=0)
+        else:
+            image.save(out, "PNG")
+        return out.getvalue(), None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _size(text):
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected pixels, such as 256 or 128x64")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m maskdm_jax.data.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--images", required=True, help="folder of images, or of class folders")
+    parser.add_argument("--name", required=True, help="name of the data set, for config.data.name")
+    parser.add_argument("--size", required=True, type=_size, help="pixels: 256, or 128x64 (HxW)")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="as config.data.dir")
+    parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
+    parser.add_argument("--encoding", choices=("png", "jpeg"), default="png")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG")
+    parser.add_argument("--num_processes", type=int, help="default: one per core")
+    args = vars(parser.parse_args(argv))
+    try:
+        prepare(**args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Finding a data set: any TFDS set with images, read through `data_source`, with no TensorFlow."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from maskdm_jax.config import ConfigError
+from maskdm_jax.data import digits
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set, by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}."""
+
+    records: Any  # TFDS's random-access data source
+    folder: pathlib.Path  # of the prepared set
+    split: str
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        record = self.records[int(index)]
+        return {"image": record["image"], "label": np.int32(record.get("label", 0))}
+
+
+def open_source(config) -> Source:
+    """The set of `config.data`; the embedded digits are written on first use.
+
+    Raises:
+      ConfigError: where the set is missing, has other images than the config says, or fewer
+        classes than the model.
+    """
+    import tensorflow_datasets as tfds
+
+    data = config.data
+    data_dir = pathlib.Path(data.dir).expanduser().absolute()
+    if not data.name:
+        raise ConfigError("data.name is empty; expected a data set, such as --config.data.name="
+                          "digits")
+    if data.name == digits.NAME and not (data_dir / digits.NAME).exists():
+        digits.write_digits(data_dir)
+    try:
+        builder = tfds.core.read_only_builder.builder_from_files(data.name, data_dir=str(data_dir))
+    except tfds.core.DatasetNotFoundError as error:
+        raise ConfigError(
+            f"data.name {data.name!r} is not in data.dir {data_dir}; type: python -m "
+            f"maskdm_jax.data.prepare --images FOLDER --name {data.name} --size "
+            f"{_size(data.image_size)} --data_dir {data_dir}"
+        ) from error
+    if data.split not in builder.info.splits:
+        raise ConfigError(
+            f"data.split is {data.split!r}; {data.name} has {sorted(builder.info.splits)}; type "
+            f"--config.data.split={next(iter(builder.info.splits))}"
+        )
+    expected = (*data.image_size, data.channels)
+    shape = builder.info.features["image"].shape
+    if tuple(shape) != expected:
+        raise ConfigError(
+            f"data.image_size and data.channels say {expected} (height, width, channels), but "
+            f"{data.name} has images of {tuple(shape)}; type --config.data.image_size="
+            f'"{tuple(shape[:2])}" --config.data.channels={shape[2]}, or prepare the set at '
+            f"--size {_size(data.image_size)}"
+        )
+    features = builder.info.features
+    num_classes = features["label"].num_classes if "label" in features else 0
+    if config.model.num_classes > num_classes:
+        raise ConfigError(
+            f"model.num_classes is {config.model.num_classes}, but {data.name} has "
+            f"{num_classes} classes; type --config.model.num_classes={num_classes}"
+        )
+    return Source(
+        builder.as_data_source(data.split), pathlib.Path(builder.data_dir), data.split, num_classes
+    )
+
+
+def _size(image_size):
+    height, width = image_size
+    return f"{height}" if height == width else f"{height}x{width}"

@@ -1,0 +1,131 @@
+"""One update: draw t, masks and noise for the global batch, take the gradient, step, average.
+
+The same function serves both stages; only `config.mask` differs.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from maskdm_jax import masking, objective, optim, patches, rng, uvit
+from maskdm_jax.state import TrainState
+
+
+def make_train_step(
+    config,
+    model: uvit.UViT,
+    optimizer: optax.GradientTransformation,
+    alphas_cumprod: np.ndarray,
+    materialize: Callable[[dict, dict], dict],
+) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict]]:
+    """The update of one step, to be jitted.
+
+    Args:
+      config: the run's config.
+      model: from `uvit.make_model`.
+      optimizer: from `optim.make_optimizer`.
+      alphas_cumprod: float64 [T].
+      materialize: (arrays, batch) -> {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+
+    Returns:
+      (state, arrays, batch) -> (state, metrics): float32 scalars "loss", "grad_norm" (before
+      clipping) and "lr".
+    """
+    schedule = optim.learning_rate(config)
+    micro = config.optim.accumulate_steps
+
+    def loss(params, examples, dropout_key):
+        return objective.denoising_loss(
+            model,
+            params,
+            examples["x0"],
+            examples["eps"],
+            examples["t"],
+            alphas_cumprod,
+            prediction=config.diffusion.prediction,
+            norm=config.diffusion.loss,
+            visible_BV=examples.get("visible"),
+            label_B=examples.get("label"),
+            dropout_key=dropout_key if config.model.dropout else None,
+        )
+
+    def gradients(params, examples, dropout_key):
+        if micro == 1:
+            return jax.value_and_grad(loss)(params, examples, dropout_key)
+
+        def accumulate(total, i_and_part):
+            i, part = i_and_part
+            value = jax.value_and_grad(loss)(params, part, jax.random.fold_in(dropout_key, i))
+            return jax.tree.map(jnp.add, total, value), None
+
+        # Microbatch i takes every micro-th example, so that each device keeps its own examples.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), examples
+        )
+        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(accumulate, zero, (jnp.arange(micro), parts))
+        return jax.tree.map(lambda x: x / micro, total)
+
+    def train_step(state, arrays, batch):
+        examples = draw_examples(config, materialize(arrays, batch), state.step)
+        dropout_key = rng.stream(config.seed, "dropout", state.step)
+        value, grads = gradients(state.params, examples, dropout_key)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            ema=optim.update_ema(state.ema, params, state.step, config),
+            opt_state=opt_state,
+        )
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.global_norm(grads),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def draw_examples(config, batch: dict, step: jax.Array) -> dict:
+    """All that a batch's loss needs, drawn from (seed, name, step).
+
+    Args:
+      config: the run's config.
+      batch: "image" uint8 [B, H, W, C] and "label" int32 [B].
+      step: completed updates, int32 scalar.
+
+    Returns:
+      "x0" and "eps" float32 [B, V, P], "t" int32 [B]; "visible" int32 [B, V] where patches are
+      hidden, and "label" int32 [B] where the model has classes.
+    """
+    image_BHWC = batch["image"]
+    size = image_BHWC.shape[0]
+
+    def key(name):
+        return rng.stream(config.seed, name, step)
+
+    examples = {
+        "t": jax.random.randint(key("time"), (size,), 0, config.diffusion.num_timesteps),
+    }
+    if config.data.flip:
+        mirrored = jax.random.bernoulli(key("flip"), 0.5, (size, 1, 1, 1))
+        image_BHWC = jnp.where(mirrored, image_BHWC[:, :, ::-1], image_BHWC)
+    if config.model.num_classes:
+        dropped = jax.random.bernoulli(key("class_dropout"), config.model.class_dropout, (size,))
+        examples["label"] = jnp.where(dropped, config.model.num_classes, batch["label"])
+
+    grid = patches.grid_shape(config.data.image_size, config.model.patch_size)
+    visible_BV = masking.draw_visible_ids(key("mask"), size, config.mask, grid)
+    if visible_BV is not None:
+        examples["visible"] = visible_BV
+    # Gathered as uint8, scaled after: the hidden patches are never converted.
+    patch_BNP = patches.patchify(image_BHWC, config.model.patch_size)
+    patch_BVP = objective.gather_visible(patch_BNP, visible_BV)
+    examples["x0"] = patch_BVP.astype(jnp.float32) / 127.5 - 1
+    examples["eps"] = jax.random.normal(key("noise"), patch_BVP.shape)
+    return examples

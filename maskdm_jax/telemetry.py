@@ -1,0 +1,133 @@
+"""What a run says while it works: console (bar or lines), metrics.jsonl, TensorBoard.
+
+A run that goes on drops what was logged beyond its checkpoint, so that every step stands once.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+_JSONL = "metrics.jsonl"
+
+
+class Telemetry:
+    """Writes the metrics of one run."""
+
+    def __init__(
+        self,
+        workdir: str | pathlib.Path,
+        config,
+        first_step: int,
+        flops_per_image: float,
+        peak_tflops: float | None,
+    ):
+        """
+        Args:
+          workdir: where metrics.jsonl and tensorboard/ go.
+          config: the run's.
+          first_step: completed updates at the start; later records are dropped.
+          flops_per_image: model FLOPs of training on one image.
+          peak_tflops: dense peak of all devices together; None where it is not known.
+        """
+        workdir = pathlib.Path(workdir)
+        self._config = config
+        self._flops_per_image = flops_per_image
+        self._peak_tflops = peak_tflops
+        path = workdir / _JSONL
+        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
+        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=config.train.num_steps, initial=first_step, unit=" steps")
+        self._last = (first_step, time.perf_counter())
+        self._start = self._last
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves the time since the last record out of the rates (a save, a sample grid)."""
+        self._last = (step, time.perf_counter())
+
+    def progress(self, step: int) -> None:
+        """Moves the bar, where there is one."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Records the metrics of the update that completed `step`, with the rates since the last
+        record."""
+        now = time.perf_counter()
+        steps = max(step - self._last[0], 1)
+        step_s = (now - self._last[1]) / steps
+        self._last = (step, now)
+        images_per_s = self._config.train.batch_size / step_s
+        tflops = images_per_s * self._flops_per_image / 1e12
+        record = {
+            "step": step,
+            **metrics,
+            "step_s": step_s,
+            "images_per_s": images_per_s,
+            "model_tflops": tflops,
+        }
+        if self._peak_tflops is not None:
+            record["mfu"] = tflops / self._peak_tflops
+        self._file.write(json.dumps(record) + "\n")
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+        self._show(record)
+
+    def say(self, text: str) -> None:
+        """One line on the console, clear of the bar."""
+        say(text)
+
+    def close(self) -> None:
+        """Flushes all."""
+        self._file.close()
+        self._board.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def _show(self, record):
+        parts = [
+            f"loss {record['loss']:.4f}",
+            f"lr {record['lr']:.2e}",
+            f"grad {record['grad_norm']:.3f}",
+            f"{record['images_per_s']:,.0f} images/s",
+            f"{record['model_tflops']:.3g} TFLOP/s",
+        ]
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        text = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            return
+        total = self._config.train.num_steps
+        done, since = record["step"] - self._start[0], time.perf_counter() - self._start[1]
+        left = since / max(done, 1) * (total - record["step"])
+        say(f"step {record['step']}/{total}  {text}  left {_clock(left)}")
+
+
+def say(text: str) -> None:
+    """Prints a line at once, clear of any bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
+    """The records of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    path = pathlib.Path(workdir) / _JSONL
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _clock(seconds):
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

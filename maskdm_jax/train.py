@@ -1,0 +1,189 @@
+"""Training: set-up and the loop, read from top to bottom. Both stages are this one path."""
+
+import os
+import pathlib
+import time
+
+import jax
+import numpy as np
+from clu import parameter_overview
+
+from maskdm_jax import (
+    checkpoint,
+    diffusion,
+    flops,
+    images,
+    optim,
+    pretrained,
+    sample,
+    sharding,
+    uvit,
+)
+from maskdm_jax.config import check_same_architecture, differences, load_json, to_json
+from maskdm_jax.data import loader, sources
+from maskdm_jax.state import create_state
+from maskdm_jax.step import make_train_step
+from maskdm_jax.telemetry import Telemetry, say
+
+# Fields that may change when a run goes on, without a remark: none changes an update.
+_FREE = ("data.cache", "data.dir", "data.num_threads", "mesh.", "checkpoint.", "sample.", "train.")
+
+
+def train(config, workdir: str | pathlib.Path) -> None:
+    """Trains to `config.train.num_steps` updates, from the newest checkpoint where there is one.
+
+    Raises:
+      ConfigError: for a data set, weights or a checkpoint that do not go with the config.
+    """
+    workdir = pathlib.Path(workdir).expanduser()
+    num_steps = config.train.num_steps
+
+    # ---------------------------------------------------------------- what is there already
+    own_steps = checkpoint.steps(workdir)
+    stored = workdir / "config.json"
+    if own_steps:
+        check_same_architecture(config, load_json(stored), str(workdir))
+        _say_changes(config, load_json(stored))
+        if own_steps[-1] >= num_steps:
+            say(f"finished: {workdir} is at step {own_steps[-1]} of {num_steps}; nothing to do")
+            return
+
+    # ------------------------------------------------------------------- data, model, state
+    source = sources.open_source(config)
+    mesh = sharding.make_mesh(config)
+    model = uvit.make_model(config)
+    optimizer = optim.make_optimizer(config)
+    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    shardings = sharding.state_shardings(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    # Own checkpoint, else other weights, else fresh ones.
+    params = None
+    if config.init.path and not own_steps:
+        fresh = jax.jit(lambda: create_state(config, model, optimizer).params)()
+        params, note = pretrained.load_params(config.init, fresh)
+        say(note)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    _write_whole(stored, to_json(config))
+    checkpoints = checkpoint.Checkpoints(workdir, config)
+    if own_steps:
+        state = checkpoints.restore(own_steps[-1], abstract)
+        say(f"going on from step {own_steps[-1]} of {workdir}")
+    else:
+        create = jax.jit(
+            lambda given: create_state(config, model, optimizer, given), out_shardings=shardings
+        )
+        state = create(params)
+    step = int(state.step)
+    batches = loader.Loader(config, source, mesh)
+    _say_start(config, source, mesh, abstract.params)
+
+    # ------------------------------------------------------- compile, before the first step
+    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    train_step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
+    feed = batches.batches(step)
+    batch = next(feed)
+    compile_start = time.perf_counter()
+    scalar = sharding.replicated(mesh)
+    compiled = (
+        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
+        .lower(state, batches.arrays, batch)
+        .compile()
+    )
+    say(f"compiled in {time.perf_counter() - compile_start:.1f} s{_memory(compiled)}")
+    preview = jax.jit(
+        sample.make_sampler(config, model, config.sample.preview_steps), out_shardings=scalar
+    )
+
+    # ----------------------------------------------------------------------------- the loop
+    peak = flops.peak_tflops(jax.devices()[0])
+    telemetry = Telemetry(
+        workdir,
+        config,
+        step,
+        flops.training_flops(config),
+        peak and peak * jax.device_count(),
+    )
+    pending = None  # (step, its metrics on the device), read once the next step is under way
+    while step < num_steps:
+        state, metrics = compiled(state, batches.arrays, batch)
+        step += 1
+        if pending is not None:
+            _log(telemetry, config, *pending)
+        pending = (step, metrics)
+        batch = next(feed) if step < num_steps else None
+        telemetry.progress(step)
+
+        every = config.train.sample_every_steps
+        wants_preview = every and (step % every == 0 or step == num_steps)
+        if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
+            _log(telemetry, config, *pending)
+            pending = None
+            checkpoints.save(step, state, force=step == num_steps)
+            if wants_preview:
+                _draw_preview(config, preview, state.ema, workdir, step)
+            telemetry.restart_clock(step)
+    checkpoints.close()
+    telemetry.close()
+    say(f"finished: {workdir} is at step {step}")
+
+
+def _log(telemetry, config, step, metrics):
+    """Waits for a step's metrics, and records them where they are due."""
+    values = {name: float(value) for name, value in metrics.items()}
+    if step % config.train.log_every_steps == 0 or step in (1, config.train.num_steps):
+        telemetry.log(step, values)
+
+
+def _draw_preview(config, preview, ema, workdir, step):
+    drawn = np.asarray(preview(ema, np.arange(config.sample.preview_num, dtype=np.int32)))
+    folder = workdir / "previews"
+    folder.mkdir(exist_ok=True)
+    scale = max(1, 32 // max(config.data.image_size))
+    images.save_png(folder / f"step_{step:07d}.png", images.grid(drawn, scale))
+    say(f"samples of step {step} in {folder}")
+
+
+def _say_start(config, source, mesh, abstract_params):
+    say(parameter_overview.get_parameter_overview(abstract_params, include_stats=False))
+    width, depth, heads = uvit.dimensions(config.model)
+    say(
+        f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
+        f"{flops.tokens_per_image(config)} tokens and "
+        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP an image"
+    )
+    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    say(
+        f"{len(source):,} images of {config.data.name}; batch {config.train.batch_size}; "
+        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape})"
+    )
+
+
+def _say_changes(config, stored):
+    changed = [d for d in differences(config, stored) if not d.startswith(_FREE)]
+    batch = differences(config, stored, ["train.batch_size"])
+    if changed or batch:
+        say(f"changed since this run began: {', '.join(changed + batch)}")
+
+
+def _memory(compiled):
+    """The compiler's own account, where the backend gives one."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return ""
+    # Donated inputs share their memory with outputs.
+    total = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
+    return f"; {total / 2**30:.2f} GiB a device"
+
+
+def _write_whole(path, text):
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text + "\n")
+    os.replace(unfinished, path)
