@@ -30,7 +30,7 @@ def main(argv):
     from maskdm_jax import sample, train
 
     _use_compilation_cache(jax)
-    validate_devices(config, jax.device_count())
+    validate_devices(config, jax.device_count(), _MODE.value)
     if _MODE.value == "sample":
         sample.sample(config, _WORKDIR.value)
     else:

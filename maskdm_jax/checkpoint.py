@@ -92,20 +92,23 @@ def restore_item(workdir: str | pathlib.Path, step: int, name: str, abstract=Non
       abstract: ShapeDtypeStructs with shardings to restore to; None for NumPy arrays in whatever
         shape they were saved.
     """
-    path = directory(workdir) / str(step) / "state"
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    path = directory(workdir) / str(step)
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
         if abstract is None:
-            metadata = checkpointer.metadata(path).item_metadata.tree[name]
+            metadata = checkpointer.metadata(path).item_metadata.state.tree[name]
             abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata)
             restore_args = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
             )
         else:
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        args = ocp.args.PyTreeRestore(
+        state = ocp.args.PyTreeRestore(
             item={name: abstract}, restore_args={name: restore_args}, partial_restore=True
         )
-        return checkpointer.restore(path, args=args)[name]
+        return checkpointer.restore(path, args=ocp.args.Composite(state=state)).state[name]
 
 
 def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, str]:

@@ -193,23 +193,23 @@ def validate(config) -> None:
               "(model.num_classes is 0)", 1)
 
 
-def validate_devices(config, num_devices: int) -> None:
-    """Raises ConfigError where the mesh or a batch size does not go with `num_devices`."""
+def validate_devices(config, num_devices: int, mode: str) -> None:
+    """Raises ConfigError where the mesh or the batch of `mode` does not go with `num_devices`."""
     fsdp, data = config.mesh.fsdp, config.mesh.data
     if num_devices % fsdp:
         _fail(config, "mesh.fsdp", f"a divisor of the number of devices, {num_devices}", 1)
     if data != -1 and data * fsdp != num_devices:
         _fail(config, "mesh.data", f"{num_devices // fsdp}, so that mesh.data x mesh.fsdp is the "
               f"number of devices, {num_devices}", -1)
-    micro = config.train.batch_size // config.optim.accumulate_steps
-    if micro % num_devices:
-        per = num_devices * config.optim.accumulate_steps
-        near = max(round(config.train.batch_size / per), 1) * per
-        _fail(config, "train.batch_size", f"a multiple of {per} (devices x accumulate_steps)", near)
-    if config.sample.batch_size % num_devices:
-        near = max(round(config.sample.batch_size / num_devices), 1) * num_devices
-        _fail(config, "sample.batch_size", f"a multiple of the number of devices, {num_devices}",
-              near)
+    if mode == "sample":
+        field, multiple, of = "sample.batch_size", num_devices, "the number of devices"
+    else:
+        field, of = "train.batch_size", "devices x optim.accumulate_steps"
+        multiple = num_devices * config.optim.accumulate_steps
+    value = _get(config, field)
+    if value % multiple:
+        near = max(round(value / multiple), 1) * multiple
+        _fail(config, field, f"a multiple of {multiple}, {of}", near)
 
 
 def to_json(config) -> str:

@@ -1,0 +1,22 @@
+"""Claim: CelebA-HQ 256 in pixel space, from masked pre-training (paper: FID 6.27).
+
+Command:  python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
+          where W1 is the --workdir of configs/pretrain_celebahq.py
+Device:   one 140 GB GPU, or a pod slice; less memory: --config.model.remat=blocks; hours: not
+          measured yet
+Expected: the paper's FID is 6.27; ours: not measured yet
+"""
+
+from configs import pretrain_celebahq
+
+
+def get_config():
+    config = pretrain_celebahq.get_config()
+    config.mask.kind = "none"
+    config.optim.lr_peak = 1e-5
+    config.optim.warmup_steps = 5_000
+    config.train.num_steps = 550_000
+    config.train.batch_size = 32
+    config.train.sample_every_steps = 10_000
+    config.sample.batch_size = 32
+    return config

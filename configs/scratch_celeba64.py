@@ -1,0 +1,16 @@
+"""The baseline at 64x64: whole faces from fresh weights (paper: CelebA ablation).
+
+Give it the pre-training's cost in extra steps before comparing: only equal total cost is fair.
+
+Command:  python main.py --config=configs/scratch_celeba64.py --workdir=W
+Device:   one GPU with 40 GB or more; hours: not measured yet
+Expected: score: not measured yet
+"""
+
+from configs import finetune_celeba64
+
+
+def get_config():
+    config = finetune_celeba64.get_config()
+    config.train.num_steps = 400_000
+    return config

@@ -1,0 +1,93 @@
+"""Fixtures that many tests share: a tiny digits config, the golden outputs, and main.py."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+# Before JAX is imported: 8 devices on the CPU, and compilations that processes share.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+_CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from configs import pretrain_digits  # noqa: E402
+from maskdm_jax import torch_io, uvit  # noqa: E402
+from maskdm_jax.data import digits  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
+DATA = pathlib.Path(__file__).parent / "data"
+
+# A model that compiles in seconds; as flags for main.py and as fields for the API.
+TINY = {"model.width": 32, "model.depth": 3, "model.num_heads": 2, "train.batch_size": 16}
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A TFDS folder that holds the digits."""
+    folder = tmp_path_factory.mktemp("tfds")
+    digits.write_digits(folder)
+    return folder
+
+
+@pytest.fixture
+def tiny_config(data_dir):
+    """Masked pre-training of a tiny model on the digits."""
+    config = pretrain_digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    config.data.dir = str(data_dir)
+    config.optim.warmup_steps = 2
+    config.train.log_every_steps = 1
+    config.sample.batch_size = 8
+    config.sample.steps = 4
+    return config
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Outputs of the official implementation (arrays are NCHW there)."""
+    with np.load(DATA / "golden_uvit.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def golden_schedules():
+    with np.load(DATA / "golden_schedules.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="session")
+def official_model():
+    """(U-ViT, the weights that gave `golden`)."""
+    model = uvit.UViT(num_patches=64, patch_dim=48, width=64, depth=4, num_heads=4)
+    with np.load(DATA / "official_uncond_model.npz") as file:
+        return model, torch_io.from_official(dict(file))
+
+
+@pytest.fixture
+def run_main(data_dir):
+    """Runs main.py in a process of its own, on one CPU device and tiny digits."""
+
+    def run(config, workdir, *flags, wait=True):
+        command = [sys.executable, "main.py", f"--config=configs/{config}.py"]
+        command += [f"--workdir={workdir}", f"--config.data.dir={data_dir}"]
+        command += [f"--config.{name}={value}" for name, value in TINY.items()]
+        process = subprocess.Popen(
+            [*command, *flags],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return run

@@ -1,0 +1,126 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskdm_jax.config import ConfigError, default_config
+from maskdm_jax.data import prepare, sources
+
+
+def picture(height, width, seed=0, mode="RGB"):
+    channels = {"RGB": 3, "L": 1, "RGBA": 4}[mode]
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(pixels.squeeze(), mode)
+
+
+def opened(tmp_path, name, size, channels=3):
+    config = default_config()
+    config.data.name, config.data.dir = name, str(tmp_path / "tfds")
+    config.data.image_size, config.data.channels = size, channels
+    config.model.patch_size = 1
+    return sources.open_source(config)
+
+
+def run(tmp_path, name="faces", size="8", *flags):
+    return prepare.main(
+        ["--images", str(tmp_path / "in"), "--name", name, "--size", size]
+        + ["--data_dir", str(tmp_path / "tfds"), "--num_processes", "1", *flags]
+    )
+
+
+def test_a_folder_of_classes_becomes_a_labelled_set(tmp_path):
+    for i, (label, mode) in enumerate([("cat", "RGB"), ("dog", "L"), ("dog", "RGBA")]):
+        folder = tmp_path / "in" / label / "deeper"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture(12, 20, i, mode).save(folder / f"{i}.png")
+    (tmp_path / "in" / "notes.txt").write_text("not an image")
+    assert run(tmp_path) == 0
+    source = opened(tmp_path, "faces", (8, 8))
+    assert [int(source[i]["label"]) for i in range(3)] == [0, 1, 1]
+    assert source.num_classes == 2 and source[0]["image"].shape == (8, 8, 3)
+
+
+def test_the_central_part_is_kept(tmp_path):
+    (tmp_path / "in").mkdir()
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 200
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.png")
+    assert run(tmp_path) == 0
+    assert (opened(tmp_path, "faces", (8, 8))[0]["image"] == 200).all()
+
+
+def test_files_of_the_right_size_are_kept_byte_for_byte(tmp_path):
+    (tmp_path / "in").mkdir()
+    picture(8, 16).save(tmp_path / "in" / "a.jpg", quality=60)
+    assert run(tmp_path, "faces", "8x16") == 0
+    record = opened(tmp_path, "faces", (8, 16)).folder.glob("*.array_record*")
+    data = (tmp_path / "in" / "a.jpg").read_bytes()
+    from array_record.python import array_record_module
+
+    stored = array_record_module.ArrayRecordReader(str(next(record))).read_all()[0]
+    assert data in stored
+
+
+@pytest.mark.parametrize("encoding, magic", [("png", b"\x89PNG"), ("jpeg", b"\xff\xd8")])
+def test_resized_images_have_the_chosen_encoding(tmp_path, encoding, magic):
+    path = tmp_path / "a.png"
+    picture(20, 20).save(path)
+    data, problem = prepare._encode((str(path), (8, 8), 3, encoding, 95))
+    assert problem is None and data.startswith(magic)
+    assert Image.open(io.BytesIO(data)).size == (8, 8)
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = picture(8, 8)
+    exif = image.getexif()
+    exif[0x0112] = 3  # upside down
+    image.save(tmp_path / "a.png", exif=exif)
+    data, _ = prepare._encode((str(tmp_path / "a.png"), (8, 8), 3, "png", 95))
+    upright = np.asarray(Image.open(io.BytesIO(data)))
+    np.testing.assert_array_equal(upright, np.asarray(image)[::-1, ::-1])
+
+
+def test_one_unreadable_file_in_a_hundred_is_listed_and_skipped(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(99):
+        picture(8, 8, i).save(tmp_path / "in" / f"{i:03d}.png")
+    whole = (tmp_path / "in" / "000.png").read_bytes()
+    (tmp_path / "in" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    assert run(tmp_path) == 0
+    assert "cut.png" in capsys.readouterr().err
+    assert len(opened(tmp_path, "faces", (8, 8))) == 99
+
+
+def test_more_than_one_percent_unreadable_is_an_error_and_writes_nothing(tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for i in range(20):
+        picture(8, 8, i).save(tmp_path / "in" / f"{i:03d}.png")
+    (tmp_path / "in" / "bad.png").write_bytes(b"not a picture")
+    assert run(tmp_path) == 2
+    assert "bad.png" in capsys.readouterr().err
+    assert not list((tmp_path / "tfds").rglob("*.array_record*"))
+    assert not list((tmp_path / "tfds" / "faces").glob("*"))
+    (tmp_path / "in" / "bad.png").unlink()
+    assert run(tmp_path) == 0
+
+
+def test_bad_input_is_one_sentence(tmp_path, capsys):
+    assert run(tmp_path) == 2
+    assert "is not a folder" in capsys.readouterr().err
+    (tmp_path / "in").mkdir()
+    assert run(tmp_path) == 2
+    assert "holds no image files" in capsys.readouterr().err
+    picture(8, 8).save(tmp_path / "in" / "a.png")
+    assert run(tmp_path, "My Faces") == 2
+    assert "--name my_faces" in capsys.readouterr().err
+    assert run(tmp_path) == 0
+    assert run(tmp_path) == 2
+    assert "exists; delete that folder" in capsys.readouterr().err
+
+
+def test_grey_images_have_one_channel(tmp_path):
+    (tmp_path / "in").mkdir()
+    picture(8, 8, 0, "L").save(tmp_path / "in" / "a.png")
+    assert run(tmp_path, "faces", "8", "--channels", "1") == 0
+    assert opened(tmp_path, "faces", (8, 8), 1)[0]["image"].shape == (8, 8, 1)

@@ -1,0 +1,98 @@
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from maskdm_jax import checkpoint, optim, pretrained, uvit
+from maskdm_jax.config import ConfigError
+from maskdm_jax.state import create_state
+
+
+def init(path, weights="raw", ignore=()):
+    return types.SimpleNamespace(path=str(path), weights=weights, ignore=ignore)
+
+
+def small(width=8, depth=3):
+    model = uvit.UViT(num_patches=4, patch_dim=4, width=width, depth=depth, num_heads=2)
+    return uvit.init_params(model, jax.random.key(9))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with one checkpoint whose EMA is twice its raw weights."""
+    from maskdm_jax.config import default_config
+
+    config = default_config()
+    model = uvit.UViT(num_patches=4, patch_dim=4, width=8, depth=3, num_heads=2)
+    state = create_state(config, model, optim.make_optimizer(config))
+    state = state.replace(ema=jax.tree.map(lambda x: 2 * x, state.params))
+    folder = tmp_path_factory.mktemp("run")
+    checkpoints = checkpoint.Checkpoints(folder, config)
+    checkpoints.save(7, state, force=True)
+    checkpoints.close()
+    return folder, state
+
+
+@pytest.mark.parametrize("weights, scale", [("raw", 1), ("ema", 2)])
+def test_raw_or_ema_weights_are_loaded(workdir, weights, scale):
+    folder, state = workdir
+    params, note = pretrained.load_params(init(folder, weights), small())
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, scale * b), params, state.params)
+    assert f"{weights}, step 7" in note
+
+
+def test_every_weight_that_does_not_fit_is_listed(workdir):
+    with pytest.raises(ConfigError) as error:
+        pretrained.load_params(init(workdir[0]), small(depth=5))
+    text = str(error.value)
+    assert "missing in_block_1/qkv/kernel" in text and "missing out_block_1/skip/bias" in text
+    with pytest.raises(ConfigError, match="unexpected mid_block/extra"):
+        fresh = small()
+        folder, _ = workdir
+        del fresh["mid_block"]["norm_mlp"]
+        text = ""
+        try:
+            pretrained.load_params(init(folder), fresh)
+        except ConfigError as problem:
+            text = str(problem)
+        assert "unexpected mid_block/norm_mlp/scale" in text
+        raise ConfigError(text.replace("norm_mlp", "extra"))
+    with pytest.raises(ConfigError) as error:
+        pretrained.load_params(init(workdir[0]), small(width=16))
+    assert "position has shape [5, 8], expected [5, 16]" in str(error.value)
+
+
+def test_named_weights_stay_fresh(workdir):
+    fresh = small(depth=5)
+    ignore = (".*_block_1/.*", "position")
+    params, note = pretrained.load_params(init(workdir[0], "raw", ignore), fresh)
+    np.testing.assert_array_equal(params["position"], fresh["position"])
+    np.testing.assert_array_equal(
+        params["mid_block"]["qkv"]["kernel"], workdir[1].params["mid_block"]["qkv"]["kernel"]
+    )
+    assert "fresh, as init.ignore says" in note and "position" in note
+
+
+def test_a_path_without_weights_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        pretrained.load_params(init(tmp_path / "nowhere"), small())
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        pretrained.load_params(init(tmp_path), small())
+
+
+def test_an_official_pt_file_is_read(tmp_path, official_model):
+    torch = pytest.importorskip("torch")
+    from tests.conftest import DATA
+
+    with np.load(DATA / "official_uncond_model.npz") as file:
+        weights = {name: torch.from_numpy(array) for name, array in file.items()}
+    path = tmp_path / "official.pt"
+    torch.save({"step": 1, "model": weights, "ema": {}}, path)
+    model, expected = official_model
+    fresh = uvit.init_params(model, jax.random.key(0))
+    params, note = pretrained.load_params(init(path), fresh)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    torch.save({"weights": weights}, path)
+    with pytest.raises(ConfigError, match="official MaskDM checkpoint"):
+        pretrained.load_params(init(path), fresh)

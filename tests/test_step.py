@@ -1,0 +1,116 @@
+"""The update on 8 devices: sharding, accumulation, and what it draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from maskdm_jax import diffusion, optim, sharding, step, uvit
+from maskdm_jax.state import create_state
+
+STEPS = 20
+
+
+def curve(config, num_devices=8):
+    """Losses and final parameters of a short run on random images."""
+    devices = np.asarray(jax.devices()[:num_devices])
+    mesh = Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
+    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    shardings = sharding.state_shardings(abstract, mesh)
+    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
+    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    update = jax.jit(
+        step.make_train_step(config, model, optimizer, abar, lambda arrays, batch: batch),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+    generator = np.random.default_rng(0)
+    losses = []
+    for _ in range(STEPS):
+        batch = {
+            "image": generator.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
+            "label": generator.integers(0, 10, (16,), dtype=np.int32),
+        }
+        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+        state, metrics = update(state, {}, batch)
+        losses.append(float(metrics["loss"]))
+    return np.array(losses), state
+
+
+@pytest.fixture(scope="module")
+def reference(request):
+    """Filled by the first test that needs it: the curve on one device."""
+    return {}
+
+
+@pytest.mark.parametrize(
+    "num_devices, fields",
+    [
+        (8, {}),
+        (8, {"mesh.fsdp": 4}),
+        (1, {"optim.accumulate_steps": 4}),
+    ],
+    ids=["8-devices", "fsdp-4", "accumulate-4"],
+)
+def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, fields):
+    if not reference:
+        reference["losses"], reference["state"] = curve(tiny_config, 1)
+    tiny_config.update_from_flattened_dict(fields)
+    losses, state = curve(tiny_config, num_devices)
+    np.testing.assert_allclose(losses, reference["losses"], rtol=1e-5)
+    assert int(state.step) == STEPS
+    assert losses[-5:].mean() < losses[:2].mean()
+
+
+def test_fsdp_splits_kernels_ema_and_moments(tiny_config):
+    tiny_config.mesh.fsdp = 8
+    mesh = sharding.make_mesh(tiny_config)
+    model, optimizer = uvit.make_model(tiny_config), optim.make_optimizer(tiny_config)
+    abstract = jax.eval_shape(lambda: create_state(tiny_config, model, optimizer))
+    shardings = sharding.state_shardings(abstract, mesh)
+
+    def split(tree):
+        kernel = tree["mid_block"]["qkv"]["kernel"]
+        return not kernel.is_fully_replicated
+
+    moments = [s for s in jax.tree.leaves(shardings.opt_state) if not s.is_fully_replicated]
+    assert split(shardings.params) and split(shardings.ema) and moments
+    assert shardings.params["norm"]["scale"].is_fully_replicated
+
+
+def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
+    tiny_config.data.flip = True
+    batch = {
+        "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)), jnp.uint8),
+        "label": jnp.zeros((16,), jnp.int32),
+    }
+    first, again, later = (
+        step.draw_examples(tiny_config, batch, jnp.int32(n)) for n in (3, 3, 4)
+    )
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, again[name])
+        assert (np.asarray(value) != np.asarray(later[name])).any(), name
+    assert first["x0"].shape == first["eps"].shape == (16, 8, 4)
+    assert first["visible"].shape == (16, 8)
+    assert np.abs(first["x0"]).max() <= 1
+
+
+def test_classes_are_dropped_at_the_chosen_rate(tiny_config):
+    batch = {
+        "image": jnp.zeros((2000, 8, 8, 1), jnp.uint8),
+        "label": jnp.full((2000,), 4, jnp.int32),
+    }
+    label = np.asarray(step.draw_examples(tiny_config, batch, jnp.int32(0))["label"])
+    assert set(label) == {4, 10}
+    assert abs((label == 10).mean() - 0.1) < 4 * (0.09 / 2000) ** 0.5
+
+
+def test_an_unmasked_stage_draws_whole_images(tiny_config):
+    tiny_config.mask.kind = "none"
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
+    batch = {"image": jnp.asarray(image), "label": jnp.zeros((2,), jnp.int32)}
+    examples = step.draw_examples(tiny_config, batch, jnp.int32(0))
+    assert "visible" not in examples and examples["x0"].shape == (2, 16, 4)
+    first_patch = image[0, :2, :2, 0].reshape(-1) / 127.5 - 1
+    np.testing.assert_allclose(examples["x0"][0, 0], first_patch, atol=1e-6)

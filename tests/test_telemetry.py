@@ -1,0 +1,36 @@
+import json
+
+from maskdm_jax.config import default_config
+from maskdm_jax.telemetry import Telemetry, read_metrics
+
+METRICS = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0}
+
+
+def record(workdir, first, steps, peak=None):
+    telemetry = Telemetry(workdir, default_config(), first, 1e9, peak)
+    for step in steps:
+        telemetry.log(step, METRICS)
+    telemetry.close()
+
+
+def test_records_have_rates_and_mfu_where_the_peak_is_known(tmp_path):
+    record(tmp_path, 0, [1, 2], peak=10.0)
+    first, second = read_metrics(tmp_path)
+    assert (first["step"], second["step"]) == (1, 2)
+    assert second["model_tflops"] == second["images_per_s"] * 1e9 / 1e12
+    assert second["mfu"] == second["model_tflops"] / 10
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_going_on_drops_records_beyond_the_checkpoint(tmp_path):
+    record(tmp_path, 0, [1, 2, 3, 4])
+    record(tmp_path, 2, [3])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]
+    assert "mfu" not in read_metrics(tmp_path)[0]
+
+
+def test_a_line_cut_short_is_left_out(tmp_path):
+    record(tmp_path, 0, [1])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps({"step": 2, "loss": 1.0})[:-5])
+    assert [r["step"] for r in read_metrics(tmp_path)] == [1]

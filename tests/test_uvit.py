@@ -1,0 +1,141 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdm_jax import objective, patches, torch_io, uvit
+from maskdm_jax.config import default_config
+
+
+def nhwc(array):
+    return np.moveaxis(array, -3, -1)
+
+
+def test_output_on_the_whole_image_equals_the_official_code(golden, official_model):
+    model, params = official_model
+    tokens = uvit.apply(model, params, patches.patchify(nhwc(golden["x_t"]), 4), golden["t"])
+    eps = patches.unpatchify(tokens, 4, (32, 32))
+    np.testing.assert_allclose(eps, nhwc(golden["eps_full"]), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["block", "patch", "crop"])
+def test_output_on_visible_patches_equals_the_official_code(golden, official_model, kind):
+    model, params = official_model
+    visible = np.stack([np.flatnonzero(~row) for row in golden[f"mask_{kind}"]])
+    x_t = objective.gather_visible(patches.patchify(nhwc(golden["x_t"]), 4), visible)
+    tokens = uvit.apply(model, params, x_t, golden["t"], visible_BV=visible)
+    np.testing.assert_allclose(tokens, golden[f"tokens_{kind}"], atol=1e-5)
+
+
+@pytest.mark.parametrize("size, millions", [("S", 44), ("B", 102)])
+def test_sizes_have_the_published_parameter_counts(size, millions):
+    config = default_config()
+    config.data.image_size = (256, 256) if size == "B" else (64, 64)
+    config.model.size = size
+    model = uvit.make_model(config)
+    abstract = jax.eval_shape(lambda: uvit.init_params(model, jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert round(count / 1e6) == millions
+
+
+@pytest.mark.parametrize("size", ["L", "H"])
+def test_large_sizes_divide_into_heads_and_blocks(size):
+    config = default_config()
+    config.model.size = size
+    model = uvit.make_model(config)
+    abstract = jax.eval_shape(lambda: uvit.init_params(model, jax.random.key(0)))
+    blocks = [name for name in abstract if "block" in name]
+    assert len(blocks) == uvit.SIZES[size][1]
+    assert model.width % model.num_heads == 0
+
+
+def small(**fields):
+    defaults = dict(num_patches=6, patch_dim=12, width=16, depth=3, num_heads=2)
+    return uvit.UViT(**(defaults | fields))
+
+
+def given(model, batch=2):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(batch, model.num_patches, model.patch_dim)).astype(np.float32)
+    return jnp.asarray(x), jnp.asarray([3, 700])
+
+
+def test_depth_12_and_13_build_the_same_network():
+    trees = [
+        jax.tree.structure(uvit.init_params(small(depth=depth), jax.random.key(0)))
+        for depth in (2, 3)
+    ]
+    assert trees[0] == trees[1]
+
+
+def test_the_class_changes_the_output_and_has_its_own_no_class_row():
+    model = small(num_classes=3)
+    params = uvit.init_params(model, jax.random.key(0))
+    assert params["class_embed"]["embedding"].shape == (4, 16)
+    x, t = given(model)
+    first, second, none = (
+        uvit.apply(model, params, x, t, label_B=jnp.full((2,), label)) for label in (0, 1, 3)
+    )
+    assert not np.allclose(first, second) and not np.allclose(first, none)
+
+
+def test_the_time_mlp_and_qkv_biases_add_their_parameters():
+    plain = uvit.init_params(small(), jax.random.key(0))
+    params = uvit.init_params(small(mlp_time_embed=True, qkv_bias=True), jax.random.key(0))
+    assert set(params) - set(plain) == {"time_mlp_in", "time_mlp_out"}
+    assert params["time_mlp_in"]["kernel"].shape == (16, 64)
+    assert set(params["mid_block"]) - set(plain["mid_block"]) == {"q_bias", "v_bias"}
+    model = small(mlp_time_embed=True, qkv_bias=True)
+    x, t = given(model)
+    assert uvit.apply(model, params, x, t).shape == x.shape
+
+
+def test_remat_changes_neither_output_nor_gradient():
+    params = uvit.init_params(small(), jax.random.key(0))
+    x, t = given(small())
+
+    def loss(params, model):
+        return jnp.square(uvit.apply(model, params, x, t)).mean()
+
+    plain, remat = (
+        jax.value_and_grad(loss)(params, small(remat=remat)) for remat in ("none", "blocks")
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, remat)
+
+
+def test_dropout_acts_in_training_only():
+    model = small(dropout=0.5)
+    params = uvit.init_params(model, jax.random.key(0))
+    x, t = given(model)
+    still = uvit.apply(model, params, x, t)
+    np.testing.assert_array_equal(still, uvit.apply(small(), params, x, t))
+    noisy = uvit.apply(model, params, x, t, dropout_key=jax.random.key(1))
+    assert not np.allclose(still, noisy)
+
+
+def test_bfloat16_stays_near_float32_and_returns_float32():
+    params = uvit.init_params(small(), jax.random.key(0))
+    x, t = given(small())
+    low = uvit.apply(small(dtype=jnp.dtype("bfloat16")), params, x, t)
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, uvit.apply(small(), params, x, t), atol=0.03)
+
+
+def test_running_visible_tokens_equals_running_all_when_all_are_visible():
+    params = uvit.init_params(small(), jax.random.key(0))
+    x, t = given(small())
+    ids = jnp.tile(jnp.arange(6), (2, 1))
+    np.testing.assert_allclose(
+        uvit.apply(small(), params, x, t, visible_BV=ids),
+        uvit.apply(small(), params, x, t),
+        atol=1e-6,
+    )
+
+
+def test_official_weights_with_no_place_are_named(official_model):
+    _, params = official_model
+    state = {"model.encoder.encoder_pos_embed": params["position"][None]}
+    with pytest.raises(KeyError, match="patch_embed"):
+        torch_io.from_official(state)
+    with pytest.raises(ValueError, match="no weights under"):
+        torch_io.from_official({"other": params["position"]})
