@@ -47,17 +47,11 @@ def test_every_weight_that_does_not_fit_is_listed(workdir):
         pretrained.load_params(init(workdir[0]), small(depth=5))
     text = str(error.value)
     assert "missing in_block_1/qkv/kernel" in text and "missing out_block_1/skip/bias" in text
-    with pytest.raises(ConfigError, match="unexpected mid_block/extra"):
-        fresh = small()
-        folder, _ = workdir
-        del fresh["mid_block"]["norm_mlp"]
-        text = ""
-        try:
-            pretrained.load_params(init(folder), fresh)
-        except ConfigError as problem:
-            text = str(problem)
-        assert "unexpected mid_block/norm_mlp/scale" in text
-        raise ConfigError(text.replace("norm_mlp", "extra"))
+    fresh = small()
+    del fresh["mid_block"]["norm_mlp"]
+    with pytest.raises(ConfigError) as error:
+        pretrained.load_params(init(workdir[0]), fresh)
+    assert "unexpected mid_block/norm_mlp/scale" in str(error.value)
     with pytest.raises(ConfigError) as error:
         pretrained.load_params(init(workdir[0]), small(width=16))
     assert "position has shape [5, 8], expected [5, 16]" in str(error.value)

@@ -43,7 +43,8 @@ def write(
         }
     )
 
-    class Builder(tfds.core.GeneratorBasedBuilder):
+    # Registered by nothing but its folder: two sets of one process may share a name.
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(globals()["VERSION"])
         pkg_dir_path = pathlib.Path(data_dir)  # TFDS looks here for a card; there is none
 

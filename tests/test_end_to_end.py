@@ -1,0 +1,87 @@
+"""main.py as a user runs it, in processes of its own, on the real digits."""
+
+import json
+import signal
+import time
+
+import pytest
+
+from maskdm_jax import checkpoint
+from maskdm_jax.telemetry import read_metrics
+
+
+def test_pretrain_finetune_sample(run_main, tmp_path):
+    first, second = tmp_path / "w1", tmp_path / "w2"
+    steps = "--config.train.num_steps=120"
+    fast = ["--config.train.log_every_steps=20", "--config.optim.warmup_steps=5"]
+    result = run_main("pretrain_digits", first, steps, *fast)
+    assert result.returncode == 0, result.stderr
+    losses = [r["loss"] for r in read_metrics(first)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert json.loads((first / "config.json").read_text())["mask"]["kind"] == "patch"
+
+    result = run_main("finetune_digits", second, steps, f"--config.init.path={first}", *fast)
+    assert result.returncode == 0, result.stderr
+    assert "loaded 45 weights" in result.stdout
+    finetune = [r["loss"] for r in read_metrics(second)]
+    # Fine-tuning starts where pre-training ended, not at a fresh model's loss of 1.
+    assert finetune[0] < 0.7 * losses[0]
+    assert (second / "previews" / "step_0000120.png").exists()
+
+    result = run_main("finetune_digits", second, steps, f"--config.init.path={first}")
+    assert result.returncode == 0 and "finished" in result.stdout
+    assert "nothing to do" in result.stdout
+
+    result = run_main(
+        "finetune_digits", second, "--mode=sample", "--config.sample.num=5",
+        "--config.sample.batch_size=4", "--config.sample.steps=5",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(list(second.glob("samples/*/00000?.png"))) == 5
+    assert len(list(second.glob("samples/*/grid.png"))) == 1
+
+
+def test_kill_9_and_restart_equals_an_undisturbed_run(run_main, tmp_path):
+    flags = ["--config.train.num_steps=60", "--config.checkpoint.every_steps=5"]
+    flags += ["--config.train.log_every_steps=1", "--config.optim.accumulate_steps=2"]
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    assert run_main("pretrain_digits", calm, *flags).returncode == 0
+
+    process = run_main("pretrain_digits", killed, *flags, wait=False)
+    try:
+        deadline = time.time() + 120
+        while not (checkpoint.steps(killed) or [0])[-1] >= 10:
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    assert 10 <= checkpoint.steps(killed)[-1] < 60
+
+    result = run_main("pretrain_digits", killed, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "going on from step" in result.stdout
+    assert checkpoint.digest(killed) == checkpoint.digest(calm)
+    assert [(r["step"], r["loss"]) for r in read_metrics(killed)] == [
+        (r["step"], r["loss"]) for r in read_metrics(calm)
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--config.mask.ration=0.5"], "ration"),
+        (["--config.mask.ratio=0.99"], "mask.ratio is 0.99"),
+        (["--config.data.name=cats"], "maskdm_jax.data.prepare"),
+        (["--config.init.path=/nowhere"], "init.path /nowhere does not exist"),
+        (["--mode=sample"], "holds no checkpoint"),
+        (["--mode=dance"], "dance"),
+        (["--config.train.num_steps=many"], "many"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(run_main, tmp_path, flags, expected):
+    result = run_main("pretrain_digits", tmp_path / "w", *flags)
+    assert result.returncode == 2, result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]

@@ -1,0 +1,75 @@
+import json
+
+import numpy as np
+import pytest
+
+from maskdm_jax import images, sample, train
+from maskdm_jax.config import ConfigError
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, data_dir):
+    """A workdir with a model that was trained for two steps."""
+    from configs import pretrain_digits
+    from tests.conftest import TINY
+
+    config = pretrain_digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    config.data.dir = str(data_dir)
+    config.train.num_steps = 2
+    workdir = tmp_path_factory.mktemp("trained")
+    train.train(config, workdir)
+    return workdir
+
+
+def drawn(folder, channels=1):
+    return {p.name: images.read_png(p, channels) for p in sorted(folder.glob("0*.png"))}
+
+
+def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
+    tiny_config.sample.num = 10
+    folder = sample.sample(tiny_config, trained)
+    first = drawn(folder)
+    assert len(first) == 10 and (folder / "grid.png").exists()
+    assert json.loads((folder / "settings.json").read_text())["step"] == 2
+
+    # An interrupted run: what is there stays, what is missing comes back, in another batch size.
+    kept = (folder / "000001.png").stat().st_mtime_ns
+    for index in (0, 5, 9):
+        (folder / f"{index:06d}.png").unlink()
+    tiny_config.sample.batch_size = 16
+    assert sample.sample(tiny_config, trained) == folder
+    again = drawn(folder)
+    assert (folder / "000001.png").stat().st_mtime_ns == kept
+    for name, image in first.items():
+        assert np.abs(image.astype(int) - again[name].astype(int)).max() <= 1, name
+
+    tiny_config.sample.seed = 1
+    other = drawn(sample.sample(tiny_config, trained))
+    assert (other["000000.png"] != first["000000.png"]).any()
+
+
+@pytest.mark.parametrize(
+    "fields, name",
+    [
+        ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_seed0"),
+        (
+            {"sample.eta": 0.0, "sample.weights": "raw", "sample.guidance_scale": 2.0,
+             "sample.label": 3},
+            "step2_raw_ddim4_eta0_guidance2_label3_seed0",
+        ),
+    ],
+)  # fmt: skip
+def test_other_settings_have_other_folders(tiny_config, trained, fields, name):
+    tiny_config.sample.num = 3
+    tiny_config.update_from_flattened_dict(fields)
+    folder = sample.sample(tiny_config, trained)
+    assert folder.name == name and len(drawn(folder)) == 3
+
+
+def test_a_workdir_without_the_model_is_named(tiny_config, trained, tmp_path):
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        sample.sample(tiny_config, tmp_path)
+    tiny_config.model.width = 64
+    with pytest.raises(ConfigError, match="--config.model.width=32"):
+        sample.sample(tiny_config, trained)
