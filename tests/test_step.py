@@ -81,6 +81,7 @@ def test_fsdp_splits_kernels_ema_and_moments(tiny_config):
 
 def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
     tiny_config.data.flip = True
+    tiny_config.model.class_dropout = 0.5
     batch = {
         "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)), jnp.uint8),
         "label": jnp.zeros((16,), jnp.int32),

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from maskdm_jax.config import ConfigError
+from maskdm_jax.data import writer
 
 NAME = "digits"
 
@@ -27,8 +28,6 @@ def write_digits(data_dir: str | pathlib.Path) -> pathlib.Path:
         raise ConfigError(
             "data.name digits needs scikit-learn; type: pip install 'maskdm_jax[demo]'"
         ) from error
-    from maskdm_jax.data import writer
-
     digits = load_digits()
     # 0 .. 16 in the source.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)

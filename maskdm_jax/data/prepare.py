@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from maskdm_jax.config import ConfigError
+from maskdm_jax.data import writer
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 _MAX_UNREADABLE_SHARE = 0.01
@@ -65,8 +66,6 @@ def prepare(
     # Classes where every image lies in a sub-folder; else the folder is one class.
     has_classes = all(p.parent != root for p in files)
     labels = [p.relative_to(root).parts[0] if has_classes else _ONE_CLASS for p in files]
-
-    from maskdm_jax.data import writer  # after the checks: importing TFDS takes a moment
 
     unreadable = []
     jobs = [(str(p), size, channels, encoding, quality) for p in files]
@@ -116,7 +115,7 @@ def _check(root, name, data_dir, size):
         )
     if min(size) < 1:
         raise ConfigError(f"--size {size} is not positive; expected pixels, such as --size 64")
-    if (data_dir / name).exists():
+    if writer.exists(name, data_dir):
         raise ConfigError(
             f"the data set {data_dir / name} exists; delete that folder to make it again, or type "
             "another --name"

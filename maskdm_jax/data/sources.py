@@ -5,9 +5,10 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import tensorflow_datasets as tfds
 
 from maskdm_jax.config import ConfigError
-from maskdm_jax.data import digits
+from maskdm_jax.data import digits, writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +35,12 @@ def open_source(config) -> Source:
       ConfigError: where the set is missing, has other images than the config says, or fewer
         classes than the model.
     """
-    import tensorflow_datasets as tfds
-
     data = config.data
     data_dir = pathlib.Path(data.dir).expanduser().absolute()
     if not data.name:
         raise ConfigError("data.name is empty; expected a data set, such as --config.data.name="
                           "digits")
-    if data.name == digits.NAME and not (data_dir / digits.NAME).exists():
+    if data.name == digits.NAME and not writer.exists(digits.NAME, data_dir):
         digits.write_digits(data_dir)
     try:
         builder = tfds.core.read_only_builder.builder_from_files(data.name, data_dir=str(data_dir))

@@ -70,6 +70,11 @@ def write(
     return pathlib.Path(builder.data_dir)
 
 
+def exists(name: str, data_dir: str | pathlib.Path) -> bool:
+    """Whether `data_dir` holds a whole set of that name."""
+    return any((pathlib.Path(data_dir) / name).glob("*/dataset_info.json"))
+
+
 @contextlib.contextmanager
 def _quiet():
     """TFDS's own bars and remarks off: the caller shows progress over the whole job."""

@@ -1,0 +1,122 @@
+"""One page on a two-stage run: loss curves, samples and figures.
+
+    python -m maskdm_jax.report --pretrain=W1 --finetune=W2 --out=DIR
+
+Needs matplotlib: pip install 'maskdm_jax[demo]'.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+
+import numpy as np
+
+from maskdm_jax import checkpoint, flops
+from maskdm_jax.config import ConfigError, load_json
+from maskdm_jax.telemetry import read_metrics
+
+
+def write_report(
+    pretrain: str | pathlib.Path, finetune: str | pathlib.Path, out: str | pathlib.Path
+) -> pathlib.Path:
+    """Writes report.md with its pictures into `out`, from the workdirs of both stages.
+
+    Returns:
+      The report's path.
+
+    Raises:
+      ConfigError: where a workdir holds no metrics, or the second holds no samples.
+    """
+    stages = {"masked pre-training": _read(pretrain), "fine-tuning on whole images": _read(finetune)}
+    grids = sorted(
+        pathlib.Path(finetune).expanduser().glob("samples/*/grid.png"),
+        key=lambda path: path.stat().st_mtime,
+    )
+    if not grids:
+        raise ConfigError(
+            f"{finetune} holds no samples; type: python main.py --config=... --workdir={finetune} "
+            "--mode=sample"
+        )
+    out = pathlib.Path(out).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(grids[-1], out / "samples.png")
+    _plot(stages, out / "loss.png")
+    rows = "\n".join(_row(name, *stage) for name, stage in stages.items())
+    sampled = grids[-1].parent
+    count = len(list(sampled.glob("[0-9]*.png")))
+    config = stages["fine-tuning on whole images"][0]
+    (out / "report.md").write_text(
+        f"""# Two-stage training on {config.data.name}
+
+Stage 1 sees only the visible patches of each image; stage 2 starts from its weights and sees whole
+images. The losses of the two stages are means over different patches, so they are not comparable
+with each other.
+
+| stage | tokens an image | training GFLOP an image | steps | images/s | last loss |
+| --- | --- | --- | --- | --- | --- |
+{rows}
+
+Images/s is the median over the records; the last loss is the mean of the last ten records.
+
+## Samples
+
+{count} images, drawn from the EMA weights of step {checkpoint.find_step(finetune)} (`{sampled.name}`).
+
+![samples](samples.png)
+
+## Loss
+
+![loss of both stages](loss.png)
+"""
+    )
+    return out / "report.md"
+
+
+def _read(workdir):
+    records = read_metrics(pathlib.Path(workdir).expanduser())
+    if not records:
+        raise ConfigError(f"{workdir} holds no metrics.jsonl; expected a --workdir of training")
+    return load_json(pathlib.Path(workdir).expanduser() / "config.json"), records
+
+
+def _row(name, config, records):
+    last = np.mean([r["loss"] for r in records[-10:]])
+    rate = np.median([r["images_per_s"] for r in records])
+    return (
+        f"| {name} | {flops.tokens_per_image(config)} | {flops.training_flops(config) / 1e9:.4g} "
+        f"| {records[-1]['step']:,} | {rate:,.0f} | {last:.4f} |"
+    )
+
+
+def _plot(stages, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(stages), figsize=(10, 3.5), layout="constrained")
+    for axis, (name, (_, records)) in zip(axes, stages.items(), strict=True):
+        axis.plot([r["step"] for r in records], [r["loss"] for r in records])
+        axis.set(title=name, xlabel="step", ylabel="loss", yscale="log")
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m maskdm_jax.report")
+    parser.add_argument("--pretrain", required=True, help="workdir of stage 1")
+    parser.add_argument("--finetune", required=True, help="workdir of stage 2, with samples")
+    parser.add_argument("--out", required=True, help="folder for report.md and its pictures")
+    args = parser.parse_args(argv)
+    try:
+        print(f"report: {write_report(args.pretrain, args.finetune, args.out)}")
+    except (ConfigError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

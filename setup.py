@@ -1,0 +1,37 @@
+"""The package and its extras. constraints.txt has the versions that were tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="maskdm_jax",
+    version="0.1.0",
+    description="Masked diffusion models in JAX: masked pre-training, fine-tuning, sampling",
+    license="Apache-2.0",
+    packages=find_packages(include=["maskdm_jax", "maskdm_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "array_record>=0.8",
+        "clu>=0.0.12",
+        "einops>=0.8",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "jax>=0.10,<0.12",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.11.20",
+        "pillow>=10",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "gpu": ["jax[cuda13]>=0.10,<0.12"],
+        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
+        "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
+        "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
+        "test": ["matplotlib>=3.8", "pytest>=8", "ruff>=0.12", "scikit-learn>=1.5"],
+    },
+)
