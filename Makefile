@@ -17,7 +17,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest --durations=10
 
 lint: .venv/.installed
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
 	rm -rf .venv build *.egg-info "$(DEMO_DIR)"

@@ -1,8 +1,8 @@
 """The command line: train a config, or draw samples from what it trained.
 
-    python main.py --config=configs/pretrain_celebahq.py --workdir=W1
-    python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
-    python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
+python main.py --config=configs/pretrain_celebahq.py --workdir=W1
+python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
+python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
 """
 
 import os

@@ -12,8 +12,9 @@ from configs import pretrain_digits
 def get_config():
     config = pretrain_digits.get_config()
     config.mask.kind = "none"
-    config.optim.lr_peak = 5e-4
+    config.optim.lr_peak = 1e-3
     config.optim.lr_schedule = "cosine"
-    config.train.num_steps = 1000
-    config.train.sample_every_steps = 500
+    config.train.num_steps = 2600
+    config.train.sample_every_steps = 1300
+    config.sample.guidance_scale = 2.0
     return config

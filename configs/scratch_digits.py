@@ -9,5 +9,5 @@ from configs import finetune_digits
 
 def get_config():
     config = finetune_digits.get_config()
-    config.optim.lr_peak = 1e-3
+    config.optim.lr_peak = 2e-3
     return config

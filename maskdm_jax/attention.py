@@ -38,9 +38,7 @@ def attend(
     padding = -length % _CUDNN_MULTIPLE
     if not padding:
         return jax.nn.dot_product_attention(q_BLKH, k_BLKH, v_BLKH, implementation="cudnn")
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BLKH, k_BLKH, v_BLKH)
-    )
+    q, k, v = (jnp.pad(x, ((0, 0), (0, padding), (0, 0), (0, 0))) for x in (q_BLKH, k_BLKH, v_BLKH))
     lengths = jnp.full((batch,), length, jnp.int32)
     out = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
@@ -51,7 +49,7 @@ def attend(
 def _prefers_cudnn(q_BLKH) -> bool:
     return (
         jax.default_backend() == "gpu"
-        and "cuda" in jax.devices()[0].client.platform_version.lower()
+        and "NVIDIA" in jax.devices()[0].device_kind
         and q_BLKH.dtype in (jnp.bfloat16, jnp.float16)
         and q_BLKH.shape[1] >= _CUDNN_MIN_LENGTH
     )

@@ -183,14 +183,22 @@ def validate(config) -> None:
         if not 1 <= _get(config, field) <= timesteps:
             _fail(config, field, f"1 to diffusion.num_timesteps, {timesteps}", timesteps)
     if config.train.batch_size % config.optim.accumulate_steps:
-        _fail(config, "optim.accumulate_steps", f"a divisor of train.batch_size, "
-              f"{config.train.batch_size}", 1)
+        _fail(
+            config,
+            "optim.accumulate_steps",
+            f"a divisor of train.batch_size, {config.train.batch_size}",
+            1,
+        )
     classes = config.model.num_classes
     if config.sample.label >= max(classes, 1):
         _fail(config, "sample.label", f"below model.num_classes, {classes}", -1)
     if config.sample.guidance_scale != 1 and not classes:
-        _fail(config, "sample.guidance_scale", "1 for a model without classes "
-              "(model.num_classes is 0)", 1)
+        _fail(
+            config,
+            "sample.guidance_scale",
+            "1 for a model without classes (model.num_classes is 0)",
+            1,
+        )
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:
@@ -199,8 +207,13 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
     if num_devices % fsdp:
         _fail(config, "mesh.fsdp", f"a divisor of the number of devices, {num_devices}", 1)
     if data != -1 and data * fsdp != num_devices:
-        _fail(config, "mesh.data", f"{num_devices // fsdp}, so that mesh.data x mesh.fsdp is the "
-              f"number of devices, {num_devices}", -1)
+        _fail(
+            config,
+            "mesh.data",
+            f"{num_devices // fsdp}, so that mesh.data x mesh.fsdp is the "
+            f"number of devices, {num_devices}",
+            -1,
+        )
     if mode == "sample":
         field, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
@@ -273,8 +286,12 @@ def _validate_geometry(config):
     width = config.model.width
     heads = config.model.num_heads
     if width and not heads or heads and not width:
-        _fail(config, "model.num_heads" if width else "model.width",
-              "set where the other of model.width and model.num_heads is", "...")
+        _fail(
+            config,
+            "model.num_heads" if width else "model.width",
+            "set where the other of model.width and model.num_heads is",
+            "...",
+        )
     if width and width % heads:
         _fail(config, "model.num_heads", f"a divisor of model.width, {width}", 1)
 
@@ -283,14 +300,17 @@ def _validate_mask(config):
     mask = config.mask
     grid = grid_shape(config.data.image_size, config.model.patch_size)
     if mask.kind == "block" and any(side % mask.block_size for side in grid):
-        good = next(
-            b for b in range(mask.block_size, 0, -1) if not any(side % b for side in grid)
+        good = next(b for b in range(mask.block_size, 0, -1) if not any(side % b for side in grid))
+        _fail(
+            config, "mask.block_size", f"a divisor of the patch grid, {grid[0]} x {grid[1]}", good
         )
-        _fail(config, "mask.block_size", f"a divisor of the patch grid, {grid[0]} x {grid[1]}",
-              good)
     if mask.kind == "crop" and mask.crop_size > min(grid):
-        _fail(config, "mask.crop_size", f"at most the patch grid's shorter side, {min(grid)}",
-              min(grid))
+        _fail(
+            config,
+            "mask.crop_size",
+            f"at most the patch grid's shorter side, {min(grid)}",
+            min(grid),
+        )
 
 
 def _fail(config, field, expected, suggestion):

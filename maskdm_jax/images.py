@@ -7,11 +7,6 @@ import numpy as np
 from PIL import Image
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Float images in [-1, 1] to uint8, rounded to nearest."""
-    return np.clip(np.rint((np.asarray(image) + 1) * 127.5), 0, 255).astype(np.uint8)
-
-
 def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
     """Writes a uint8 image [H, W, C]; a reader sees all of it or nothing.
 

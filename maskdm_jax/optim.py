@@ -12,9 +12,7 @@ def learning_rate(config) -> optax.Schedule:
     optim = config.optim
     warmup = optim.warmup_steps
     if optim.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(
-            optim.lr_peak, max(config.train.num_steps - warmup, 1)
-        )
+        after = optax.cosine_decay_schedule(optim.lr_peak, max(config.train.num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(optim.lr_peak)
     if not warmup:

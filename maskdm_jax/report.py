@@ -16,6 +16,9 @@ from maskdm_jax import checkpoint, flops
 from maskdm_jax.config import ConfigError, load_json
 from maskdm_jax.telemetry import read_metrics
 
+_PRETRAIN = "masked pre-training"
+_FINETUNE = "fine-tuning on whole images"
+
 
 def write_report(
     pretrain: str | pathlib.Path, finetune: str | pathlib.Path, out: str | pathlib.Path
@@ -28,7 +31,7 @@ def write_report(
     Raises:
       ConfigError: where a workdir holds no metrics, or the second holds no samples.
     """
-    stages = {"masked pre-training": _read(pretrain), "fine-tuning on whole images": _read(finetune)}
+    stages = {_PRETRAIN: _read(pretrain), _FINETUNE: _read(finetune)}
     grids = sorted(
         pathlib.Path(finetune).expanduser().glob("samples/*/grid.png"),
         key=lambda path: path.stat().st_mtime,
@@ -45,7 +48,8 @@ def write_report(
     rows = "\n".join(_row(name, *stage) for name, stage in stages.items())
     sampled = grids[-1].parent
     count = len(list(sampled.glob("[0-9]*.png")))
-    config = stages["fine-tuning on whole images"][0]
+    config = stages[_FINETUNE][0]
+    step = checkpoint.find_step(finetune)
     (out / "report.md").write_text(
         f"""# Two-stage training on {config.data.name}
 
@@ -61,7 +65,7 @@ Images/s is the median over the records; the last loss is the mean of the last t
 
 ## Samples
 
-{count} images, drawn from the EMA weights of step {checkpoint.find_step(finetune)} (`{sampled.name}`).
+{count} images, drawn from the EMA weights of step {step} (`{sampled.name}`).
 
 ![samples](samples.png)
 

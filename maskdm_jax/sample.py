@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskdm_jax import checkpoint, diffusion, images, patches, rng, sampler, sharding, uvit
-from maskdm_jax.config import ConfigError, check_same_architecture, load_json
+from maskdm_jax.config import check_same_architecture, load_json
 from maskdm_jax.telemetry import say
 
 
@@ -91,7 +91,8 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
         say(f"{settings.num - len(todo)} of {settings.num} images are in {folder} already")
     if todo:
         _draw_missing(config, workdir, step, folder, todo)
-    shown = [_read(_path(folder, i), config) for i in range(min(settings.num, 64))]
+    channels = config.data.channels
+    shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = max(1, 32 // max(config.data.image_size))
     images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
@@ -101,11 +102,7 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
 def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
     model = uvit.make_model(config)
-    abstract = jax.eval_shape(lambda: uvit.init_params(model, jax.random.key(0)))
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
     item = "ema" if config.sample.weights == "ema" else "params"
     params = checkpoint.restore_item(workdir, step, item, abstract)
     by_batch = sharding.batch_sharding(mesh)
@@ -142,10 +139,3 @@ def _folder_name(config, step):
 
 def _path(folder, index):
     return folder / f"{index:06d}.png"
-
-
-def _read(path, config):
-    image = images.read_png(path, config.data.channels)
-    if image.shape[:2] != tuple(config.data.image_size):
-        raise ConfigError(f"{path} is not {config.data.image_size} pixels; delete it and run again")
-    return image

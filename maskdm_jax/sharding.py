@@ -47,6 +47,16 @@ def state_shardings(abstract_state, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(place, abstract_state)
 
 
+def abstract(make, mesh: Mesh):
+    """The shapes, dtypes and shardings on `mesh` of what `make()` returns; nothing is computed."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        shapes,
+        state_shardings(shapes, mesh),
+    )
+
+
 def _divides(shape, spec, mesh):
     return len(shape) == len(spec) and all(
         axis is None or size % mesh.shape[axis] == 0 for size, axis in zip(shape, spec, strict=True)

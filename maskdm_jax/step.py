@@ -62,9 +62,7 @@ def make_train_step(
             return jax.tree.map(jnp.add, total, value), None
 
         # Microbatch i takes every micro-th example, so that each device keeps its own examples.
-        parts = jax.tree.map(
-            lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), examples
-        )
+        parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), examples)
         zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         total, _ = jax.lax.scan(accumulate, zero, (jnp.arange(micro), parts))
         return jax.tree.map(lambda x: x / micro, total)

@@ -53,11 +53,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
     mesh = sharding.make_mesh(config)
     model = uvit.make_model(config)
     optimizer = optim.make_optimizer(config)
-    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
     if config.init.path and not own_steps:

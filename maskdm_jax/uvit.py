@@ -226,9 +226,7 @@ class Block(nn.Module):
 
 def _layer_norm(name, x, dtype):
     # Statistics in float32 by the two-pass formula: the one-pass one loses digits on large means.
-    norm = nn.LayerNorm(
-        _LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
+    norm = nn.LayerNorm(_LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
     return norm(x).astype(dtype)
 
 

@@ -36,11 +36,7 @@ def test_a_state_comes_back_as_it_was_on_another_mesh(tmp_path):
     config = default_config()
     config.mesh.fsdp = 4
     mesh = sharding.make_mesh(config)
-    abstract = jax.eval_shape(tiny_state)
-    shardings = sharding.state_shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
-    )
+    abstract = sharding.abstract(tiny_state, mesh)
     restored = checkpoint.Checkpoints(tmp_path, config).restore(3, abstract)
     assert int(restored.step) == 3
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)

@@ -12,10 +12,6 @@ def test_png_round_trip(tmp_path, channels):
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_to_uint8_covers_the_range():
-    np.testing.assert_array_equal(images.to_uint8(np.array([-2, -1, 0, 1, 2])), [0, 0, 128, 255, 255])
-
-
 def test_grid_places_images_row_by_row():
     pictures = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
     picture = images.grid(pictures, scale=2)

@@ -8,9 +8,7 @@ from maskdm_jax import masking
 
 
 def mask(kind, ratio=0.9, block_size=1, crop_size=1):
-    return types.SimpleNamespace(
-        kind=kind, ratio=ratio, block_size=block_size, crop_size=crop_size
-    )
+    return types.SimpleNamespace(kind=kind, ratio=ratio, block_size=block_size, crop_size=crop_size)
 
 
 @pytest.mark.parametrize(
@@ -33,7 +31,10 @@ def test_visible_counts_follow_the_official_rules(given, grid, expected):
     assert (ids is None) if given.kind == "none" else (ids.shape == (5, expected))
 
 
-@pytest.mark.parametrize("given", [mask("patch", 0.5), mask("block", 0.6, 2), mask("crop", 0, 1, 3)])
+CROP = mask("crop", crop_size=3)
+
+
+@pytest.mark.parametrize("given", [mask("patch", 0.5), mask("block", 0.6, 2), CROP])
 def test_ids_ascend_without_repeats_inside_the_grid(given):
     ids = np.asarray(masking.draw_visible_ids(jax.random.key(1), 64, given, (6, 8)))
     assert (np.diff(ids, axis=1) > 0).all()
@@ -50,7 +51,7 @@ def test_block_masks_keep_whole_aligned_blocks():
 
 
 def test_crop_masks_keep_one_square_window():
-    ids = np.asarray(masking.draw_visible_ids(jax.random.key(3), 200, mask("crop", 0, 1, 3), (5, 7)))
+    ids = np.asarray(masking.draw_visible_ids(jax.random.key(3), 200, CROP, (5, 7)))
     rows, cols = np.divmod(ids, 7)
     assert (np.ptp(rows, axis=1) == 2).all() and (np.ptp(cols, axis=1) == 2).all()
     assert set(rows[:, 0]) == {0, 1, 2} and set(cols[:, 0]) == {0, 1, 2, 3, 4}

@@ -23,9 +23,7 @@ def test_losses_equal_the_official_ones(golden, official_model, kind):
         visible = np.stack([np.flatnonzero(~row) for row in golden[f"mask_{kind}"]])
         x0, eps = (objective.gather_visible(x, visible) for x in (x0, eps))
         expected = golden[f"loss_{kind}"]
-    loss = objective.denoising_loss(
-        model, params, x0, eps, golden["t"], ABAR, visible_BV=visible
-    )
+    loss = objective.denoising_loss(model, params, x0, eps, golden["t"], ABAR, visible_BV=visible)
     np.testing.assert_allclose(loss, expected, atol=1e-5)
 
 

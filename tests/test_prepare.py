@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskdm_jax.config import ConfigError, default_config
+from maskdm_jax.config import default_config
 from maskdm_jax.data import prepare, sources
 
 

@@ -10,8 +10,18 @@ def bits(*args):
 
 def test_streams_differ_by_seed_name_and_step_and_by_nothing_else():
     assert bits(0, "mask", 3) == bits(0, "mask", 3)
-    assert len({bits(0, "mask", 3), bits(1, "mask", 3), bits(0, "noise", 3), bits(0, "mask", 4),
-                bits(0, "mask")}) == 5
+    assert (
+        len(
+            {
+                bits(0, "mask", 3),
+                bits(1, "mask", 3),
+                bits(0, "noise", 3),
+                bits(0, "mask", 4),
+                bits(0, "mask"),
+            }
+        )
+        == 5
+    )
 
 
 def test_a_traced_step_gives_the_numbers_of_a_plain_one():

@@ -86,9 +86,7 @@ def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
         "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)), jnp.uint8),
         "label": jnp.zeros((16,), jnp.int32),
     }
-    first, again, later = (
-        step.draw_examples(tiny_config, batch, jnp.int32(n)) for n in (3, 3, 4)
-    )
+    first, again, later = (step.draw_examples(tiny_config, batch, jnp.int32(n)) for n in (3, 3, 4))
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
         assert (np.asarray(value) != np.asarray(later[name])).any(), name

@@ -38,8 +38,9 @@ def open_source(config) -> Source:
     data = config.data
     data_dir = pathlib.Path(data.dir).expanduser().absolute()
     if not data.name:
-        raise ConfigError("data.name is empty; expected a data set, such as --config.data.name="
-                          "digits")
+        raise ConfigError(
+            "data.name is empty; expected a data set, such as --config.data.name=digits"
+        )
     if data.name == digits.NAME and not writer.exists(digits.NAME, data_dir):
         digits.write_digits(data_dir)
     try:
