@@ -48,11 +48,20 @@ def _parse(argv):
     """Parses the flags; a bad one is a ConfigError, not a stack trace."""
     try:
         left = flags.FLAGS(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = " ".join(str(error.args[0] if error.args else error).split())
+        if flags.FLAGS.config is not None:
+            flags.FLAGS.config["seed"]  # a file that failed to load says so here
+    except (flags.Error, TypeError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(
-            f"{text}; expected --config=configs/NAME.py and fields of it, all of which "
-            "maskdm_jax/config.py documents"
+            f"--config cannot be loaded: {reason}; type --config=configs/NAME.py"
+        ) from error
+    except (AttributeError, KeyError) as error:
+        # ml-collections quotes its message twice, so its line break is a backslash and an n.
+        hint = str(error.args[0]).replace("\\n", ". ").replace("\\'", "").strip("'")
+        raise ConfigError(
+            f"unknown config field {hint}; maskdm_jax/config.py documents every field"
         ) from error
     for flag in ("config", "workdir"):
         if flags.FLAGS[flag].value is None:

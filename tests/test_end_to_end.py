@@ -76,6 +76,7 @@ def test_kill_9_and_restart_equals_an_undisturbed_run(run_main, tmp_path):
         (["--config.init.path=/nowhere"], "init.path /nowhere does not exist"),
         (["--mode=sample"], "holds no checkpoint"),
         (["--mode=dance"], "dance"),
+        (["--config=configs/nope.py"], "configs/nope.py"),
         (["--config.train.num_steps=many"], "many"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
