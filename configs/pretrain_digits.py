@@ -1,8 +1,8 @@
 """Claim: masked pre-training runs anywhere. scikit-learn's 8x8 digits, half of the patches hidden.
 
 Command:  python main.py --config=configs/pretrain_digits.py --workdir=W1
-Device:   2 CPU cores, about 2 minutes (`make demo` runs it)
-Expected: loss (half of the patches) about 0.27 at the end
+Device:   2 CPU cores, about 1.5 minutes (`make demo` runs it)
+Expected: loss over the visible half about 0.21 at the end
 """
 
 from maskdm_jax.config import default_config
@@ -33,5 +33,4 @@ def get_config():
     config.train.log_every_steps = 20
     config.train.sample_every_steps = 0
     config.checkpoint.every_steps = 400
-    config.sample.steps = 100
     return config

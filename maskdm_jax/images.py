@@ -22,6 +22,11 @@ def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
     os.replace(unfinished, path)
 
 
+def shown_scale(image_size: tuple[int, int]) -> int:
+    """How many times to enlarge images of that size so that they can be read by eye."""
+    return max(1, 64 // max(image_size))
+
+
 def grid(images_BHWC: np.ndarray, scale: int = 1) -> np.ndarray:
     """uint8 images [B, H, W, C] as one picture, about square, with a white line between them."""
     batch, height, width, channels = images_BHWC.shape

@@ -93,7 +93,7 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
         _draw_missing(config, workdir, step, folder, todo)
     channels = config.data.channels
     shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
-    scale = max(1, 32 // max(config.data.image_size))
+    scale = images.shown_scale(config.data.image_size)
     images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
     return folder

@@ -138,7 +138,7 @@ def _draw_preview(config, preview, ema, workdir, step):
     drawn = np.asarray(preview(ema, np.arange(config.sample.preview_num, dtype=np.int32)))
     folder = workdir / "previews"
     folder.mkdir(exist_ok=True)
-    scale = max(1, 32 // max(config.data.image_size))
+    scale = images.shown_scale(config.data.image_size)
     images.save_png(folder / f"step_{step:07d}.png", images.grid(drawn, scale))
     say(f"samples of step {step} in {folder}")
 
