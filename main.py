@@ -64,7 +64,7 @@ def _parse(argv):
             f"unknown config field {hint}; maskdm_jax/config.py documents every field"
         ) from error
     for flag in ("config", "workdir"):
-        if flags.FLAGS[flag].value is None:
+        if not flags.FLAGS[flag].value:
             raise ConfigError(
                 f"--{flag} is missing; type: python main.py --config=configs/pretrain_digits.py "
                 "--workdir=/tmp/digits"

@@ -2,7 +2,7 @@
 
 Command:  python main.py --config=configs/finetune_celeba64.py --workdir=W2 --config.init.path=W1
           where W1 is the --workdir of configs/pretrain_celeba64.py
-Device:   one GPU with 40 GB or more; hours: not measured yet
+Device:   one GPU; memory and hours: not measured yet
 Expected: score: not measured yet
 """
 

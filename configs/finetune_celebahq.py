@@ -2,7 +2,7 @@
 
 Command:  python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
           where W1 is the --workdir of configs/pretrain_celebahq.py
-Device:   one 140 GB GPU, or a pod slice; less memory: --config.model.remat=blocks; hours: not
+Device:   one data-centre GPU; less memory: --config.model.remat=blocks; memory and hours: not
           measured yet
 Expected: the paper's FID is 6.27; ours: not measured yet
 """

@@ -47,9 +47,14 @@ def attend(
 
 
 def _prefers_cudnn(q_BLKH) -> bool:
+    # cuDNN's fused kernels need an Ampere GPU or newer, and heads of up to 128 in steps of 8.
+    device = jax.devices()[0]
     return (
         jax.default_backend() == "gpu"
-        and "NVIDIA" in jax.devices()[0].device_kind
+        and "NVIDIA" in device.device_kind
+        and float(device.compute_capability) >= 8.0
+        and q_BLKH.shape[-1] <= 128
+        and q_BLKH.shape[-1] % 8 == 0
         and q_BLKH.dtype in (jnp.bfloat16, jnp.float16)
         and q_BLKH.shape[1] >= _CUDNN_MIN_LENGTH
     )

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maskdm_jax.config import ConfigError
+from maskdm_jax.config import ConfigError, from_dict
 
 
 def directory(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -109,6 +109,17 @@ def restore_item(workdir: str | pathlib.Path, step: int, name: str, abstract=Non
             item={name: abstract}, restore_args={name: restore_args}, partial_restore=True
         )
         return checkpointer.restore(path, args=ocp.args.Composite(state=state)).state[name]
+
+
+def load_config(workdir: str | pathlib.Path, step: int):
+    """The config that a checkpoint was made with, stored beside its state."""
+    path = directory(workdir) / str(step)
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        return from_dict(checkpointer.restore(path, args=args).config)
 
 
 def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, str]:

@@ -11,6 +11,7 @@ import pathlib
 from ml_collections import config_dict
 
 from maskdm_jax.patches import grid_shape
+from maskdm_jax.uvit import dimensions
 
 
 class ConfigError(ValueError):
@@ -27,7 +28,7 @@ def default_config() -> config_dict.ConfigDict:
     data.dir = "~/tensorflow_datasets"  # where TFDS data sets live
     data.split = "train"
     data.image_size = (64, 64)  # height, width in pixels
-    data.channels = 3  # 1 to 12
+    data.channels = 3  # of the prepared set; the network takes 1 to 12
     data.flip = False  # mirror every second image, at random
     # Where decoded uint8 images live: "none" (decode every epoch), "host" (a file that is mapped
     # into memory and shared by processes) or "device" (the accelerator's memory).
@@ -127,6 +128,8 @@ _CHOICES = {
 
 # Inclusive; None is no bound.
 _RANGES = {
+    "seed": (0, 2**31 - 1),
+    "sample.seed": (0, 2**31 - 1),
     "data.channels": (1, 12),
     "data.num_threads": (1, None),
     "model.width": (0, None),
@@ -140,7 +143,7 @@ _RANGES = {
     "mask.ratio": (0, 0.95),
     "mask.block_size": (1, None),
     "mask.crop_size": (1, None),
-    "diffusion.num_timesteps": (1, None),
+    "diffusion.num_timesteps": (50, None),
     "optim.lr_peak": (0, None),
     "optim.warmup_steps": (0, None),
     "optim.b1": (0, 0.99999),
@@ -173,7 +176,7 @@ def validate(config) -> None:
             _fail(config, field, f"one of {', '.join(choices)}", choices[0])
     for field, (low, high) in _RANGES.items():
         value = _get(config, field)
-        if value < low or (high is not None and value > high):
+        if not (low <= value and (high is None or value <= high)):  # not: nan fits nowhere
             bounds = f"at least {low}" if high is None else f"between {low} and {high}"
             _fail(config, field, bounds, low if value < low else high)
     _validate_geometry(config)
@@ -231,9 +234,13 @@ def to_json(config) -> str:
 
 
 def load_json(path: str | pathlib.Path) -> config_dict.ConfigDict:
-    """The config that `to_json` wrote at `path`; fields since added have their defaults."""
+    """The config that `to_json` wrote at `path`."""
+    return from_dict(json.loads(pathlib.Path(path).read_text()))
+
+
+def from_dict(stored: dict) -> config_dict.ConfigDict:
+    """A config from what `to_dict` gave, lists for tuples; fields since added have defaults."""
     config = default_config()
-    stored = json.loads(pathlib.Path(path).read_text())
     with config.unlocked():
         for key, value in stored.items():
             if isinstance(value, dict):
@@ -278,22 +285,15 @@ def check_same_architecture(config, stored, where: str) -> None:
 def _validate_geometry(config):
     patch = config.model.patch_size
     size = config.data.image_size
-    if len(size) != 2 or min(size) < 1:
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         _fail(config, "data.image_size", "two positive numbers, (height, width)", "(64, 64)")
     if any(side % patch for side in size):
         good = next(p for p in range(patch, 0, -1) if not any(side % p for side in size))
         _fail(config, "model.patch_size", f"a divisor of data.image_size, {tuple(size)}", good)
-    width = config.model.width
-    heads = config.model.num_heads
-    if width and not heads or heads and not width:
-        _fail(
-            config,
-            "model.num_heads" if width else "model.width",
-            "set where the other of model.width and model.num_heads is",
-            "...",
-        )
-    if width and width % heads:
-        _fail(config, "model.num_heads", f"a divisor of model.width, {width}", 1)
+    width, _, heads = dimensions(config.model)
+    if width % heads:
+        good = next(h for h in range(heads, 0, -1) if width % h == 0)
+        _fail(config, "model.num_heads", f"a divisor of the width, {width}", good)
 
 
 def _validate_mask(config):

@@ -23,14 +23,16 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Clipping where `optim.clip_norm` is set, then AdamW with decay on every parameter."""
+    """Clipping where `optim.clip_norm` is set, then AdamW with decay on every parameter.
+
+    The state has one structure with clipping and without, so that a run can go on with either.
+    """
     optim = config.optim
     adamw = optax.adamw(
         learning_rate(config), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
-    if not optim.clip_norm:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)
 
 
 def ema_decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:

@@ -14,27 +14,35 @@ from maskdm_jax import checkpoint, torch_io
 from maskdm_jax.config import ConfigError
 
 
-def load_params(init, fresh):
+def load_params(init, expected, make_fresh):
     """Parameters from `config.init`.
 
     Args:
       init: path (a workdir, or an official .pt file), weights ("raw" or "ema"), ignore (regular
         expressions, each matched against whole names such as "mid_block/qkv/kernel").
-      fresh: the new model's parameters, as arrays or shapes; their names and shapes are what is
-        expected, and where they are arrays their values are what an ignored weight keeps.
+      expected: shapes of the new model's parameters.
+      make_fresh: () -> fresh parameters; called only where `ignore` leaves some fresh.
 
     Returns:
-      (params with `fresh`'s structure, one sentence that says what was loaded from where).
+      (params with `expected`'s structure, one sentence that says what was loaded from where).
 
     Raises:
       ConfigError: naming every weight that does not fit, or a path that holds no weights.
     """
     loaded, source = _read(init)
-    ours = _flatten(fresh)
+    ours = _flatten(expected)
     theirs = _flatten(loaded)
 
+    try:
+        patterns = [re.compile(pattern) for pattern in init.ignore]
+    except re.error as error:
+        raise ConfigError(
+            f"init.ignore {init.ignore}: {error}; expected regular expressions over names such as "
+            "mid_block/qkv/kernel"
+        ) from error
+
     def ignored(name):
-        return any(re.fullmatch(pattern, name) for pattern in init.ignore)
+        return any(pattern.fullmatch(name) for pattern in patterns)
 
     problems = []
     for name in sorted(ours.keys() | theirs.keys()):
@@ -55,11 +63,11 @@ def load_params(init, fresh):
             "--config.init.ignore=\"('position', 'output/.*')\""
         )
 
-    taken = [n for n in ours if n in theirs and not ignored(n)]
-    params = {n: np.asarray(theirs[n], np.float32) if n in taken else ours[n] for n in ours}
-    params = jax.tree.unflatten(jax.tree.structure(fresh), [params[n] for n in ours])
-    note = f"loaded {len(taken)} weights from {source}"
-    left = [n for n in ours if n not in taken]
+    left = [n for n in ours if ignored(n)]
+    fresh = _flatten(make_fresh()) if left else {}
+    leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
+    params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
+    note = f"loaded {len(ours) - len(left)} weights from {source}"
     return params, note + (f"; fresh, as init.ignore says: {', '.join(left)}" if left else "")
 
 
@@ -68,7 +76,7 @@ def _read(init):
     if not path.exists():
         raise ConfigError(
             f"init.path {init.path} does not exist; expected the --workdir of a pre-training run, "
-            "or an official .pt file; type --config.init.path=..."
+            "or an official .pt file; type --config.init.path=THAT_WORKDIR"
         )
     if path.is_file():
         try:

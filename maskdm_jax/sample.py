@@ -6,16 +6,24 @@ goes on where it stopped, and another batch size or number of devices gives the 
 
 import json
 import pathlib
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from maskdm_jax import checkpoint, diffusion, images, patches, rng, sampler, sharding, uvit
-from maskdm_jax.config import check_same_architecture, load_json
-from maskdm_jax.telemetry import say
+from maskdm_jax import (
+    checkpoint,
+    diffusion,
+    images,
+    patches,
+    progress,
+    rng,
+    sampler,
+    sharding,
+    uvit,
+)
+from maskdm_jax.config import check_same_architecture
+from maskdm_jax.progress import say
 
 
 def make_sampler(config, model: uvit.UViT, steps: int | None = None):
@@ -79,7 +87,7 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir).expanduser()
     step = checkpoint.find_step(workdir)
-    check_same_architecture(config, load_json(workdir / "config.json"), str(workdir))
+    check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,18 +118,14 @@ def _draw_missing(config, workdir, step, folder, todo):
 
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
-    start = time.perf_counter()
-    bar = tqdm(total=len(todo), unit=" images")
-    for first in range(0, len(todo), size):
+    firsts = range(0, len(todo), size)
+    for first in progress.track(firsts, len(firsts), "sampling", f"batches of {size}"):
         batch = todo[first : first + size]
         # The last batch is filled up, so that one shape is compiled.
         index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
         drawn = np.asarray(draw(params, jax.device_put(index_B, by_batch)))
         for i, image in zip(batch, drawn, strict=False):
             images.save_png(_path(folder, i), image)
-        bar.update(len(batch))
-    bar.close()
-    say(f"drew {len(todo)} images in {time.perf_counter() - start:.1f} s, compilation included")
 
 
 def _folder_name(config, step):

@@ -4,12 +4,13 @@ A run that goes on drops what was logged beyond its checkpoint, so that every st
 """
 
 import json
+import os
 import pathlib
-import sys
 import time
 
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
+
+from maskdm_jax import progress
 
 _JSONL = "metrics.jsonl"
 
@@ -39,12 +40,12 @@ class Telemetry:
         self._peak_tflops = peak_tflops
         path = workdir / _JSONL
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(unfinished, path)
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=config.train.num_steps, initial=first_step, unit=" steps")
+        self._bar = progress.bar(config.train.num_steps, first_step, "steps")
         self._last = (first_step, time.perf_counter())
         self._start = self._last
 
@@ -81,10 +82,6 @@ class Telemetry:
                 self._board.add_scalar(name, value, step)
         self._show(record)
 
-    def say(self, text: str) -> None:
-        """One line on the console, clear of the bar."""
-        say(text)
-
     def close(self) -> None:
         """Flushes all."""
         self._file.close()
@@ -109,13 +106,7 @@ class Telemetry:
         total = self._config.train.num_steps
         done, since = record["step"] - self._start[0], time.perf_counter() - self._start[1]
         left = since / max(done, 1) * (total - record["step"])
-        say(f"step {record['step']}/{total}  {text}  left {_clock(left)}")
-
-
-def say(text: str) -> None:
-    """Prints a line at once, clear of any bar."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+        progress.say(f"step {record['step']}/{total}  {text}  left {progress.clock(left)}")
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
@@ -125,9 +116,3 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -4,6 +4,8 @@ An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (t
 `ema_model.model.*`). Only `load_official` needs PyTorch: `pip install "maskdm_jax[convert]"`.
 """
 
+import pickle
+
 import numpy as np
 
 _DENSE = {
@@ -34,7 +36,10 @@ def load_official(path: str, weights: str = "ema") -> dict:
         raise ImportError(
             f"reading {path} needs PyTorch; type: pip install 'maskdm_jax[convert]'"
         ) from error
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is not a PyTorch checkpoint of tensors: {error}") from error
     group = {"raw": "model", "ema": "ema"}[weights]
     if not isinstance(checkpoint, dict) or group not in checkpoint:
         raise ValueError(f"{path} has no '{group}' entry; expected an official MaskDM checkpoint")
@@ -44,10 +49,11 @@ def load_official(path: str, weights: str = "ema") -> dict:
 def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> dict:
     """This U-ViT's parameters from an official, unconditional state dict of NumPy arrays.
 
-    Every entry of the network must find its place; the schedule's buffers are left out.
+    Every entry of the network must find its place, and every place its entry; the schedule's
+    buffers are left out.
 
     Raises:
-      ValueError: naming the entries that have no place here.
+      ValueError: listing the entries that are missing, or that have no place here.
     """
     prefix = _PREFIX[weights]
     rest = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
@@ -55,14 +61,21 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
     if not rest:
         raise ValueError(f"no weights under '{prefix}encoder*'; is this an official checkpoint?")
 
+    missing = []
+
+    def take(name):
+        if name not in rest:
+            missing.append(name)
+        return rest.pop(name, np.zeros((1, 1, 1, 1)))
+
     def take_dense(name):
-        layer = {"kernel": rest.pop(f"{name}.weight").T}
+        layer = {"kernel": take(f"{name}.weight").T}
         if f"{name}.bias" in rest:
-            layer["bias"] = rest.pop(f"{name}.bias")
+            layer["bias"] = take(f"{name}.bias")
         return layer
 
     def take_norm(name):
-        return {"scale": rest.pop(f"{name}.weight"), "bias": rest.pop(f"{name}.bias")}
+        return {"scale": take(f"{name}.weight"), "bias": take(f"{name}.bias")}
 
     def take_block(name):
         block = {ours: take_norm(f"{name}.{theirs}") for ours, theirs in _NORMS.items()}
@@ -71,16 +84,16 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
                 block[ours] = take_dense(f"{name}.{theirs}")
         for ours in ("q_bias", "v_bias"):
             if f"{name}.attn.{ours}" in rest:
-                block[ours] = rest.pop(f"{name}.attn.{ours}")
+                block[ours] = take(f"{name}.attn.{ours}")
         return block
 
     # [D, C, p, p] -> [(p p C), D]: the convolution of stride p as a matmul over patches.
-    kernel = rest.pop("encoder.patch_embed.proj.weight").transpose(2, 3, 1, 0)
+    kernel = take("encoder.patch_embed.proj.weight").transpose(2, 3, 1, 0)
     params = {
-        "position": rest.pop("encoder.encoder_pos_embed")[0],
+        "position": take("encoder.encoder_pos_embed")[0],
         "patch_embed": {
             "kernel": kernel.reshape(-1, kernel.shape[-1]),
-            "bias": rest.pop("encoder.patch_embed.proj.bias"),
+            "bias": take("encoder.patch_embed.proj.bias"),
         },
         "mid_block": take_block("encoder.mid_block"),
         "norm": take_norm("encoder.norm"),
@@ -91,6 +104,8 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
         while f"encoder.{theirs}.{i}.norm1.weight" in rest:
             params[f"{ours}_{i}"] = take_block(f"encoder.{theirs}.{i}")
             i += 1
+    if missing:
+        raise ValueError(f"official weights that are missing: {missing}")
     if rest:
         raise ValueError(f"official weights with no place in this U-ViT: {sorted(rest)}")
     return params

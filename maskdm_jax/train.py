@@ -19,14 +19,24 @@ from maskdm_jax import (
     sharding,
     uvit,
 )
-from maskdm_jax.config import check_same_architecture, differences, load_json, to_json
+from maskdm_jax.config import ConfigError, check_same_architecture, differences, to_json
 from maskdm_jax.data import loader, sources
+from maskdm_jax.progress import say
 from maskdm_jax.state import create_state
 from maskdm_jax.step import make_train_step
-from maskdm_jax.telemetry import Telemetry, say
+from maskdm_jax.telemetry import Telemetry
 
-# Fields that may change when a run goes on, without a remark: none changes an update.
-_FREE = ("data.cache", "data.dir", "data.num_threads", "mesh.", "checkpoint.", "sample.", "train.")
+# Fields that may change when a run goes on without a remark: none changes an update.
+_FREE = (
+    "data.cache",
+    "data.dir",
+    "data.num_threads",
+    "mesh.",
+    "checkpoint.",
+    "sample.",
+    "train.log_every_steps",
+    "train.sample_every_steps",
+)
 
 
 def train(config, workdir: str | pathlib.Path) -> None:
@@ -40,30 +50,35 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
     # ---------------------------------------------------------------- what is there already
     own_steps = checkpoint.steps(workdir)
-    stored = workdir / "config.json"
     if own_steps:
-        check_same_architecture(config, load_json(stored), str(workdir))
-        _say_changes(config, load_json(stored))
+        before = checkpoint.load_config(workdir, own_steps[-1])
+        check_same_architecture(config, before, str(workdir))
+        _check_same_stage(config, before, workdir)
+        _say_changes(config, before)
         if own_steps[-1] >= num_steps:
             say(f"finished: {workdir} is at step {own_steps[-1]} of {num_steps}; nothing to do")
             return
 
-    # ------------------------------------------------------------------- data, model, state
+    # --------------------------------------------- data, model, weights: no device work yet
     source = sources.open_source(config)
-    mesh = sharding.make_mesh(config)
     model = uvit.make_model(config)
     optimizer = optim.make_optimizer(config)
-    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
     if config.init.path and not own_steps:
-        fresh = jax.jit(lambda: create_state(config, model, optimizer).params)()
-        params, note = pretrained.load_params(config.init, fresh)
+
+        def make_fresh():
+            return create_state(config, model, optimizer).params
+
+        expected = jax.eval_shape(make_fresh)
+        params, note = pretrained.load_params(config.init, expected, make_fresh)
         say(note)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    _write_whole(stored, to_json(config))
+    # ------------------------------------------------------------------------------- state
+    mesh = sharding.make_mesh(config)
+    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    _make_folder(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     if own_steps:
         state = checkpoints.restore(own_steps[-1], abstract)
@@ -73,6 +88,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
             lambda given: create_state(config, model, optimizer, given), out_shardings=shardings
         )
         state = create(params)
+    _write_whole(workdir / "config.json", to_json(config))
     step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, abstract.params)
@@ -82,6 +98,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     train_step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
     feed = batches.batches(step)
     batch = next(feed)
+    say("compiling the step ...")
     compile_start = time.perf_counter()
     scalar = sharding.replicated(mesh)
     compiled = (
@@ -118,9 +135,10 @@ def train(config, workdir: str | pathlib.Path) -> None:
         if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
             _log(telemetry, config, *pending)
             pending = None
-            checkpoints.save(step, state, force=step == num_steps)
+            # The grid first: a run that dies in between draws it again when it goes on.
             if wants_preview:
                 _draw_preview(config, preview, state.ema, workdir, step)
+            checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     checkpoints.close()
     telemetry.close()
@@ -156,13 +174,33 @@ def _say_start(config, source, mesh, abstract_params):
         f"{len(source):,} images of {config.data.name}; batch {config.train.batch_size}; "
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape})"
     )
+    peak = flops.peak_tflops(jax.devices()[0])
+    if peak:
+        say(f"MFU is over the datasheet's dense bf16 peak, {peak:g} TFLOP/s a device")
 
 
 def _say_changes(config, stored):
     changed = [d for d in differences(config, stored) if not d.startswith(_FREE)]
-    batch = differences(config, stored, ["train.batch_size"])
-    if changed or batch:
-        say(f"changed since this run began: {', '.join(changed + batch)}")
+    if changed:
+        say(f"changed since this run began: {', '.join(changed)}")
+
+
+def _check_same_stage(config, before, workdir):
+    """Refuses to fine-tune on top of the pre-training's own workdir, optimizer and step count."""
+    masked, was_masked = (c.mask.kind != "none" for c in (config, before))
+    if masked != was_masked:
+        raise ConfigError(
+            f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "
+            f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
+            f"--config.init.path={workdir}"
+        )
+
+
+def _make_folder(workdir):
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--workdir {workdir} cannot be made: {error}; type another") from error
 
 
 def _memory(compiled):

@@ -88,7 +88,7 @@ def test_one_unreadable_file_in_a_hundred_is_listed_and_skipped(tmp_path, capsys
     whole = (tmp_path / "in" / "000.png").read_bytes()
     (tmp_path / "in" / "cut.png").write_bytes(whole[: len(whole) // 2])
     assert run(tmp_path) == 0
-    assert "cut.png" in capsys.readouterr().err
+    assert "skipped" in (out := capsys.readouterr().out) and "cut.png" in out
     assert len(opened(tmp_path, "faces", (8, 8))) == 99
 
 
@@ -124,3 +124,30 @@ def test_grey_images_have_one_channel(tmp_path):
     picture(8, 8, 0, "L").save(tmp_path / "in" / "a.png")
     assert run(tmp_path, "faces", "8", "--channels", "1") == 0
     assert opened(tmp_path, "faces", (8, 8), 1)[0]["image"].shape == (8, 8, 1)
+
+
+def test_links_are_followed_and_hidden_files_left_out(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    picture(8, 8).save(elsewhere / "a.png")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "cat").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(tmp_path / "in")
+    (elsewhere / "._a.png").write_bytes(b"not a picture")
+    assert run(tmp_path) == 0
+    assert len(opened(tmp_path, "faces", (8, 8))) == 1
+
+
+def test_images_beside_class_folders_are_an_error(tmp_path, capsys):
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    picture(8, 8).save(tmp_path / "in" / "cat" / "a.png")
+    picture(8, 8).save(tmp_path / "in" / "stray.png")
+    assert run(tmp_path) == 2
+    assert "stray.png" in capsys.readouterr().err
+
+
+def test_sixteen_bit_grey_keeps_its_range(tmp_path):
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    data, _ = prepare._encode((str(tmp_path / "a.png"), (8, 8), 1, "png", 95))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), values >> 8)

@@ -13,6 +13,10 @@ def init(path, weights="raw", ignore=()):
     return types.SimpleNamespace(path=str(path), weights=weights, ignore=ignore)
 
 
+def load(init, fresh):
+    return pretrained.load_params(init, fresh, lambda: fresh)
+
+
 def small(width=8, depth=3):
     model = uvit.UViT(num_patches=4, patch_dim=4, width=width, depth=depth, num_heads=2)
     return uvit.init_params(model, jax.random.key(9))
@@ -37,30 +41,30 @@ def workdir(tmp_path_factory):
 @pytest.mark.parametrize("weights, scale", [("raw", 1), ("ema", 2)])
 def test_raw_or_ema_weights_are_loaded(workdir, weights, scale):
     folder, state = workdir
-    params, note = pretrained.load_params(init(folder, weights), small())
+    params, note = load(init(folder, weights), small())
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, scale * b), params, state.params)
     assert f"{weights}, step 7" in note
 
 
 def test_every_weight_that_does_not_fit_is_listed(workdir):
     with pytest.raises(ConfigError) as error:
-        pretrained.load_params(init(workdir[0]), small(depth=5))
+        load(init(workdir[0]), small(depth=5))
     text = str(error.value)
     assert "missing in_block_1/qkv/kernel" in text and "missing out_block_1/skip/bias" in text
     fresh = small()
     del fresh["mid_block"]["norm_mlp"]
     with pytest.raises(ConfigError) as error:
-        pretrained.load_params(init(workdir[0]), fresh)
+        load(init(workdir[0]), fresh)
     assert "unexpected mid_block/norm_mlp/scale" in str(error.value)
     with pytest.raises(ConfigError) as error:
-        pretrained.load_params(init(workdir[0]), small(width=16))
+        load(init(workdir[0]), small(width=16))
     assert "position has shape [5, 8], expected [5, 16]" in str(error.value)
 
 
 def test_named_weights_stay_fresh(workdir):
     fresh = small(depth=5)
     ignore = (".*_block_1/.*", "position")
-    params, note = pretrained.load_params(init(workdir[0], "raw", ignore), fresh)
+    params, note = load(init(workdir[0], "raw", ignore), fresh)
     np.testing.assert_array_equal(params["position"], fresh["position"])
     np.testing.assert_array_equal(
         params["mid_block"]["qkv"]["kernel"], workdir[1].params["mid_block"]["qkv"]["kernel"]
@@ -70,9 +74,9 @@ def test_named_weights_stay_fresh(workdir):
 
 def test_a_path_without_weights_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
-        pretrained.load_params(init(tmp_path / "nowhere"), small())
+        load(init(tmp_path / "nowhere"), small())
     with pytest.raises(ConfigError, match="holds no checkpoint"):
-        pretrained.load_params(init(tmp_path), small())
+        load(init(tmp_path), small())
 
 
 def test_an_official_pt_file_is_read(tmp_path, official_model):
@@ -85,8 +89,8 @@ def test_an_official_pt_file_is_read(tmp_path, official_model):
     torch.save({"step": 1, "model": weights, "ema": {}}, path)
     model, expected = official_model
     fresh = uvit.init_params(model, jax.random.key(0))
-    params, note = pretrained.load_params(init(path), fresh)
+    params, note = load(init(path), fresh)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     torch.save({"weights": weights}, path)
     with pytest.raises(ConfigError, match="official MaskDM checkpoint"):
-        pretrained.load_params(init(path), fresh)
+        load(init(path), fresh)

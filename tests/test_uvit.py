@@ -135,7 +135,7 @@ def test_running_visible_tokens_equals_running_all_when_all_are_visible():
 def test_official_weights_with_no_place_are_named(official_model):
     _, params = official_model
     state = {"model.encoder.encoder_pos_embed": params["position"][None]}
-    with pytest.raises(KeyError, match="patch_embed"):
+    with pytest.raises(ValueError, match="missing: .*patch_embed.proj.weight.*mid_block"):
         torch_io.from_official(state)
     with pytest.raises(ValueError, match="no weights under"):
         torch_io.from_official({"other": params["position"]})

@@ -2,8 +2,8 @@
 
 Which examples step n reads is a pure function of (seed, n): epoch e is a permutation drawn from
 (seed, e), and step n reads positions n * batch .. (n + 1) * batch of the epochs laid end to end. So
-there is no iterator to save, and a run goes on from any step on any number of hosts. Each process
-reads only its own share of each batch. Images go to the devices as uint8.
+there is no iterator to save, and a run goes on from any step. Each process reads only its own share
+of each batch. Images go to the devices as uint8.
 """
 
 import hashlib
@@ -15,9 +15,8 @@ import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
 
-from maskdm_jax import sharding
+from maskdm_jax import progress, sharding
 from maskdm_jax.config import ConfigError
 from maskdm_jax.data.sources import Source
 
@@ -151,6 +150,9 @@ def _open_cache(config, source) -> dict[str, np.ndarray]:
 def _decode_all(config, source, folder, paths):
     try:
         folder.mkdir(exist_ok=True)
+        for stale in folder.glob("*.npy"):  # of a set that was prepared again since
+            if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
+                stale.unlink()
         unfinished = {k: p.with_suffix(f".{os.getpid()}.tmp") for k, p in paths.items()}
         shape = (len(source), *config.data.image_size, config.data.channels)
         images = np.lib.format.open_memmap(
@@ -164,8 +166,8 @@ def _decode_all(config, source, folder, paths):
     labels = np.zeros(len(source), np.int32)
     options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=1024)
     examples = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    bar = tqdm(examples, total=len(source), desc=f"decoding {config.data.name}", unit=" images")
-    for i, example in enumerate(bar):
+    tracked = progress.track(examples, len(source), f"decoding {config.data.name}", "images")
+    for i, example in enumerate(tracked):
         images[i] = example["image"]
         labels[i] = example["label"]
     images.flush()

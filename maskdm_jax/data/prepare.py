@@ -16,9 +16,10 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from maskdm_jax import progress
 from maskdm_jax.config import ConfigError
 from maskdm_jax.data import writer
 
@@ -58,13 +59,19 @@ def prepare(
     """
     root, data_dir = (pathlib.Path(p).expanduser().absolute() for p in (images, data_dir))
     _check(root, name, data_dir, size)
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+    files = _find(root)
     if not files:
         raise ConfigError(
             f"--images {images} holds no image files; expected some of {sorted(_SUFFIXES)}"
         )
     # Classes where every image lies in a sub-folder; else the folder is one class.
-    has_classes = all(p.parent != root for p in files)
+    loose = [p.name for p in files if p.parent == root]
+    has_classes = not loose
+    if loose and len(loose) < len(files):
+        raise ConfigError(
+            f"--images {images} holds images beside its sub-folders ({loose[0]}, say); move them "
+            "into a sub-folder, since each sub-folder is a class, or all images into one folder"
+        )
     labels = [p.relative_to(root).parts[0] if has_classes else _ONE_CLASS for p in files]
 
     unreadable = []
@@ -76,17 +83,17 @@ def prepare(
         context = multiprocessing.get_context("spawn")
         with context.Pool(num_processes or os.cpu_count()) as pool:
             encoded = pool.imap(_encode, jobs, chunksize=16)
-            bar = tqdm(encoded, total=len(jobs), desc=f"preparing {name}", unit=" images")
-            for path, label, (data, problem) in zip(files, labels, bar, strict=True):
+            tracked = progress.track(encoded, len(jobs), f"preparing {name}", "images")
+            for path, label, (data, problem) in zip(files, labels, tracked, strict=True):
                 if data is not None:
                     yield data, label, str(path.relative_to(root))
                     continue
                 unreadable.append(f"{path}: {problem}")
-                tqdm.write(f"skipped {unreadable[-1]}", file=sys.stderr)
+                progress.say(f"skipped {unreadable[-1]}")
                 if len(unreadable) > limit:
                     raise ConfigError(
-                        f"--images {images}: {len(unreadable)} of the first {bar.n} files cannot "
-                        f"be read, more than 1 % of all {len(files)}; remove them or mend them, "
+                        f"--images {images}: {len(unreadable)} files cannot be read, more "
+                        f"than 1 % of all {len(files)}; remove them or mend them, "
                         f"then run again: {'; '.join(unreadable)}"
                     )
 
@@ -115,11 +122,29 @@ def _check(root, name, data_dir, size):
         )
     if min(size) < 1:
         raise ConfigError(f"--size {size} is not positive; expected pixels, such as --size 64")
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--data_dir {data_dir} cannot be made: {error}; type another") from error
     if writer.exists(name, data_dir):
         raise ConfigError(
             f"the data set {data_dir / name} exists; delete that folder to make it again, or type "
             "another --name"
         )
+
+
+def _find(root):
+    """Image files below `root`, links followed, hidden files and folders left out."""
+    files, seen = [], set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and real not in seen)
+        if real in seen:  # a link back to a folder above
+            continue
+        seen.add(real)
+        paths = (pathlib.Path(folder) / name for name in names if not name.startswith("."))
+        files += [p for p in paths if p.suffix.lower() in _SUFFIXES and p.is_file()]
+    return sorted(files)
 
 
 def _encode(job):
@@ -134,6 +159,8 @@ def _encode(job):
             upright = image.getexif().get(0x0112, 1) == 1
             if fits and upright and image.size == (size[1], size[0]):
                 return data, None
+            if image.mode.startswith("I;16"):  # Pillow's own conversion saturates at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = ImageOps.exif_transpose(image).convert(mode)
             image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
         out = io.BytesIO()
@@ -142,7 +169,7 @@ def _encode(job):
         else:
             image.save(out, "PNG")
         return out.getvalue(), None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         return None, f"{type(error).__name__}: {error}"
 
 
@@ -151,6 +178,12 @@ def _size(text):
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r}; expected pixels, such as 256 or 128x64")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of processes, such as 4")
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -166,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--encoding", choices=("png", "jpeg"), default="png")
     parser.add_argument("--quality", type=int, default=95, help="of JPEG")
-    parser.add_argument("--num_processes", type=int, help="default: one per core")
+    parser.add_argument("--num_processes", type=_positive, help="default: one per core")
     args = vars(parser.parse_args(argv))
     try:
         prepare(**args)

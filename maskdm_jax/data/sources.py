@@ -51,13 +51,28 @@ def open_source(config) -> Source:
             f"maskdm_jax.data.prepare --images FOLDER --name {data.name} --size "
             f"{_size(data.image_size)} --data_dir {data_dir}"
         ) from error
+    return _checked(config, builder)
+
+
+def _checked(config, builder):
+    data = config.data
+    features = dict(builder.info.features.items())
+    if "image" not in features:
+        raise ConfigError(
+            f"data.name {data.name!r} has no images, but {sorted(features)}; type another one"
+        )
     if data.split not in builder.info.splits:
         raise ConfigError(
             f"data.split is {data.split!r}; {data.name} has {sorted(builder.info.splits)}; type "
             f"--config.data.split={next(iter(builder.info.splits))}"
         )
     expected = (*data.image_size, data.channels)
-    shape = builder.info.features["image"].shape
+    shape = features["image"].shape
+    if None in shape:
+        raise ConfigError(
+            f"data.name {data.name!r} has images of many sizes; make them one size: python -m "
+            f"maskdm_jax.data.prepare --images FOLDER --name NAME --size {_size(data.image_size)}"
+        )
     if tuple(shape) != expected:
         raise ConfigError(
             f"data.image_size and data.channels say {expected} (height, width, channels), but "
@@ -65,16 +80,21 @@ def open_source(config) -> Source:
             f'"{tuple(shape[:2])}" --config.data.channels={shape[2]}, or prepare the set at '
             f"--size {_size(data.image_size)}"
         )
-    features = builder.info.features
-    num_classes = features["label"].num_classes if "label" in features else 0
-    if config.model.num_classes > num_classes:
+    num_classes = getattr(features.get("label"), "num_classes", 0)
+    if config.model.num_classes not in (0, num_classes):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but {data.name} has "
-            f"{num_classes} classes; type --config.model.num_classes={num_classes}"
+            f"{num_classes} classes; type --config.model.num_classes={num_classes}, or 0 to train "
+            "without classes"
         )
-    return Source(
-        builder.as_data_source(data.split), pathlib.Path(builder.data_dir), data.split, num_classes
-    )
+    try:
+        records = builder.as_data_source(data.split)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"data.name {data.name!r} is not in ArrayRecord format; type: tfds build {data.name} "
+            "--file_format=array_record"
+        ) from error
+    return Source(records, pathlib.Path(builder.data_dir), data.split, num_classes)
 
 
 def _size(image_size):

@@ -1,0 +1,43 @@
+"""Progress that a person can follow: a bar with the time left on a terminal, lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from tqdm import tqdm
+
+_LINE_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    """Prints a line at once, clear of any bar."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
+    """Yields `items`, of which there are `total`, and shows how far they are."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=what, unit=f" {unit}")
+        return
+    start = last = time.perf_counter()
+    for done, item in enumerate(items):
+        now = time.perf_counter()
+        if done and now - last > _LINE_EVERY_S:
+            last = now
+            left = clock((now - start) / done * (total - done))
+            say(f"{what}: {done}/{total} {unit}, {left} left")
+        yield item
+    say(f"{what}: {total} {unit} in {time.perf_counter() - start:.1f} s")
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def bar(total: int, initial: int, unit: str) -> tqdm | None:
+    """A bar on a terminal, None elsewhere."""
+    return tqdm(total=total, initial=initial, unit=f" {unit}") if sys.stderr.isatty() else None
