@@ -15,6 +15,12 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
+def remark(text: str) -> None:
+    """Prints a line of progress, on standard error as bars are."""
+    tqdm.write(text, file=sys.stderr)
+    sys.stderr.flush()
+
+
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
     """Yields `items`, of which there are `total`, and shows how far they are."""
     if sys.stderr.isatty():
@@ -26,9 +32,9 @@ def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
         if done and now - last > _LINE_EVERY_S:
             last = now
             left = clock((now - start) / done * (total - done))
-            say(f"{what}: {done}/{total} {unit}, {left} left")
+            remark(f"{what}: {done}/{total} {unit}, {left} left")
         yield item
-    say(f"{what}: {total} {unit} in {time.perf_counter() - start:.1f} s")
+    remark(f"{what}: {total} {unit} in {time.perf_counter() - start:.1f} s")
 
 
 def clock(seconds: float) -> str:

@@ -89,7 +89,7 @@ def prepare(
                     yield data, label, str(path.relative_to(root))
                     continue
                 unreadable.append(f"{path}: {problem}")
-                progress.say(f"skipped {unreadable[-1]}")
+                progress.remark(f"skipped {unreadable[-1]}")
                 if len(unreadable) > limit:
                     raise ConfigError(
                         f"--images {images}: {len(unreadable)} files cannot be read, more "
