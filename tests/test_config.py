@@ -30,7 +30,7 @@ def test_the_defaults_are_valid():
         (dict(data__image_size=(64, 62)), "model.patch_size is 4", "--config.model.patch_size=2"),
         (dict(data__channels=13), "data.channels is 13", "--config.data.channels=12"),
         (dict(model__width=30, model__num_heads=4), "model.num_heads is 4",
-         "--config.model.num_heads=1"),
+         "--config.model.num_heads=3"),
         (dict(model__width=30), "model.num_heads is 0", "--config.model.num_heads=10"),
         (dict(seed=-1), "seed is -1", "--config.seed=0"),
         (dict(mask__ratio=float("nan")), "mask.ratio is nan", "--config.mask.ratio=0.95"),

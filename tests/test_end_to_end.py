@@ -1,6 +1,7 @@
 """main.py as a user runs it, in processes of its own, on the real digits."""
 
 import json
+import os
 import re
 import signal
 import time
@@ -46,7 +47,8 @@ def test_training_and_sampling_import_no_tensorflow(run_main, tmp_path, monkeypa
     trap = tmp_path / "trap" / "tensorflow"
     trap.mkdir(parents=True)
     (trap / "__init__.py").write_text("raise RuntimeError('TensorFlow was imported')")
-    monkeypatch.setenv("PYTHONPATH", str(trap.parent))
+    paths = [str(trap.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     result = run_main("pretrain_digits", tmp_path / "w", "--config.train.num_steps=2")
     assert result.returncode == 0, result.stderr
     result = run_main("pretrain_digits", tmp_path / "w", "--mode=sample", "--config.sample.steps=2")
