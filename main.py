@@ -73,7 +73,7 @@ def _parse(argv):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # libraries remark on what a user cannot change
     try:
         app.run(main, flags_parser=_parse)
     except ConfigError as problem:
