@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from maskdm_jax.attention import attend
+from maskdm_jax import attention, layers
 from maskdm_jax.patches import grid_shape
 
 # size: (width D, blocks, heads K). An even count of blocks builds one more: n/2 + 1 + n/2.
 SIZES = {"S": (512, 13, 8), "B": (768, 13, 12), "L": (1024, 21, 16), "H": (1152, 29, 16)}
 
-_LAYER_NORM_EPSILON = 1e-5
 _kernel_init = nn.initializers.truncated_normal(0.02)
 
 
@@ -123,6 +122,16 @@ class UViT(nn.Module):
     @nn.compact
     def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None, deterministic=True):
         x_BLD = self._embed(x_BVP, t_B, visible_BV, label_B)
+        # The attention kernel may want a few tokens more; nothing ever reads them.
+        length = x_BLD.shape[1]
+        head_dim = self.width // self.num_heads
+        extra = attention.padding(self.attention, length, head_dim, self.dtype)
+        if extra:
+            x_BLD = jnp.pad(x_BLD, ((0, 0), (0, extra), (0, 0)))
+        # Blocks see one long list of M = B * L tokens: given [B, L, D], XLA may lay tokens out
+        # batch-last, and pay for it with transposes in every block.
+        padded = length + extra
+        x_MD = x_BLD.reshape(-1, self.width)
         block = nn.remat(Block, static_argnums=(3,)) if self.remat == "blocks" else Block
         kwargs = dict(
             num_heads=self.num_heads,
@@ -130,20 +139,23 @@ class UViT(nn.Module):
             qkv_bias=self.qkv_bias,
             dropout=self.dropout,
             attention=self.attention,
+            length=padded,
+            num_valid=length,
             dtype=self.dtype,
         )
         skips = []
         for i in range(self.num_skips):
-            x_BLD = block(**kwargs, name=f"in_block_{i}")(x_BLD, None, deterministic)
-            skips.append(x_BLD)
-        x_BLD = block(**kwargs, name="mid_block")(x_BLD, None, deterministic)
+            x_MD = block(**kwargs, name=f"in_block_{i}")(x_MD, None, deterministic)
+            skips.append(x_MD)
+        x_MD = block(**kwargs, name="mid_block")(x_MD, None, deterministic)
         for i in range(self.num_skips):
-            x_BLD = block(**kwargs, name=f"out_block_{i}")(x_BLD, skips.pop(), deterministic)
-        x_BVD = _layer_norm("norm", x_BLD[:, self.num_extra_tokens :], self.dtype)
-        out_BVP = nn.Dense(
-            self.patch_dim, kernel_init=_kernel_init, dtype=self.dtype, name="output"
-        )(x_BVD)
-        return out_BVP.astype(jnp.float32)
+            x_MD = block(**kwargs, name=f"out_block_{i}")(x_MD, skips.pop(), deterministic)
+        scale, shift = Affine(self.width, name="norm")()
+        kernel, bias = Linear(self.width, self.patch_dim, name="output")()
+        x_BLD = layers.normalize(x_MD).reshape(-1, padded, self.width)
+        normed_BVD = x_BLD[:, self.num_extra_tokens : length]
+        out_BVP = normed_BVD @ _scaled(scale, kernel, self.dtype)
+        return out_BVP.astype(jnp.float32) + (bias + _dot(shift, kernel))
 
     def _embed(self, x_BVP, t_B, visible_BV, label_B):
         # A convolution of stride p is a matmul over patches; its init is the framework's default,
@@ -171,8 +183,10 @@ class UViT(nn.Module):
             "position", _kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
         )
         extra_BED = jnp.stack(extra, axis=1) + position_LD[: self.num_extra_tokens]
-        patch_rows_ND = position_LD[self.num_extra_tokens :].astype(self.dtype)
-        x_BVD += patch_rows_ND if visible_BV is None else patch_rows_ND[visible_BV]
+        # Gathered in float32, so that their gradient, a sum over images, is summed in float32.
+        rows = position_LD[self.num_extra_tokens :]
+        rows = rows if visible_BV is None else rows[visible_BV]
+        x_BVD += rows.astype(self.dtype)
         return jnp.concatenate([extra_BED.astype(self.dtype), x_BVD], axis=1)
 
     def _dense(self, features, name):
@@ -180,54 +194,104 @@ class UViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block; with a skip, [x, skip] is projected to D first."""
+    """Pre-LN transformer block; with a skip, [x, skip] is projected to D first.
+
+    It is computed as  x += attention(LN(x)) W_proj + b_proj;  x += GELU(LN(x) W_in + b_in) W_out +
+    b_out, but three products are rearranged, to the same result with less memory traffic:
+
+    - LN(x) W = normed (scale * W) + shift W, so that LayerNorm's scale and shift cost nothing per
+      token. Of shift W, the queries' part is added; the keys' moves no softmax; the values' passes
+      through attention unchanged, as its weights sum to 1, and joins b_proj.
+    - q, k and v are three matmuls on the parts of one kernel: one would have to be cut up, and its
+      gradient put together.
+    - [x, skip] W = x W_1 + skip W_2: the two are never laid side by side.
+    """
 
     num_heads: int
     mlp_ratio: float
     qkv_bias: bool
     dropout: float
     attention: str
+    length: int  # L, tokens of one image
+    num_valid: int  # those of them that are not padding
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x_BLD, skip_BLD, deterministic):
-        width = x_BLD.shape[-1]
-
-        def dense(features, name, use_bias=True):
-            return nn.Dense(
-                features, use_bias, dtype=self.dtype, kernel_init=_kernel_init, name=name
-            )
+    def __call__(self, x_MD, skip_MD, deterministic):
+        width, dtype = x_MD.shape[-1], self.dtype
+        heads = (-1, self.length, self.num_heads, width // self.num_heads)
 
         def drop(x):
             return nn.Dropout(self.dropout, deterministic=deterministic)(x)
 
-        if skip_BLD is not None:
-            x_BLD = dense(width, "skip")(jnp.concatenate([x_BLD, skip_BLD], axis=-1))
+        if skip_MD is not None:
+            kernel, bias = Linear(2 * width, width, name="skip")()
+            kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
+            x_MD = x_MD @ kernel_x + skip_MD @ kernel_skip + bias.astype(dtype)
 
-        qkv_BLD = dense(3 * width, "qkv", use_bias=False)(
-            _layer_norm("norm_attention", x_BLD, self.dtype)
-        )
+        scale, shift = Affine(width, name="norm_attention")()
+        (kernel,) = Linear(width, 3 * width, use_bias=False, name="qkv")()
+        kernel_q, kernel_k, kernel_v = jnp.split(kernel, 3, axis=1)
+        q_bias, v_bias = _dot(shift, kernel_q), _dot(shift, kernel_v)
         if self.qkv_bias:  # on q and v only, as the official code has it
-            q_bias = self.param("q_bias", nn.initializers.zeros, (width,))
-            v_bias = self.param("v_bias", nn.initializers.zeros, (width,))
-            bias = jnp.concatenate([q_bias, jnp.zeros_like(q_bias), v_bias])
-            qkv_BLD += bias.astype(self.dtype)
-        heads = (*x_BLD.shape[:2], self.num_heads, width // self.num_heads)
-        q, k, v = (x.reshape(heads) for x in jnp.split(qkv_BLD, 3, axis=-1))
-        out_BLD = attend(q, k, v, self.attention).reshape(x_BLD.shape)
-        x_BLD += drop(dense(width, "proj")(out_BLD))
-
-        hidden = dense(int(self.mlp_ratio * width), "mlp_in")(
-            _layer_norm("norm_mlp", x_BLD, self.dtype)
+            q_bias += self.param("q_bias", nn.initializers.zeros, (width,))
+            v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
+        normed_MD = layers.normalize(x_MD)
+        q_MD = normed_MD @ _scaled(scale, kernel_q, dtype) + q_bias.astype(dtype)
+        k_MD = normed_MD @ _scaled(scale, kernel_k, dtype)
+        v_MD = normed_MD @ _scaled(scale, kernel_v, dtype)
+        q_BLKH, k_BLKH, v_BLKH = (x.reshape(heads) for x in (q_MD, k_MD, v_MD))
+        out_BLKH = attention.attend(
+            q_BLKH, k_BLKH, v_BLKH, self.attention, num_valid=self.num_valid
         )
-        hidden = drop(nn.gelu(hidden, approximate=False))
-        return x_BLD + drop(dense(width, "mlp_out")(hidden))
+        kernel, bias = Linear(width, width, name="proj")()
+        bias += _dot(v_bias, kernel)
+        out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype) + bias.astype(dtype)
+        x_MD += drop(out_MD)
+
+        hidden_width = int(self.mlp_ratio * width)
+        scale, shift = Affine(width, name="norm_mlp")()
+        kernel, bias = Linear(width, hidden_width, name="mlp_in")()
+        normed_MD = layers.normalize(x_MD)
+        hidden = normed_MD @ _scaled(scale, kernel, dtype)
+        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel)))
+        kernel, bias = Linear(hidden_width, width, name="mlp_out")()
+        return x_MD + drop(hidden @ kernel.astype(dtype) + bias.astype(dtype))
 
 
-def _layer_norm(name, x, dtype):
-    # Statistics in float32 by the two-pass formula: the one-pass one loses digits on large means.
-    norm = nn.LayerNorm(_LAYER_NORM_EPSILON, dtype=jnp.float32, use_fast_variance=False, name=name)
-    return norm(x).astype(dtype)
+class Linear(nn.Module):
+    """The float32 parameters of a linear layer: (kernel [in, out], bias [out]), or (kernel,)."""
+
+    inputs: int
+    outputs: int
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self):
+        kernel = self.param("kernel", _kernel_init, (self.inputs, self.outputs))
+        if not self.use_bias:
+            return (kernel,)
+        return kernel, self.param("bias", nn.initializers.zeros, (self.outputs,))
+
+
+class Affine(nn.Module):
+    """The float32 parameters of a LayerNorm: (scale [D], bias [D])."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self):
+        scale = self.param("scale", nn.initializers.ones, (self.width,))
+        return scale, self.param("bias", nn.initializers.zeros, (self.width,))
+
+
+def _scaled(scale, kernel, dtype):
+    return (scale[:, None] * kernel).astype(dtype)
+
+
+def _dot(x, kernel):
+    # A vector: exact float32 costs nothing, and GPUs and TPUs would round it otherwise.
+    return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def _uniform(bound):

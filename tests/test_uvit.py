@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import objective, patches, torch_io, uvit
+from maskdm_jax import attention, objective, patches, torch_io, uvit
 from maskdm_jax.config import default_config
 
 
@@ -139,3 +139,14 @@ def test_official_weights_with_no_place_are_named(official_model):
         torch_io.from_official(state)
     with pytest.raises(ValueError, match="no weights under"):
         torch_io.from_official({"other": params["position"]})
+
+
+def test_padding_tokens_change_nothing(tiny_config, monkeypatch):
+    model = uvit.make_model(tiny_config)
+    params = uvit.init_params(model, jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 16, 4))
+    t, label = jnp.array([3, 800]), jnp.array([1, 2])
+    plain = uvit.apply(model, params, x, t, label_B=label)
+    monkeypatch.setattr(attention, "padding", lambda *args: 3)
+    padded = uvit.apply(model, params, x, t, label_B=label)
+    np.testing.assert_allclose(padded, plain, atol=1e-6)

@@ -1,0 +1,88 @@
+"""The parts of a block that memory traffic bounds, written so that XLA moves little for them.
+
+Differentiated as they stand, XLA keeps two intermediates of GELU at four times the width, and reads
+every token again to sum the gradients of LayerNorm's scale and bias. benchmarks/RESULTS.md has what
+these rules save.
+"""
+
+import jax
+import jax.numpy as jnp
+
+_EPSILON = 1e-5
+
+
+@jax.custom_vjp
+def normalize(x: jax.Array) -> jax.Array:
+    """(x - mean) / sqrt(var + 1e-5) over the last axis: LayerNorm before scale and bias.
+
+    Scale and bias belong to the matmul that follows (see `uvit.Block`). Their gradients then come
+    from the weights' gradients, and no pass over the tokens is needed for them.
+
+    Args:
+      x: [..., D], any float dtype; statistics are float32, by the two-pass formula: the one-pass
+        one loses digits on large means.
+
+    Returns:
+      [..., D] of x's dtype.
+    """
+    return _normalize_forward(x)[0]
+
+
+def _normed_and_rstd(x):
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, -1, keepdims=True)
+    rstd = jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + _EPSILON)
+    return centred * rstd, rstd
+
+
+def _normalize_forward(x):
+    return _normed_and_rstd(x)[0].astype(x.dtype), x
+
+
+def _normalize_backward(x, dnormed):
+    # The barrier keeps XLA from sharing the statistics with the forward pass: recomputed, they
+    # cost nothing, since x is read anyway; shared, they cost the forward pass its one kernel.
+    normed, rstd = _normed_and_rstd(jax.lax.optimization_barrier(x))
+    dnormed = dnormed.astype(jnp.float32)
+    projected = normed * jnp.mean(dnormed * normed, -1, keepdims=True)
+    dx = rstd * (dnormed - jnp.mean(dnormed, -1, keepdims=True) - projected)
+    return (dx.astype(x.dtype),)
+
+
+normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+@jax.custom_vjp
+def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """y Phi(y) of y = x + bias, exact (Hendrycks & Gimpel 2016), computed in float32.
+
+    Args:
+      x: [..., D], any float dtype.
+      bias: float32 [D].
+
+    Returns:
+      [..., D] of x's dtype.
+    """
+    return _bias_gelu_forward(x, bias)[0]
+
+
+def _bias_gelu_forward(x, bias):
+    y = x.astype(jnp.float32) + bias
+    return (y * _cdf(y)).astype(x.dtype), (x, bias)
+
+
+def _bias_gelu_backward(kept, dout):
+    # The barrier keeps XLA from sharing erf with the forward pass, which would store it.
+    x, bias = jax.lax.optimization_barrier(kept)
+    y = x.astype(jnp.float32) + bias
+    pdf = jnp.exp(-0.5 * jnp.square(y)) * (2 * jnp.pi) ** -0.5
+    # Rounded before the product: XLA then sums and stores dx in one pass.
+    dx = (_cdf(y) + y * pdf).astype(x.dtype) * dout
+    return dx, jnp.sum(dx, tuple(range(x.ndim - 1)), dtype=jnp.float32)
+
+
+def _cdf(y):
+    return 0.5 * (1 + jax.lax.erf(y * 0.5**0.5))
+
+
+bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)

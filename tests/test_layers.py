@@ -1,0 +1,52 @@
+"""Our backward rules against JAX's own differentiation of the textbook formulas."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdm_jax import layers
+
+
+def textbook_norm(x):
+    x = x.astype(jnp.float32)
+    return (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+
+def textbook_gelu(x, bias):
+    return jax.nn.gelu(x.astype(jnp.float32) + bias, approximate=False)
+
+
+def inputs(*shapes, dtype=jnp.float32):
+    generator = np.random.default_rng(0)
+    return [jnp.asarray(generator.normal(1, 2, shape), dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize(
+    "ours, textbook, shapes",
+    [
+        (layers.normalize, textbook_norm, [(3, 5, 16)]),
+        (layers.bias_gelu, textbook_gelu, [(3, 5, 16), (16,)]),
+    ],
+)
+def test_values_and_gradients_are_those_of_the_formula(ours, textbook, shapes):
+    arguments = inputs(*shapes)
+    (dout,) = inputs(shapes[0])
+    value, pullback = jax.vjp(ours, *arguments)
+    expected, expected_pullback = jax.vjp(textbook, *arguments)
+    np.testing.assert_allclose(value, expected, atol=2e-6)
+    for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("ours, textbook", [(layers.normalize, textbook_norm)])
+def test_bfloat16_is_rounded_once(ours, textbook):
+    (x,) = inputs((4, 64), dtype=jnp.bfloat16)
+    out = ours(x)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(out, textbook(x).astype(jnp.bfloat16))
+
+
+def test_a_large_mean_costs_no_digits():
+    (x,) = inputs((4, 64))
+    np.testing.assert_allclose(layers.normalize(x + 1000), layers.normalize(x), atol=1e-3)
