@@ -60,6 +60,7 @@ def _parse(argv):
     except (AttributeError, KeyError) as error:
         # ml-collections quotes its message twice, so its line break is a backslash and an n.
         hint = str(error.args[0]).replace("\\n", ". ").replace("\\'", "").strip("'")
+        hint = ". ".join(line.strip("' ") for line in hint.splitlines())
         raise ConfigError(
             f"unknown config field {hint}; maskdm_jax/config.py documents every field"
         ) from error

@@ -48,7 +48,7 @@ def default_config() -> config_dict.ConfigDict:
     model.class_dropout = 0.1  # how often training drops the class, so that guidance can work
     model.dropout = 0.0
     model.remat = "none"  # "blocks": recompute each block in the backward pass; less memory
-    model.attention = "auto"  # "xla" or "cudnn" to insist
+    model.attention = "auto"  # "xla", "cudnn" or "pallas" to insist
     model.dtype = "bfloat16"  # of matmuls and activations; parameters and statistics are float32
 
     config.mask = mask = config_dict.ConfigDict()
@@ -114,7 +114,7 @@ _CHOICES = {
     "data.cache": ("none", "host", "device"),
     "model.size": ("S", "B", "L", "H"),
     "model.remat": ("none", "blocks"),
-    "model.attention": ("auto", "xla", "cudnn"),
+    "model.attention": ("auto", "xla", "cudnn", "pallas"),
     "model.dtype": ("float32", "bfloat16"),
     "mask.kind": ("none", "patch", "block", "crop"),
     "diffusion.schedule": ("linear", "cosine", "shifted_cosine"),
@@ -193,7 +193,7 @@ def validate(config) -> None:
             1,
         )
     classes = config.model.num_classes
-    if config.sample.label >= max(classes, 1):
+    if config.sample.label >= classes:
         _fail(config, "sample.label", f"below model.num_classes, {classes}", -1)
     if config.sample.guidance_scale != 1 and not classes:
         _fail(
@@ -286,7 +286,7 @@ def _validate_geometry(config):
     patch = config.model.patch_size
     size = config.data.image_size
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        _fail(config, "data.image_size", "two positive numbers, (height, width)", "(64, 64)")
+        _fail(config, "data.image_size", "two positive numbers, (height, width)", (64, 64))
     if any(side % patch for side in size):
         good = next(p for p in range(patch, 0, -1) if not any(side % p for side in size))
         _fail(config, "model.patch_size", f"a divisor of data.image_size, {tuple(size)}", good)

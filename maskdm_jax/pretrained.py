@@ -44,23 +44,24 @@ def load_params(init, expected, make_fresh):
     def ignored(name):
         return any(pattern.fullmatch(name) for pattern in patterns)
 
-    problems = []
+    problems = {}
     for name in sorted(ours.keys() | theirs.keys()):
         if ignored(name):
             continue
         if name not in theirs:
-            problems.append(f"missing {name} {list(ours[name].shape)}")
+            problems[name] = f"missing {name} {list(ours[name].shape)}"
         elif name not in ours:
-            problems.append(f"unexpected {name} {list(theirs[name].shape)}")
+            problems[name] = f"unexpected {name} {list(theirs[name].shape)}"
         elif ours[name].shape != theirs[name].shape:
-            problems.append(
+            problems[name] = (
                 f"{name} has shape {list(theirs[name].shape)}, expected {list(ours[name].shape)}"
             )
     if problems:
+        names = ", ".join(f"'{name}'" for name in problems)
         raise ConfigError(
             f"init.path: {len(problems)} weights of {source} do not fit this model: "
-            f"{'; '.join(problems)}; set the model as in that run, or name what is to start fresh: "
-            "--config.init.ignore=\"('position', 'output/.*')\""
+            f"{'; '.join(problems.values())}; set the model as in that run, or leave these out: "
+            f'--config.init.ignore="({names},)"'
         )
 
     left = [n for n in ours if ignored(n)]

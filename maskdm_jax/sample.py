@@ -22,7 +22,7 @@ from maskdm_jax import (
     sharding,
     uvit,
 )
-from maskdm_jax.config import check_same_architecture
+from maskdm_jax.config import ConfigError, check_same_architecture
 from maskdm_jax.progress import say
 
 
@@ -90,9 +90,15 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, step)
-    folder.mkdir(parents=True, exist_ok=True)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
-    (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to: {error}; samples go below --workdir, so make it "
+            "writable, or copy the run and type the copy's --workdir"
+        ) from error
 
     todo = [i for i in range(settings.num) if not _path(folder, i).exists()]
     if len(todo) < settings.num:
@@ -138,6 +144,8 @@ def _folder_name(config, step):
         name += f"_guidance{s.guidance_scale:g}"
     if s.label >= 0:
         name += f"_label{s.label}"
+    if config.model.dtype != "bfloat16":
+        name += f"_{config.model.dtype}"
     return f"{name}_seed{s.seed}"
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 import time
 
 import jax
@@ -199,8 +200,11 @@ def _check_same_stage(config, before, workdir):
 def _make_folder(workdir):
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
-        raise ConfigError(f"--workdir {workdir} cannot be made: {error}; type another") from error
+        raise ConfigError(
+            f"--workdir {workdir} cannot be written to: {error}; type another"
+        ) from error
 
 
 def _memory(compiled):

@@ -1,3 +1,5 @@
+import ast
+import re
 import types
 
 import jax
@@ -94,3 +96,11 @@ def test_an_official_pt_file_is_read(tmp_path, official_model):
     torch.save({"weights": weights}, path)
     with pytest.raises(ConfigError, match="official MaskDM checkpoint"):
         load(init(path), fresh)
+
+
+def test_the_hint_works_when_typed(workdir):
+    with pytest.raises(ConfigError) as error:
+        load(init(workdir[0]), small(depth=5))
+    hint = re.search(r'--config.init.ignore="(.*?)"', str(error.value))[1]
+    params, note = load(init(workdir[0], ignore=ast.literal_eval(hint)), small(depth=5))
+    assert "fresh" in note and "in_block_1/qkv/kernel" in note

@@ -52,11 +52,11 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
 @pytest.mark.parametrize(
     "fields, name",
     [
-        ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_seed0"),
+        ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_float32_seed0"),
         (
             {"sample.eta": 0.0, "sample.weights": "raw", "sample.guidance_scale": 2.0,
              "sample.label": 3},
-            "step2_raw_ddim4_eta0_guidance2_label3_seed0",
+            "step2_raw_ddim4_eta0_guidance2_label3_float32_seed0",
         ),
     ],
 )  # fmt: skip

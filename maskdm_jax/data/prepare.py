@@ -76,7 +76,6 @@ def prepare(
 
     unreadable = []
     jobs = [(str(p), size, channels, encoding, quality) for p in files]
-    limit = int(len(files) * _MAX_UNREADABLE_SHARE)
 
     def examples():
         # spawn: no state of this process, such as another library's threads, is shared.
@@ -90,12 +89,11 @@ def prepare(
                     continue
                 unreadable.append(f"{path}: {problem}")
                 progress.remark(f"skipped {unreadable[-1]}")
-                if len(unreadable) > limit:
-                    raise ConfigError(
-                        f"--images {images}: {len(unreadable)} files cannot be read, more "
-                        f"than 1 % of all {len(files)}; remove them or mend them, "
-                        f"then run again: {'; '.join(unreadable)}"
-                    )
+        if len(unreadable) > len(files) * _MAX_UNREADABLE_SHARE:
+            raise ConfigError(
+                f"--images {images}: {len(unreadable)} of {len(files)} files cannot be read, more "
+                "than 1 %; remove or mend those listed above, then run again"
+            )
 
     folder = writer.write(
         name,
@@ -170,7 +168,8 @@ def _encode(job):
             image.save(out, "PNG")
         return out.getvalue(), None
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
-        return None, f"{type(error).__name__}: {error}"
+        reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", str(error))
+        return None, f"{type(error).__name__}: {reason}"
 
 
 def _size(text):
