@@ -1,0 +1,70 @@
+"""Times sampling: DDIM through the sampler that --mode=sample runs, from random weights.
+
+    python -m benchmarks.sampling --bench sample256 --data_dir DIR
+
+Prints one JSON line. Weights do not change the time. `evaluations_per_s` counts images times
+network evaluations, so that runs of any length compare; MFU is that of the forward pass.
+"""
+
+import argparse
+import json
+import time
+
+import jax
+import numpy as np
+
+from benchmarks import cases, measure
+from maskdm_jax import flops, sample, sharding, uvit
+
+_STEPS = 25
+
+
+def bench(config, seconds: float) -> dict:
+    """Rates of the sampler."""
+    mesh = sharding.make_mesh(config)
+    model = uvit.make_model(config)
+    abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    params = jax.jit(lambda: uvit.init_params(model, jax.random.key(0)), out_shardings=shardings)()
+    by_batch = sharding.batch_sharding(mesh)
+    batch = config.sample.batch_size
+    index_B = jax.device_put(np.arange(batch, dtype=np.int32), by_batch)
+    start = time.perf_counter()
+    draw = (
+        jax.jit(sample.make_sampler(config, model, _STEPS), out_shardings=by_batch)
+        .lower(params, index_B)
+        .compile()
+    )
+    compile_s = time.perf_counter() - start
+    call_s = measure.seconds_per_call(lambda i: draw(params, index_B), seconds, warm_up=1)
+    evaluations_per_s = batch * _STEPS / call_s
+    peak = measure.matmul_tflops()
+    tflops = evaluations_per_s * flops.forward_flops(config) / 1e12
+    datasheet = flops.peak_tflops(jax.devices()[0])
+    return {
+        "device": jax.devices()[0].device_kind,
+        "batch": batch,
+        "images_per_s": evaluations_per_s / config.sample.steps,
+        "evaluations_per_s": evaluations_per_s,
+        "model_tflops": tflops,
+        "matmul_tflops": peak,
+        "mfu": tflops / peak,
+        "mfu_datasheet": datasheet and tflops / datasheet,
+        "set_up_s": compile_s,
+        "versions": measure.versions(),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
+    parser.add_argument("--bench", default="sample256", choices=cases.NAMES[-1:])
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    args = parser.parse_args()
+    config = cases.config(args.bench, args.data_dir, args.batch)
+    print(json.dumps({"bench": args.bench, **bench(config, args.seconds)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Times the bare training step: everything of an update but the loop around it.
+
+    python -m benchmarks.train_step --bench masked256 --data_dir DIR [--profile]
+
+Prints one JSON line. The step is the one that main.py runs: images in device memory as uint8, mask,
+noise, loss, gradient, clipping, AdamW, EMA. --profile adds where the time goes, by kind of kernel.
+"""
+
+import argparse
+import collections
+import json
+import pathlib
+import re
+import tempfile
+import time
+
+import jax
+
+from benchmarks import cases, measure
+from maskdm_jax import diffusion, flops, optim, sharding, uvit
+from maskdm_jax.data import loader, sources
+from maskdm_jax.memory import bytes_needed
+from maskdm_jax.state import create_state
+from maskdm_jax.step import make_train_step
+
+# Kinds of kernels, by their names in a trace; the first that matches counts.
+_KINDS = (
+    ("attention", r"sdpa|fmha|flash|forward_kernel|backward_kernel"),
+    ("matmul", r"gemm|nvjet|cutlass|matmul|xmma|splitK"),
+    ("copies", r"^Memcpy|memset|copy|transpose|concatenate|pad"),
+    ("reductions", r"reduce"),
+    ("scatter, sort, random", r"scatter|sort|rng|gather"),
+    ("other fusions", r""),
+)
+
+
+def build(config):
+    """(call, compiled): call(i) runs update i and returns its metrics."""
+    mesh = sharding.make_mesh(config)
+    source = sources.open_source(config)
+    batches = loader.Loader(config, source, mesh)
+    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
+    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
+    feed = batches.batches(0)
+    ready = [next(feed) for _ in range(8)]
+    out = (shardings, sharding.replicated(mesh))
+    compiled = (
+        jax.jit(step, donate_argnums=0, out_shardings=out)
+        .lower(abstract, batches.arrays, ready[0])
+        .compile()
+    )
+
+    def call(i):
+        nonlocal state
+        state, metrics = compiled(state, batches.arrays, ready[i % len(ready)])
+        return metrics
+
+    return call, compiled
+
+
+def bench(config, seconds: float) -> tuple[dict, object]:
+    """Rates of the bare step, beside compile time and memory."""
+    start = time.perf_counter()
+    call, compiled = build(config)
+    compile_s = time.perf_counter() - start
+    step_s = measure.seconds_per_call(call, seconds)
+    images_per_s = config.train.batch_size / step_s
+    peak = measure.matmul_tflops()
+    tflops = images_per_s * flops.training_flops(config) / 1e12
+    datasheet = flops.peak_tflops(jax.devices()[0])
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "batch": config.train.batch_size,
+        "images_per_s": images_per_s,
+        "step_ms": step_s * 1e3,
+        "model_tflops": tflops,
+        "matmul_tflops": peak,
+        "mfu": tflops / peak,
+        "mfu_datasheet": datasheet and tflops / datasheet,
+        "set_up_s": compile_s,
+        "memory_gib": bytes_needed(compiled) / 2**30,
+        "versions": measure.versions(),
+    }
+    return result, call
+
+
+def profile(call, steps: int = 3) -> list[str]:
+    """Where the device's time goes: a table by kind of kernel, and the 25 costliest kernels."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for i in range(steps):
+                out = call(i)
+            jax.block_until_ready(out)
+        (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
+        spent, counts = collections.Counter(), collections.Counter()
+        for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:GPU"):
+                continue
+            for line in plane.lines:
+                if line.name.startswith("Stream"):
+                    for event in line.events:
+                        spent[event.name] += event.duration_ns / 1e6 / steps
+                        counts[event.name] += 1
+    kinds, number = collections.Counter(), collections.Counter()
+    for name, ms in spent.items():
+        kind = next(kind for kind, pattern in _KINDS if re.search(pattern, name))
+        kinds[kind] += ms
+        number[kind] += counts[name] / steps
+    total = sum(kinds.values())
+    lines = [f"{total:8.2f} ms of kernels a step"]
+    lines += [f"{ms:8.2f} ms  {number[k]:6.0f} kernels  {k}" for k, ms in kinds.most_common()]
+    lines += [
+        f"{ms:8.2f} ms  {counts[n] / steps:6.0f} x  {n[:90]}" for n, ms in spent.most_common(25)
+    ]
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--bench", required=True, choices=cases.NAMES[:-1])
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument("--batch", type=int)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[], help="config fields: model.remat=blocks")
+    args = parser.parse_args()
+    config = cases.config(args.bench, args.data_dir, args.batch)
+    for field in args.set:
+        name, value = field.split("=", 1)
+        config.update_from_flattened_dict({name: type_as(config, name)(value)})
+    result, call = bench(config, args.seconds)
+    print(json.dumps({"bench": args.bench, **result}), flush=True)
+    if args.profile:
+        print("\n".join(profile(call)), flush=True)
+
+
+def type_as(config, field):
+    """The type of a config's field, for a value given as text."""
+    for name in field.split("."):
+        config = config[name]
+    return type(config)
+
+
+if __name__ == "__main__":
+    main()
