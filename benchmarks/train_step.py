@@ -17,11 +17,11 @@ import time
 import jax
 
 from benchmarks import cases, measure
-from maskdm_jax import diffusion, flops, optim, sharding, uvit
+from maskdm_jax import flops, optim, sharding, uvit
 from maskdm_jax.data import loader, sources
 from maskdm_jax.memory import bytes_needed
 from maskdm_jax.state import create_state
-from maskdm_jax.step import make_train_step
+from maskdm_jax.step import jit_train_step
 
 # Kinds of kernels, by their names in a trace; the first that matches counts.
 _KINDS = (
@@ -39,20 +39,14 @@ def build(config):
     mesh = sharding.make_mesh(config)
     source = sources.open_source(config)
     batches = loader.Loader(config, source, mesh)
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
     abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
-    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
+    step = jit_train_step(config, mesh, model, optimizer, abstract, batches.materialize)
     feed = batches.batches(0)
     ready = [next(feed) for _ in range(8)]
-    out = (shardings, sharding.replicated(mesh))
-    compiled = (
-        jax.jit(step, donate_argnums=0, out_shardings=out)
-        .lower(abstract, batches.arrays, ready[0])
-        .compile()
-    )
+    compiled = step.lower(abstract, batches.arrays, ready[0]).compile()
 
     def call(i):
         nonlocal state

@@ -9,9 +9,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from maskdm_jax import masking, objective, optim, patches, rng, uvit
+from maskdm_jax import diffusion, masking, objective, optim, patches, rng, sharding, uvit
 from maskdm_jax.state import TrainState
+
+
+def jit_train_step(
+    config,
+    mesh: Mesh,
+    model: uvit.UViT,
+    optimizer: optax.GradientTransformation,
+    abstract_state: TrainState,
+    materialize: Callable[[dict, dict], dict],
+):
+    """`make_train_step`, jitted: the state is donated, and stays where `abstract_state` says.
+
+    Args:
+      config: the run's config.
+      mesh: the devices.
+      model: from `uvit.make_model`.
+      optimizer: from `optim.make_optimizer`.
+      abstract_state: from `sharding.abstract`.
+      materialize: see `make_train_step`.
+    """
+    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(
+        make_train_step(config, model, optimizer, alphas_cumprod, materialize),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
 
 
 def make_train_step(

@@ -11,7 +11,6 @@ from clu import parameter_overview
 
 from maskdm_jax import (
     checkpoint,
-    diffusion,
     flops,
     images,
     optim,
@@ -24,7 +23,7 @@ from maskdm_jax.config import ConfigError, check_same_architecture, differences,
 from maskdm_jax.data import loader, sources
 from maskdm_jax.progress import say
 from maskdm_jax.state import create_state
-from maskdm_jax.step import make_train_step
+from maskdm_jax.step import jit_train_step
 from maskdm_jax.telemetry import Telemetry
 
 # Fields that may change when a run goes on without a remark: none changes an update.
@@ -62,7 +61,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
     # --------------------------------------------- data, model, weights: no device work yet
     source = sources.open_source(config)
-    model = uvit.make_model(config)
+    mesh = sharding.make_mesh(config)
+    model = uvit.make_model(config, mesh)
     optimizer = optim.make_optimizer(config)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
@@ -76,7 +76,6 @@ def train(config, workdir: str | pathlib.Path) -> None:
         say(note)
 
     # ------------------------------------------------------------------------------- state
-    mesh = sharding.make_mesh(config)
     abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     _make_folder(workdir)
@@ -95,21 +94,16 @@ def train(config, workdir: str | pathlib.Path) -> None:
     _say_start(config, source, mesh, abstract.params)
 
     # ------------------------------------------------------- compile, before the first step
-    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    train_step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
+    train_step = jit_train_step(config, mesh, model, optimizer, abstract, batches.materialize)
     feed = batches.batches(step)
     batch = next(feed)
     say("compiling the step ...")
     compile_start = time.perf_counter()
-    scalar = sharding.replicated(mesh)
-    compiled = (
-        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
-        .lower(state, batches.arrays, batch)
-        .compile()
-    )
+    compiled = train_step.lower(state, batches.arrays, batch).compile()
     say(f"compiled in {time.perf_counter() - compile_start:.1f} s{_memory(compiled)}")
     preview = jax.jit(
-        sample.make_sampler(config, model, config.sample.preview_steps), out_shardings=scalar
+        sample.make_sampler(config, model, config.sample.preview_steps),
+        out_shardings=sharding.replicated(mesh),
     )
 
     # ----------------------------------------------------------------------------- the loop
