@@ -22,7 +22,7 @@ _STEPS = 25
 def bench(config, seconds: float) -> dict:
     """Rates of the sampler, beside the time to compile it."""
     mesh = sharding.make_mesh(config)
-    model = uvit.make_model(config)
+    model = uvit.make_model(config, mesh)
     abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     params = jax.jit(lambda: uvit.init_params(model, jax.random.key(0)), out_shardings=shardings)()

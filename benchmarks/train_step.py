@@ -43,7 +43,7 @@ def build(config):
     ready = [
         {"ids": jax.device_put(order.ids(step).astype(np.int32), by_batch)} for step in range(8)
     ]
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
     abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()

@@ -1,10 +1,13 @@
-"""The one entry to attention: XLA everywhere, and fused kernels on NVIDIA GPUs: cuDNN's for long
-sequences, our own for short ones.
+"""The one entry to attention: XLA everywhere, and fused kernels: on NVIDIA GPUs cuDNN's for long
+sequences and our own for short ones, on TPUs JAX's splash kernel for long ones.
 
 Attention is 47 % of a U-ViT-B block at 4097 tokens and 8 % at 417, so the kernel decides the cost
 of stage 2. A kernel that wants other lengths than the model has is given padded ones, with the
 padding masked. Padding q, k and v costs a copy of each, so a model asks `padding` once, carries
-that many tokens more through all its blocks, and tells `attend` how many are real.
+that many tokens more through all its blocks, and tells `attend` how many are real. Where that would
+be many, `attend` pads.
+
+XLA cannot split a Pallas kernel over devices: on a mesh, each device runs it on its own images.
 """
 
 import functools
@@ -12,15 +15,24 @@ import warnings
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from maskdm_jax import short_attention
+from maskdm_jax import long_attention, sharding, short_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "splash")
 
 # JAX refuses odd lengths to cuDNN's backward pass.
 _CUDNN_MULTIPLE = 2
-# On one NVIDIA GPU, from here on cuDNN's kernel is taken, below it short_attention's.
+# On an NVIDIA GPU, from here on cuDNN's kernel is taken, below it short_attention's.
 _CUDNN_MIN_LENGTH = 128
+# On a TPU, from here on the splash kernel is taken, below it XLA's attention, which keeps K L^2
+# scores of 4 bytes an image and block. At 4097 tokens they are 5 times all else that a step of
+# U-ViT-B needs, at 417 as much as all else, at 257 (U-ViT-S) half (launch/compile_check.py with
+# model.attention xla and splash). Shorter, they are few, and most of the kernel's block is padding.
+_SPLASH_MIN_LENGTH = 256
+# The compiler counts less traffic where 4097 tokens become 4224 in all blocks of the network, and
+# where 417 become 512 in the kernel alone. The rule lies between.
+_CARRIED_PADDING = 1 / 16
 
 
 def attend(
@@ -30,28 +42,100 @@ def attend(
     implementation: str = "auto",
     *,
     num_valid: int | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v over the first `num_valid` tokens, with the softmax in float32.
 
     Args:
       q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], any float dtype.
-      implementation: "xla", "cudnn", "pallas" (`short_attention`), or "auto": the fused kernel for
-        that length where the machine and the dtype allow it, XLA otherwise. A kernel that is
-        named where it cannot run is XLA too, with one warning.
+      implementation: "xla", "cudnn", "pallas" (`short_attention`), "splash" (`long_attention`), or
+        "auto": the fused kernel for that length where the device and the dtype allow it, XLA
+        otherwise. A kernel that is named where it cannot run is XLA too, with one warning.
       num_valid: tokens that are real; the rest is padding, and what comes out for it is arbitrary
         but finite. None: all L.
+      mesh: the devices that the batch is split over. None: this process's first device.
 
     Returns:
       [B, L, K, H] of q's dtype.
     """
-    batch, length, _, head_dim = q_BLKH.shape
+    length, head_dim = q_BLKH.shape[1], q_BLKH.shape[3]
     num_valid = length if num_valid is None else num_valid
-    chosen = choose(implementation, length, head_dim, q_BLKH.dtype)
+    chosen = choose(implementation, length, head_dim, q_BLKH.dtype, mesh)
     if chosen == "xla":
         mask = None if num_valid == length else (jnp.arange(length) < num_valid)[None, None, None]
         return jax.nn.dot_product_attention(q_BLKH, k_BLKH, v_BLKH, mask=mask, implementation="xla")
-    if chosen == "pallas":
-        return short_attention.short_attention(q_BLKH, k_BLKH, v_BLKH, num_valid)
+    if chosen == "cudnn":
+        return _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid)
+
+    def kernel(q, k, v):
+        if chosen == "pallas":
+            return short_attention.short_attention(q, k, v, num_valid)
+        return long_attention.long_attention(q, k, v, num_valid)
+
+    return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
+
+
+def padding(
+    implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None
+) -> int:
+    """Tokens to add to `length` so that `attend` need not copy its arguments to pad them.
+
+    0 where so many tokens would cost the rest of the network more than those copies.
+    """
+    chosen = choose(implementation, length, head_dim, dtype, mesh)
+    if chosen == "cudnn":
+        return -length % _CUDNN_MULTIPLE
+    if chosen == "splash":
+        extra = long_attention.padded_length(length) - length
+        return extra if extra <= _CARRIED_PADDING * length else 0
+    return 0
+
+
+def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None) -> str:
+    """What `attend` runs on the devices of `mesh`: "xla", "cudnn", "pallas" or "splash".
+
+    Raises:
+      ValueError: for an implementation that does not exist.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"attention implementation {implementation!r}; expected one of {IMPLEMENTATIONS}"
+        )
+    device = sharding.first_device(mesh)
+    kernel = implementation
+    if kernel == "auto":
+        kernel = _fastest(device, length)
+    if kernel == "xla":
+        return "xla"
+    missing = _misses(device, kernel, length, head_dim, jnp.dtype(dtype))
+    if missing and implementation != "auto":
+        _warn_once(f"model.attention is {kernel!r}, but {missing}; XLA's attention runs instead")
+    return "xla" if missing else kernel
+
+
+def _fastest(device, length):
+    if device.platform == "tpu":
+        return "splash" if length >= _SPLASH_MIN_LENGTH else "xla"
+    return "cudnn" if length >= _CUDNN_MIN_LENGTH else "pallas"
+
+
+def _misses(device, kernel, length, head_dim, dtype) -> str:
+    """Why the fused kernel cannot run; "" where it can."""
+    if kernel == "splash":
+        return "" if device.platform == "tpu" else f"the device is {device.device_kind}, not a TPU"
+    if unfit := sharding.unfit_for_gpu_kernels(device):
+        return unfit
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"model.dtype is {dtype.name}, not bfloat16"
+    if kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
+        return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
+    if kernel == "pallas" and not short_attention.supports(length, head_dim):
+        return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
+    return ""
+
+
+def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
+    batch, length = q_BLKH.shape[:2]
     extra = -length % _CUDNN_MULTIPLE
     q, k, v = (
         jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
@@ -64,52 +148,6 @@ def attend(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return out[:, :length]
-
-
-def padding(implementation: str, length: int, head_dim: int, dtype) -> int:
-    """Tokens to add to `length` so that `attend` need not copy its arguments to pad them."""
-    if choose(implementation, length, head_dim, dtype) == "cudnn":
-        return -length % _CUDNN_MULTIPLE
-    return 0
-
-
-def choose(implementation: str, length: int, head_dim: int, dtype) -> str:
-    """What `attend` runs on this machine: "xla", "cudnn" or "pallas".
-
-    Raises:
-      ValueError: for an implementation that does not exist.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"attention implementation {implementation!r}; expected one of {IMPLEMENTATIONS}"
-        )
-    if implementation == "xla":
-        return "xla"
-    kernel = implementation
-    if kernel == "auto":
-        kernel = "cudnn" if length >= _CUDNN_MIN_LENGTH else "pallas"
-    missing = _misses(kernel, length, head_dim, jnp.dtype(dtype))
-    if missing and implementation != "auto":
-        _warn_once(f"model.attention is {kernel!r}, but {missing}; XLA's attention runs instead")
-    return "xla" if missing else kernel
-
-
-def _misses(kernel, length, head_dim, dtype) -> str:
-    """Why the fused kernel cannot run; "" where it can."""
-    device = jax.devices()[0]
-    if jax.default_backend() != "gpu" or "NVIDIA" not in device.device_kind:
-        return f"the device is {device.device_kind}, not an NVIDIA GPU"
-    if float(device.compute_capability) < 8.0:
-        return f"{device.device_kind} is older than Ampere"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"model.dtype is {dtype.name}, not bfloat16"
-    if kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
-        return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
-    if kernel == "pallas" and not short_attention.supports(length, head_dim):
-        return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
-    if kernel == "pallas" and jax.device_count() > 1:
-        return "XLA does not split the kernel over several devices"
-    return ""
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def dry_run(config, num_examples: int) -> None:
       num_examples: images of the data set, for `data.cache = "device"`.
     """
     mesh = sharding.make_mesh(config)
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
     state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     device = jax.devices()[0].device_kind
 

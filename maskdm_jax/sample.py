@@ -125,7 +125,7 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
-    model = uvit.make_model(config)
+    model = uvit.make_model(config, mesh)
     abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
     item = "ema" if config.sample.weights == "ema" else "params"
     params = checkpoint.restore_item(workdir, step, item, abstract)

@@ -66,7 +66,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
     if config.train.dry_run:
         memory.dry_run(config, len(source))
         return
-    model = uvit.make_model(config)
+    mesh = sharding.make_mesh(config)
+    model = uvit.make_model(config, mesh)
     optimizer = optim.make_optimizer(config)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
@@ -80,7 +81,6 @@ def train(config, workdir: str | pathlib.Path) -> None:
         say(note)
 
     # ------------------------------------------------------------------------------- state
-    mesh = sharding.make_mesh(config)
     abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     _make_folder(workdir)

@@ -8,6 +8,7 @@ selects their position rows. `init_params` and `apply` are all that the rest of 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from maskdm_jax import attention, layers
 from maskdm_jax.patches import grid_shape
@@ -24,8 +25,8 @@ def dimensions(model) -> tuple[int, int, int]:
     return model.width or width, model.depth or depth, model.num_heads or num_heads
 
 
-def make_model(config) -> "UViT":
-    """The network of a config."""
+def make_model(config, mesh: Mesh | None = None) -> "UViT":
+    """The network of a config, for the devices of `mesh` (None: this process's first device)."""
     rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
     width, depth, num_heads = dimensions(config.model)
     return UViT(
@@ -42,6 +43,7 @@ def make_model(config) -> "UViT":
         remat=config.model.remat,
         attention=config.model.attention,
         dtype=jnp.dtype(config.model.dtype),
+        mesh=mesh,
     )
 
 
@@ -108,6 +110,7 @@ class UViT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: jnp.dtype = jnp.dtype("float32")
+    mesh: Mesh | None = None
 
     @property
     def num_extra_tokens(self) -> int:
@@ -125,7 +128,7 @@ class UViT(nn.Module):
         # The attention kernel may want a few tokens more; nothing ever reads them.
         length = x_BLD.shape[1]
         head_dim = self.width // self.num_heads
-        extra = attention.padding(self.attention, length, head_dim, self.dtype)
+        extra = attention.padding(self.attention, length, head_dim, self.dtype, self.mesh)
         if extra:
             x_BLD = jnp.pad(x_BLD, ((0, 0), (0, extra), (0, 0)))
         # Blocks see one long list of M = B * L tokens: given [B, L, D], XLA may lay tokens out
@@ -142,6 +145,7 @@ class UViT(nn.Module):
             length=padded,
             num_valid=length,
             dtype=self.dtype,
+            mesh=self.mesh,
         )
         skips = []
         for i in range(self.num_skips):
@@ -215,6 +219,7 @@ class Block(nn.Module):
     length: int  # L, tokens of one image
     num_valid: int  # those of them that are not padding
     dtype: jnp.dtype
+    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_MD, skip_MD, deterministic):
@@ -242,7 +247,7 @@ class Block(nn.Module):
         v_MD = normed_MD @ _scaled(scale, kernel_v, dtype)
         q_BLKH, k_BLKH, v_BLKH = (x.reshape(heads) for x in (q_MD, k_MD, v_MD))
         out_BLKH = attention.attend(
-            q_BLKH, k_BLKH, v_BLKH, self.attention, num_valid=self.num_valid
+            q_BLKH, k_BLKH, v_BLKH, self.attention, num_valid=self.num_valid, mesh=self.mesh
         )
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
@@ -254,7 +259,7 @@ class Block(nn.Module):
         kernel, bias = Linear(width, hidden_width, name="mlp_in")()
         normed_MD = layers.normalize(x_MD)
         hidden = normed_MD @ _scaled(scale, kernel, dtype)
-        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel)))
+        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel), self.mesh))
         kernel, bias = Linear(hidden_width, width, name="mlp_out")()
         return x_MD + drop(hidden @ kernel.astype(dtype) + bias.astype(dtype))
 

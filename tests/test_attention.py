@@ -1,19 +1,21 @@
 """Every implementation is softmax attention; kernels run in interpret mode on the CPU."""
 
+import types
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maskdm_jax import attention
+from maskdm_jax import attention, long_attention, short_attention
 from maskdm_jax.attention import attend
-from maskdm_jax.short_attention import MAX_LENGTH, short_attention
+from maskdm_jax.short_attention import MAX_LENGTH
 
 
-def qkv(length, num_heads=2, head_dim=16):
-    shape = (3, 1, length, num_heads, head_dim)
+def qkv(length, num_heads=2, head_dim=16, batch=1):
+    shape = (3, batch, length, num_heads, head_dim)
     return np.random.default_rng(length).normal(size=shape).astype(np.float32)
 
 
@@ -24,8 +26,12 @@ def softmax_attention(q, k, v, num_valid):
     return np.einsum("bklm,bmkh->blkh", weights, v[:, :num_valid])
 
 
-def interpreted(q, k, v, num_valid):
-    return short_attention(q, k, v, num_valid, True)
+def short(q, k, v, num_valid):
+    return short_attention.short_attention(q, k, v, num_valid, True)
+
+
+def long(q, k, v, num_valid):
+    return long_attention.long_attention(q, k, v, num_valid, True)
 
 
 def by_xla(q, k, v, num_valid):
@@ -34,9 +40,9 @@ def by_xla(q, k, v, num_valid):
 
 @pytest.mark.parametrize("padding", [0, 3])
 @pytest.mark.parametrize("length", [5, 17, 417, 4097])
-@pytest.mark.parametrize("implementation", [by_xla, interpreted])
+@pytest.mark.parametrize("implementation", [by_xla, short, long])
 def test_it_is_softmax_attention(implementation, length, padding):
-    if implementation is interpreted and length > MAX_LENGTH:
+    if implementation is short and length > MAX_LENGTH:
         length = MAX_LENGTH - padding
     q, k, v = qkv(length + padding, num_heads=1)
     out = jax.jit(implementation, static_argnums=3)(q, k, v, length)
@@ -45,8 +51,11 @@ def test_it_is_softmax_attention(implementation, length, padding):
     assert np.isfinite(out).all()
 
 
-@pytest.mark.parametrize("length, num_valid", [(29, 29), (53, 50)])
-def test_the_kernels_gradients_are_those_of_xla(length, num_valid):
+@pytest.mark.parametrize(
+    "kernel, length, num_valid",
+    [(short, 29, 29), (short, 53, 50), (long, 512, 512), (long, 417, 417), (long, 768, 760)],
+)
+def test_the_kernels_gradients_are_those_of_xla(kernel, length, num_valid):
     q, k, v = qkv(length)
     dout = np.zeros_like(q)
     dout[:, :num_valid] = qkv(length)[0][:, :num_valid]
@@ -55,11 +64,48 @@ def test_the_kernels_gradients_are_those_of_xla(length, num_valid):
         _, pullback = jax.vjp(lambda *a: implementation(*a, num_valid), q, k, v)
         return pullback(dout)
 
-    for ours, xla in zip(gradients(interpreted), gradients(by_xla), strict=True):
+    for ours, xla in zip(gradients(kernel), gradients(by_xla), strict=True):
         np.testing.assert_allclose(ours, xla, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "pallas"])
+@pytest.mark.parametrize("batch", [8, 3])
+@pytest.mark.parametrize(
+    "implementation, kernel, length",
+    [("pallas", "short_attention", 29), ("splash", "long_attention", 261)],
+)
+def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
+    monkeypatch, implementation, kernel, length, batch
+):
+    original = getattr(getattr(attention, kernel), kernel)
+    batches_seen = []
+
+    def interpreted(q, k, v, num_valid):
+        batches_seen.append(q.shape[0])
+        return original(q, k, v, num_valid, True)
+
+    monkeypatch.setattr(f"maskdm_jax.{kernel}.{kernel}", interpreted)
+    monkeypatch.setattr(attention, "_misses", lambda *args: "")
+    mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
+    spec = PartitionSpec(("data", "fsdp")) if batch == 8 else PartitionSpec()
+    q, k, v = jax.device_put(
+        qkv(length, batch=batch), NamedSharding(mesh, PartitionSpec(None, *spec))
+    )
+
+    def loss(q, k, v, implementation, mesh):
+        out = attend(q, k, v, implementation, num_valid=length - 2, mesh=mesh)
+        return jnp.sum(jnp.sin(out[:, : length - 2]))
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=(3, 4))
+    value, grads = gradients(q, k, v, implementation, mesh)
+    assert set(batches_seen) == {1 if batch == 8 else 3}  # 3 do not divide: all run all
+    assert all(grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4) for grad in grads)
+    expected_value, expected_grads = gradients(q, k, v, "xla", None)
+    np.testing.assert_allclose(value, expected_value, atol=1e-4)  # a sum of thousands
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        np.testing.assert_allclose(grad, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["cudnn", "pallas", "splash"])
 def test_a_kernel_that_the_machine_lacks_falls_back_with_one_warning(kernel):
     attention._warn_once.cache_clear()
     q, k, v = qkv(17)
@@ -71,14 +117,34 @@ def test_a_kernel_that_the_machine_lacks_falls_back_with_one_warning(kernel):
     assert len(caught) == 1 and kernel in str(caught[0].message)
 
 
-def test_a_gpu_chooses_by_length_and_pads_to_even(monkeypatch):
-    monkeypatch.setattr(attention, "_misses", lambda *args: "")
+def mesh_of(**device):
+    devices = np.array([types.SimpleNamespace(**device)])
+    return types.SimpleNamespace(devices=devices, size=1)
+
+
+def test_a_gpu_chooses_by_length_and_pads_to_even():
+    h200 = mesh_of(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
     bf16 = jnp.bfloat16
-    assert attention.choose("auto", 29, 64, bf16) == "pallas"
-    assert attention.choose("auto", 4097, 64, bf16) == "cudnn"
-    assert attention.choose("xla", 4097, 64, bf16) == "xla"
-    assert attention.padding("auto", 4097, 64, bf16) == 1
-    assert attention.padding("auto", 418, 64, bf16) == attention.padding("auto", 29, 64, bf16) == 0
+    assert attention.choose("auto", 29, 64, bf16, h200) == "pallas"
+    assert attention.choose("auto", 4097, 64, bf16, h200) == "cudnn"
+    assert attention.choose("auto", 4097, 64, jnp.float32, h200) == "xla"
+    assert attention.choose("xla", 4097, 64, bf16, h200) == "xla"
+    assert attention.padding("auto", 4097, 64, bf16, h200) == 1
+    assert attention.padding("auto", 418, 64, bf16, h200) == 0
+    assert attention.padding("auto", 29, 64, bf16, h200) == 0
+
+
+def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():
+    v5e = mesh_of(platform="tpu", device_kind="TPU v5 lite")
+    bf16 = jnp.bfloat16
+    for length in (17, 29, 128):
+        assert attention.choose("auto", length, 64, bf16, v5e) == "xla"
+    for length in (257, 417, 4097):
+        assert attention.choose("auto", length, 64, bf16, v5e) == "splash"
+    assert attention.padding("auto", 4097, 64, bf16, v5e) == 4224 - 4097
+    assert attention.padding("auto", 417, 64, bf16, v5e) == 0
+    assert attention.padding("auto", 512, 64, bf16, v5e) == 0
+    assert attention.padding("auto", 29, 64, bf16, v5e) == 0
 
 
 def test_an_unknown_implementation_is_named():

@@ -1,0 +1,76 @@
+"""Attention over long sequences on TPUs: the splash kernel that comes with JAX, set up for images.
+
+Of JAX's two kernels for TPUs, splash keeps half the temporaries that flash_attention keeps at 4097
+tokens, and is the one that large language models train with. It never writes the scores, forward
+or backward. Its lengths are multiples of its blocks, so the rest of the last block is padding, of a
+segment of its own: a token attends to its own segment only.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+# Queries and keys of one block, a multiple of 128; of those that leave the least padding, the first
+# is taken. With 512 the scores of a block, float32, are 1 MiB of the compiler's 16 for a kernel.
+_BLOCKS = (512, 384, 256)
+
+
+def padded_length(length: int) -> int:
+    """The shortest length that the kernel takes `length` tokens in: 4224 for 4097."""
+    return min(_pad(length, block) for block in _BLOCKS)
+
+
+def long_attention(
+    q_BLKH: jax.Array,
+    k_BLKH: jax.Array,
+    v_BLKH: jax.Array,
+    num_valid: int,
+    interpret: bool = False,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the first `num_valid` keys, with the softmax in float32.
+
+    Args:
+      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H]; another L than `padded_length` gives costs copies.
+      num_valid: tokens that are not padding, at least 1.
+      interpret: run the kernel on the CPU, slowly, for tests.
+
+    Returns:
+      [B, L, K, H] of q's dtype.
+    """
+    _, length, num_heads, head_dim = q_BLKH.shape
+    padded = padded_length(length)
+    kernel = splash.make_splash_mha_single_device(
+        splash.MultiHeadMask([splash.FullMask((padded, padded))] * num_heads),
+        block_sizes=_block_sizes(padded),
+        interpret=interpret,
+    )
+    segments = None
+    if num_valid < padded:
+        segment_L = (jnp.arange(padded) >= num_valid).astype(jnp.int32)
+        segments = splash.SegmentIds(q=segment_L, kv=segment_L)
+
+    def prepare(x_BLKH):
+        x_BLKH = jnp.pad(x_BLKH, ((0, 0), (0, padded - length), (0, 0), (0, 0)))
+        return x_BLKH.swapaxes(1, 2)
+
+    # The kernel does not scale.
+    q_BKLH, k_BKLH, v_BKLH = map(prepare, (q_BLKH * head_dim**-0.5, k_BLKH, v_BLKH))
+    out_BKLH = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(
+        q_BKLH, k_BKLH, v_BKLH
+    )
+    return out_BKLH.swapaxes(1, 2)[:, :length]
+
+
+def _block_sizes(padded):
+    size = next(block for block in _BLOCKS if padded % block == 0)
+    forward = dict(block_q=size, block_kv=size, block_kv_compute=size)
+    dkv = dict(block_q_dkv=size, block_kv_dkv=size, block_kv_dkv_compute=size)
+    dq = dict(block_q_dq=size, block_kv_dq=size)
+    # A TPU stores rows of 128: 64 channels a head, channels last, would take twice their memory.
+    tokens_last = splash.QKVLayout.SEQ_MINOR
+    layout = dict(q_layout=tokens_last, k_layout=tokens_last, v_layout=tokens_last)
+    return splash.BlockSizes(**forward, **dkv, **dq, **layout)
+
+
+def _pad(length, block):
+    return -(-length // block) * block
