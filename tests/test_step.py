@@ -47,11 +47,14 @@ def reference(request):
 @pytest.mark.parametrize(
     "num_devices, fields",
     [
+        (2, {}),
+        (2, {"mesh.fsdp": 2}),
         (8, {}),
-        (8, {"mesh.fsdp": 4}),
+        (8, {"mesh.fsdp": 2}),
+        (8, {"mesh.fsdp": 8}),
         (1, {"optim.accumulate_steps": 4}),
     ],
-    ids=["8-devices", "fsdp-4", "accumulate-4"],
+    ids=["2-devices", "fsdp-2", "8-devices", "data-4-fsdp-2", "fsdp-8", "accumulate-4"],
 )
 def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, fields):
     if not reference:
