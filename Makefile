@@ -21,6 +21,7 @@ test-slow: .venv/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
 
 clean:
 	rm -rf .venv build *.egg-info "$(DEMO_DIR)"
