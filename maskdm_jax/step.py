@@ -9,9 +9,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
-from maskdm_jax import masking, objective, optim, patches, rng, uvit
+from maskdm_jax import diffusion, masking, objective, optim, patches, rng, sharding, uvit
 from maskdm_jax.state import TrainState
+
+
+def jit_train_step(
+    config,
+    mesh: Mesh,
+    model: uvit.UViT,
+    optimizer: optax.GradientTransformation,
+    abstract_state: TrainState,
+    materialize: Callable[[dict, dict], dict],
+):
+    """`make_train_step` under jit on `mesh`: what main.py runs, to be lowered and compiled.
+
+    The state is donated, and comes back laid out as `abstract_state` says.
+    """
+    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    return jax.jit(
+        make_train_step(config, model, optimizer, alphas_cumprod, materialize),
+        donate_argnums=0,
+        out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def make_train_step(

@@ -11,10 +11,10 @@ from clu import parameter_overview
 
 from maskdm_jax import (
     checkpoint,
-    diffusion,
     distributed,
     flops,
     images,
+    memory,
     optim,
     pretrained,
     sample,
@@ -25,7 +25,7 @@ from maskdm_jax.config import ConfigError, check_same_architecture, differences,
 from maskdm_jax.data import loader, sources
 from maskdm_jax.progress import say
 from maskdm_jax.state import create_state
-from maskdm_jax.step import make_train_step
+from maskdm_jax.step import jit_train_step
 from maskdm_jax.telemetry import Telemetry
 
 # Fields that may change when a run goes on without a remark: none changes an update.
@@ -36,6 +36,7 @@ _FREE = (
     "mesh.",
     "checkpoint.",
     "sample.",
+    "train.dry_run",
     "train.log_every_steps",
     "train.sample_every_steps",
 )
@@ -63,6 +64,9 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
     # --------------------------------------------- data, model, weights: no device work yet
     source = sources.open_source(config)
+    if config.train.dry_run:
+        memory.dry_run(config, len(source))
+        return
     model = uvit.make_model(config)
     optimizer = optim.make_optimizer(config)
     # Own checkpoint, else other weights, else fresh ones.
@@ -98,21 +102,18 @@ def train(config, workdir: str | pathlib.Path) -> None:
     _say_start(config, source, mesh, abstract.params)
 
     # ------------------------------------------------------- compile, before the first step
-    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    train_step = make_train_step(config, model, optimizer, alphas_cumprod, batches.materialize)
+    train_step = jit_train_step(config, mesh, model, optimizer, abstract, batches.materialize)
     feed = batches.batches(step)
     batch = next(feed)
     say("compiling the step ...")
     compile_start = time.perf_counter()
-    scalar = sharding.replicated(mesh)
-    compiled = (
-        jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, scalar))
-        .lower(state, batches.arrays, batch)
-        .compile()
+    compiled = train_step.lower(state, batches.arrays, batch).compile()
+    say(
+        f"compiled in {time.perf_counter() - compile_start:.1f} s; "
+        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB a device"
     )
-    say(f"compiled in {time.perf_counter() - compile_start:.1f} s{_memory(compiled)}")
-    preview = jax.jit(
-        sample.make_sampler(config, model, config.sample.preview_steps), out_shardings=scalar
+    preview = sample.jit_sampler(
+        config, mesh, model, sharding.replicated(mesh), config.sample.preview_steps
     )
 
     # ----------------------------------------------------------------------------- the loop
@@ -210,21 +211,6 @@ def _make_folder(workdir):
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another"
         ) from error
-
-
-def _memory(compiled):
-    """The compiler's own account, where the backend gives one."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return ""
-    # Donated inputs share their memory with outputs.
-    total = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-    return f"; {total / 2**30:.2f} GiB a device"
 
 
 def _write_whole(path, text):
