@@ -129,7 +129,7 @@ def _check(given):
     example = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} is missing; several processes that are started by hand need "
+            f"{' and '.join(missing)} not given; several processes that are started by hand need "
             f"all of {example}; one host, Slurm and TPU pods need none"
         )
     if not re.fullmatch(r"\S+:\d+", given["coordinator"]):

@@ -114,8 +114,8 @@ def test_a_tpu_vm_asks_its_metadata_how_many_hosts_there_are(
 @pytest.mark.parametrize(
     "given, expected",
     [
-        (("node0:1234", 2, None), "--process_id is missing"),
-        ((None, None, 0), "--coordinator and --num_processes is missing"),
+        (("node0:1234", 2, None), "--process_id not given"),
+        ((None, None, 0), "--coordinator and --num_processes not given"),
         (("node0", 2, 0), "--coordinator is 'node0'; expected host:port"),
         (("node0:1234", 0, 0), "--num_processes is 0"),
         (("node0:1234", 2, 2), "--process_id is 2; expected 0 to 1"),
