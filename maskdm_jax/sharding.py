@@ -79,6 +79,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+    """Ids of the rows, of `size` in a batch, that lie on this process's devices, ascending."""
+    rows = np.arange(size)
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
