@@ -25,7 +25,8 @@ from maskdm_jax.step import jit_train_step
 
 # Kinds of kernels, by their names in a trace; the first that matches counts.
 _KINDS = (
-    ("attention", r"sdpa|fmha|flash|forward_kernel|backward_kernel"),
+    ("GELU", r"^gelu_"),
+    ("attention", r"sdpa|fmha|flash|cudnn|attention"),
     ("matmul", r"gemm|nvjet|cutlass|matmul|xmma|splitK"),
     ("copies", r"^Memcpy|memset|copy|transpose|concatenate|pad"),
     ("reductions", r"reduce"),

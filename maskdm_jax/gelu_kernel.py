@@ -78,7 +78,7 @@ def _call(kernel, interpret, bias_D, *arrays):
         out_specs=out_specs,
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
+        name="gelu" + kernel.__name__,
     )(bias_D[None].astype(jnp.float32), *arrays)
 
 

@@ -68,7 +68,7 @@ def _call(kernel, num_outputs, num_valid, interpret, *arrays):
         out_specs=[head] * num_outputs,
         compiler_params=triton.CompilerParams(num_warps=max(rows // 16, 1), num_stages=1),
         interpret=interpret,
-        name=kernel.__name__.strip("_"),
+        name="short_attention" + kernel.__name__,
     )(*arrays)
 
 
