@@ -27,8 +27,9 @@ def main(argv):
 
     import jax  # after the checks, which need no device
 
-    from maskdm_jax import faults, sample
+    from maskdm_jax import checkpoint, faults, sample
 
+    checkpoint.mute_late_tracebacks()
     _use_compilation_cache(jax)
     validate_devices(config, jax.device_count(), _MODE.value)
     try:

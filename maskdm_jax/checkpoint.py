@@ -14,6 +14,7 @@ import os
 import pathlib
 import shutil
 import sys
+import warnings
 
 import jax
 import numpy as np
@@ -261,6 +262,22 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
     return step, sha.hexdigest()
 
 
+def mute_late_tracebacks() -> None:
+    """Mutes, for the whole process, Orbax's reads and writes that are under way when another fails.
+
+    The first error is raised as ever; the others find their event loop gone, and each would print a
+    stack trace.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maskdm_jax.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -269,6 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--step", type=int, help="default: the newest")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    mute_late_tracebacks()
     try:
         step, sha = digest(args.workdir, args.step)
     except ConfigError as error:

@@ -37,6 +37,15 @@ def send_in_mid_run(process, happened, *signals):
     return process.returncode, out, err
 
 
+def complaints(err):
+    """What is on standard error beside the progress of decoding."""
+    return [line for line in err.splitlines() if "images in" not in line]
+
+
+def newest(workdir):
+    return max(checkpoint.steps(workdir), default=0)
+
+
 @pytest.fixture(scope="module")
 def calm():
     """Filled by the first test that needs it: the digest of an undisturbed run."""
@@ -57,7 +66,7 @@ def test_sigterm_saves_that_very_step_and_the_run_ends_as_an_undisturbed_one(
     stopped = int(re.search(r"asked to stop at step (\d+) of 1000", out)[1])
     assert checkpoint.steps(tmp_path) == [stopped]
     assert read_metrics(tmp_path)[-1]["step"] == stopped
-    assert not err.strip()
+    assert not complaints(err)
 
     result = run_main("pretrain_digits", tmp_path, *FLAGS)
     assert result.returncode == 0, result.stderr
@@ -70,7 +79,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
     process = run_main("pretrain_digits", tmp_path, *flags, wait=False)
     has_saved = lambda: checkpoint.steps(tmp_path)  # noqa: E731
     code, out, err = send_in_mid_run(process, has_saved, signal.SIGINT, signal.SIGINT)
-    assert code == 130 and not err.strip(), err
+    assert code == 130 and not complaints(err), err
     newest = checkpoint.steps(tmp_path)[-1]
     told = re.search(r"^stopped at step (\d+); the newest checkpoint is step (\d+);", out, re.M)
     assert int(told[1]) >= int(told[2]) == newest
@@ -92,7 +101,8 @@ def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(tiny_config, tmp_pat
 
 @pytest.mark.slow
 def test_thirty_kills_at_random_moments_lose_nothing(run_main, tmp_path):
-    """Every third kill waits until a checkpoint is half-written; the others come at random."""
+    """A third of the kills wait until a save is half-written, a third come soon after a save, and a
+    third at any moment from the process's start on: imports, restore, compilation, training."""
     flags = ["--config.train.num_steps=60000", "--config.train.log_every_steps=10"]
     flags += ["--config.checkpoint.every_steps=10", "--config.data.num_threads=1"]
     generator = random.Random(0)
@@ -102,19 +112,23 @@ def test_thirty_kills_at_random_moments_lose_nothing(run_main, tmp_path):
     for kill in range(30):
         process = run_main("pretrain_digits", workdir, *flags, wait=False)
         try:
-            wait_for(process, lambda old=before: max(checkpoint.steps(workdir), default=0) > old)
-            if kill % 3 == 0:
-                wait_for(process, lambda: list(folder.glob("*.orbax-checkpoint-tmp*")))
+            if kill % 3 == 2:
+                time.sleep(generator.uniform(0, 10))
             else:
+                wait_for(process, lambda old=before: newest(workdir) > old)
+            if kill % 3 == 1:
                 time.sleep(generator.uniform(0, 0.5))
+            elif kill % 3 == 0:
+                wait_for(process, lambda: list(folder.glob("*.orbax-checkpoint-tmp*")))
         finally:
             process.kill()
             out, _ = process.communicate()
         went_on = re.search(r"going on from step (\d+)", out)
-        assert (int(went_on[1]) if went_on else 0) == before
+        assert went_on is None or int(went_on[1]) == before
         half_written = [p.name for p in folder.glob("*.orbax-checkpoint-tmp*")]
         in_saves += bool(half_written)
-        before = checkpoint.steps(workdir)[-1]
+        assert newest(workdir) >= before
+        before = newest(workdir)
         print(f"kill {kill + 1}: newest checkpoint {before}, half-written {half_written}")
     assert in_saves >= 5
 
