@@ -1,4 +1,5 @@
 # make demo: the whole path on real digits, in minutes on a CPU. make test: the test suite.
+# make test-slow: what takes minutes each, such as killing a run 30 times.
 PYTHON ?= python3
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
@@ -17,7 +18,7 @@ test: .venv/.installed
 	$(BIN)/python -m pytest --durations=10
 
 test-slow: .venv/.installed
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m slow -s --durations=10
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

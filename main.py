@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from maskdm_jax import distributed
-from maskdm_jax.config import ConfigError, validate, validate_devices
+from maskdm_jax.config import ConfigError, RunError, validate, validate_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
@@ -34,17 +34,36 @@ def main(argv):
 
     import jax  # after the checks, which need no device
 
-    from maskdm_jax import memory, sample, train
+    from maskdm_jax import checkpoint, faults, memory, sample
 
     memory.set_gpu_memory_fraction()
+    checkpoint.mute_late_tracebacks()
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     _use_compilation_cache(jax)
     validate_devices(config, jax.device_count(), _MODE.value)
-    with memory.explained(config, _MODE.value):
-        if _MODE.value == "sample":
-            sample.sample(config, _WORKDIR.value)
-        else:
-            train.train(config, _WORKDIR.value)
+    try:
+        with memory.explained(config, _MODE.value):
+            if _MODE.value == "sample":
+                sample.sample(config, _WORKDIR.value)
+            else:
+                _train(config, _WORKDIR.value)
+    except OSError as error:
+        if not faults.disk_is_full(error):
+            raise
+        raise RunError(f"{error}; make room, then the same command goes on") from error
+
+
+def _train(config, workdir):
+    from maskdm_jax import preemption, progress, train
+
+    watch = preemption.Watch()
+    try:
+        train.train(config, workdir, watch.reached)
+    except preemption.Preempted as stop:
+        progress.say(str(stop))
+        sys.exit(preemption.EXIT_CODE)
+    except KeyboardInterrupt:
+        watch.interrupted(workdir)
 
 
 def _use_compilation_cache(jax):
@@ -88,13 +107,21 @@ def _parse(argv):
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)  # libraries remark on what a user cannot change
+    # Libraries remark on what a user cannot change, and log with a stack trace what they raise too.
+    logging.set_verbosity(logging.FATAL)
     try:
         app.run(main, flags_parser=_parse)
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
         distributed.leave(2)
         sys.exit(2)
+    except RunError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        distributed.leave(1)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     except Exception:
         if distributed.several():
             traceback.print_exc()

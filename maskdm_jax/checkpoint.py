@@ -1,21 +1,33 @@
 """All of Orbax: saving, restoring, retention, and the digest by which two runs are compared.
 
 A workdir holds checkpoints/<step>/{state,config}. A save is asynchronous and appears under its own
-name only when it is whole, so a run that is killed at any moment finds its last whole one.
+name only when it is whole, so a run that is killed at any moment finds its last whole one. What a
+disk or a copy has damaged since is found by reading all of it before it is used.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
 
 import argparse
 import hashlib
+import itertools
+import os
 import pathlib
+import shutil
 import sys
+import warnings
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from maskdm_jax import distributed, faults
 from maskdm_jax.config import ConfigError, from_dict
+from maskdm_jax.progress import remark
+
+_ITEMS = ("params", "ema", "opt_state")
+# What Orbax and TensorStore raise where files are cut short, empty or missing; a JSONDecodeError
+# and TensorStore's own errors are ValueErrors.
+_DAMAGE = (ValueError, KeyError, FileNotFoundError)
 
 
 def directory(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -28,8 +40,10 @@ class Checkpoints:
 
     def __init__(self, workdir: str | pathlib.Path, config):
         self._config = config.to_dict()
+        self._directory = directory(workdir)
+        self._saving = None  # (step, its bytes) of the save that may still be in progress
         self._manager = ocp.CheckpointManager(
-            directory(workdir),
+            self._directory,
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=config.checkpoint.every_steps,
                 max_to_keep=config.checkpoint.keep_last,
@@ -43,13 +57,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state, force: bool = False) -> None:
-        """Saves where `step` is due by `checkpoint.every_steps`, or `force` is set."""
+        """Saves where `step` is due by `checkpoint.every_steps`, or `force` is set.
+
+        The files are written behind the next steps. Where the disk is full, RunError comes from
+        here, `check` or `close`, whichever is called first after the fact.
+        """
+        self._wait()
         if step == self._manager.latest_step():
             return
+        self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config)
         )
-        self._manager.save(step, args=args, force=force)
+        with self._full_disk_explained():
+            self._manager.save(step, args=args, force=force)
+
+    def check(self) -> None:
+        """Raises RunError where a save has failed since the last call; waits for nothing."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._wait()
 
     def restore(self, step: int, abstract_state):
         """The state at `step`, laid out as `abstract_state`'s shardings say."""
@@ -58,8 +84,31 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves in progress."""
-        self._manager.wait_until_finished()
+        self._wait()
         self._manager.close()
+
+    def newest(self) -> str:
+        """Where a run would go on, in words; waits for saves in progress."""
+        self._wait()
+        step = self.latest_step()
+        return f"step {step} in {self._directory}" if step is not None else "none yet"
+
+    def _wait(self):
+        with self._full_disk_explained():
+            self._manager.wait_until_finished()
+        self._saving = None
+
+    def _full_disk_explained(self):
+        step, size = self._saving or (None, 0)
+        whole = steps(self._directory.parent)
+        free = shutil.disk_usage(self._directory).free
+        start = f"goes on from step {whole[-1]}" if whole else "starts again"
+        return faults.explain_full_disk(
+            f"checkpoint {step}",
+            self._directory,
+            f"it takes about {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; the "
+            f"older checkpoints are whole: make room, then the same command {start}",
+        )
 
 
 def steps(workdir: str | pathlib.Path) -> list[int]:
@@ -70,19 +119,80 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
 
 
-def find_step(workdir: str | pathlib.Path, step: int | None = None) -> int:
-    """`step`, or the newest; raises ConfigError where there is no such checkpoint."""
-    found = steps(workdir)
+def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: bool = False) -> int:
+    """The step to use: `step`, or that of the newest checkpoint that is not damaged.
+
+    Damaged ones that are passed over are reported. To know, one process reads all of a checkpoint.
+
+    Args:
+      workdir: the run.
+      step: the one to use; None for the newest.
+      set_aside: move newer, damaged ones to <workdir>/damaged_checkpoints, so that the run can save
+        these steps again.
+
+    Raises:
+      ConfigError: where there is no such checkpoint, `step` is damaged, or all are.
+    """
+    found = distributed.agreed(steps(workdir))
     if not found:
         raise ConfigError(
             f"{workdir} holds no checkpoint; expected a --workdir that training wrote"
         )
     if step is not None and step not in found:
         raise ConfigError(f"{workdir} holds no checkpoint of step {step}; it holds {found}")
-    return found[-1] if step is None else step
+    candidates = found[::-1] if step is None else [step]
+    good = -1
+    if distributed.is_main():
+        good = _newest_whole(workdir, candidates, set_aside)
+    (good,) = distributed.agreed([good])
+    if good >= 0:
+        return good
+    if step is not None:
+        others = [s for s in found if s != step]
+        raise ConfigError(f"checkpoint {step} of {workdir} is damaged; others there: {others}")
+    raise ConfigError(
+        f"every checkpoint in {directory(workdir)} is damaged: {found}; put back a copy, or, to "
+        "start afresh, type another --workdir"
+    )
 
 
-def restore_item(workdir: str | pathlib.Path, step: int, name: str, abstract=None):
+def _newest_whole(workdir, candidates, set_aside):
+    """The first of `candidates` that can be read, -1 where none can."""
+    damaged = {}
+    for step in candidates:
+        try:
+            _read_all(workdir, step)
+        except _DAMAGE as error:
+            damaged[step] = " ".join(str(error).split())[:200]
+            continue
+        for bad, reason in damaged.items():
+            place = f"; moved to {_set_aside(workdir, bad)}" if set_aside else ""
+            remark(f"checkpoint {bad} of {workdir} is damaged ({reason}){place}; using {step}")
+        return step
+    for bad, reason in damaged.items():
+        remark(f"checkpoint {bad} of {workdir} is damaged ({reason})")
+    return -1
+
+
+def _read_all(workdir, step):
+    """Reads every array and the config, one process alone; raises one of _DAMAGE."""
+    load_config(workdir, step, alone=True)
+    for item in _ITEMS:
+        restore_item(workdir, step, item, alone=True)
+
+
+def _set_aside(workdir, step):
+    folder = directory(workdir).parent / "damaged_checkpoints"
+    folder.mkdir(exist_ok=True)
+    names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
+    place = next(folder / name for name in names if not (folder / name).exists())
+    os.rename(directory(workdir) / str(step), place)
+    return place
+
+
+def restore_item(
+    workdir: str | pathlib.Path, step: int, name: str, abstract=None, alone: bool = False
+):
     """One entry of a checkpoint's state ("params", "ema", ...), and nothing else of it.
 
     Args:
@@ -91,14 +201,15 @@ def restore_item(workdir: str | pathlib.Path, step: int, name: str, abstract=Non
       name: the entry.
       abstract: ShapeDtypeStructs with shardings to restore to; None for NumPy arrays in whatever
         shape they were saved.
+      alone: whether this process reads while the others do not.
     """
     path = directory(workdir) / str(step)
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _reader(alone) as checkpointer:
         if abstract is None:
-            metadata = checkpointer.metadata(path).item_metadata.state.tree[name]
+            saved = checkpointer.metadata(path).item_metadata.state
+            if saved is None:
+                raise FileNotFoundError(f"the description of the arrays in {path} is missing")
+            metadata = saved.tree[name]
             abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata)
             restore_args = jax.tree.map(
                 lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
@@ -111,15 +222,26 @@ def restore_item(workdir: str | pathlib.Path, step: int, name: str, abstract=Non
         return checkpointer.restore(path, args=ocp.args.Composite(state=state)).state[name]
 
 
-def load_config(workdir: str | pathlib.Path, step: int):
+def load_config(workdir: str | pathlib.Path, step: int, alone: bool = False):
     """The config that a checkpoint was made with, stored beside its state."""
     path = directory(workdir) / str(step)
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(), config=ocp.JsonCheckpointHandler()
-    )
-    with ocp.Checkpointer(handler) as checkpointer:
+    with _reader(alone) as checkpointer:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         return from_dict(checkpointer.restore(path, args=args).config)
+
+
+def _reader(alone):
+    options = ocp.options.MultiprocessingOptions()
+    if alone:  # else Orbax waits for the other processes to read as well
+        options = ocp.options.MultiprocessingOptions(
+            active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
+        )
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
+        config=ocp.JsonCheckpointHandler(multiprocessing_options=options),
+        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, str]:
@@ -129,13 +251,29 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
     """
     step = find_step(workdir, step)
     sha = hashlib.sha256()
-    for item in ("params", "ema", "opt_state"):
+    for item in _ITEMS:
         tree = restore_item(workdir, step, item)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             name = f"{item}{jax.tree_util.keystr(path)}"
             sha.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
             sha.update(np.ascontiguousarray(leaf).tobytes())
     return step, sha.hexdigest()
+
+
+def mute_late_tracebacks() -> None:
+    """Mutes, for the whole process, Orbax's reads and writes that are under way when another fails.
+
+    The first error is raised as ever; the others find their event loop gone, and each would print a
+    stack trace.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -146,6 +284,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--step", type=int, help="default: the newest")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
+    mute_late_tracebacks()
     try:
         step, sha = digest(args.workdir, args.step)
     except ConfigError as error:

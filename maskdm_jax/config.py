@@ -18,6 +18,10 @@ class ConfigError(ValueError):
     """Bad input: one sentence that says what was given, what is expected, and what to type."""
 
 
+class RunError(RuntimeError):
+    """What stops a run that began well: one sentence, with the way out."""
+
+
 def default_config() -> config_dict.ConfigDict:
     """Every field, documented, with its default."""
     config = config_dict.ConfigDict()
@@ -80,6 +84,7 @@ def default_config() -> config_dict.ConfigDict:
     train.batch_size = 256  # images, over all devices and hosts
     train.dry_run = False  # print the step's memory and the batches that fit, and train nothing
     train.log_every_steps = 100
+    train.max_skipped_steps = 10  # in a row, their loss or gradients not finite; then the run stops
     train.sample_every_steps = 10_000  # a grid of samples from the EMA weights; 0: never
 
     config.checkpoint = checkpoint = config_dict.ConfigDict()
@@ -156,6 +161,7 @@ _RANGES = {
     "train.num_steps": (1, None),
     "train.batch_size": (1, None),
     "train.log_every_steps": (1, None),
+    "train.max_skipped_steps": (1, None),
     "train.sample_every_steps": (0, None),
     "checkpoint.every_steps": (1, None),
     "checkpoint.keep_last": (1, None),

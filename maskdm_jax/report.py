@@ -6,13 +6,14 @@ Needs matplotlib: pip install 'maskdm_jax[demo]'.
 """
 
 import argparse
+import json
 import pathlib
 import shutil
 import sys
 
 import numpy as np
 
-from maskdm_jax import checkpoint, flops
+from maskdm_jax import flops
 from maskdm_jax.config import ConfigError, load_json
 from maskdm_jax.telemetry import read_metrics
 
@@ -49,7 +50,7 @@ def write_report(
     sampled = grids[-1].parent
     count = len(list(sampled.glob("[0-9]*.png")))
     config = stages[_FINETUNE][0]
-    step = checkpoint.find_step(finetune)
+    step = json.loads((sampled / "settings.json").read_text())["step"]
     (out / "report.md").write_text(
         f"""# Two-stage training on {config.data.name}
 

@@ -1,6 +1,7 @@
 """One update: draw t, masks and noise for the global batch, take the gradient, step, average.
 
-The same function serves both stages; only `config.mask` differs.
+The same function serves both stages; only `config.mask` differs. An update whose loss or gradients
+are not finite is not applied.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def make_train_step(
 
     Returns:
       (state, arrays, batch) -> (state, metrics): float32 scalars "loss", "grad_norm" (before
-      clipping) and "lr".
+      clipping), "lr", and "skipped": 1 where the loss or the norm is not finite. Of such an update
+      only `step` goes on, since all draws and the order of the data follow from it.
     """
     schedule = optim.learning_rate(config)
     micro = config.optim.accumulate_steps
@@ -96,20 +98,31 @@ def make_train_step(
         value, grads = gradients(state.params, examples, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new_state = TrainState(
+        grad_norm = optax.tree.norm(grads)
+        applied = is_finite(value, grad_norm)
+        updated = TrainState(
             step=state.step + 1,
             params=params,
             ema=optim.update_ema(state.ema, params, state.step, config),
             opt_state=opt_state,
         )
+        # The choice is fused into the update's own loops, which read the old values anyway.
+        kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
+        new_state = kept.replace(step=updated.step)
         metrics = {
             "loss": value,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "skipped": 1 - applied.astype(jnp.float32),
         }
         return new_state, metrics
 
     return train_step
+
+
+def is_finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
+    """Whether an update can be applied: bool scalar. One bad gradient makes the norm bad too."""
+    return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
 
 def draw_examples(config, batch: dict, step: jax.Array) -> dict:

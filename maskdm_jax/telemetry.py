@@ -4,14 +4,16 @@ Of several processes, one writes. A run that goes on drops what was logged beyon
 so that every step stands once.
 """
 
+import errno
 import json
 import os
 import pathlib
 import time
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax import distributed, progress
+from maskdm_jax import distributed, faults, progress
 
 _JSONL = "metrics.jsonl"
 
@@ -35,22 +37,20 @@ class Telemetry:
           flops_per_image: model FLOPs of training on one image.
           peak_tflops: dense peak of all devices together; None where it is not known.
         """
-        self._file = self._board = self._bar = None
+        workdir = pathlib.Path(workdir)
+        self._workdir = workdir
         self._config = config
         self._flops_per_image = flops_per_image
         self._peak_tflops = peak_tflops
+        self._file = self._board = self._bar = None
         self._last = (first_step, time.perf_counter())
         self._start = self._last
+        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
+        self.skipped = kept[-1].get("skipped", 0) if kept else 0  # steps, up to `first_step`
         if not distributed.is_main():
             return
-        workdir = pathlib.Path(workdir)
-        path = workdir / _JSONL
-        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(unfinished, path)
-        self._file = path.open("a", buffering=1)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        with self._full_disk_explained():
+            self._open(workdir / _JSONL, kept, first_step)
         self._bar = progress.bar(config.train.num_steps, first_step, "steps")
 
     def restart_clock(self, step: int) -> None:
@@ -82,17 +82,43 @@ class Telemetry:
         }
         if self._peak_tflops is not None:
             record["mfu"] = tflops / self._peak_tflops
-        self._file.write(json.dumps(record) + "\n")
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+        with self._full_disk_explained():
+            line = (json.dumps(record) + "\n").encode()
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            values = [
+                summary_pb2.Summary.Value(tag=name, simple_value=value)
+                for name, value in record.items()
+                if name != "step"
+            ]
+            self._write_event(step=step, summary=summary_pb2.Summary(value=values))
         self._show(record)
 
     def close(self) -> None:
-        """Flushes all."""
+        """Ends the bar and the files; every record is in them already."""
         for target in (self._file, self._board, self._bar):
             if target is not None:
                 target.close()
+
+    def _open(self, path, kept, first_step):
+        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
+        os.replace(unfinished, path)
+        self._file = path.open("ab", buffering=0)
+        # Not SummaryWriter: its thread dies of a full disk, and its queue then blocks the run.
+        folder = path.parent / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        self._board = EventsWriter(str(folder / "events"))
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._write_event(step=first_step + 1, session_log=start)  # drops what came later
+
+    def _write_event(self, **fields):
+        self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+        self._board.flush()
+
+    def _full_disk_explained(self):
+        remedy = "make room, then the same command goes on from the newest checkpoint"
+        return faults.explain_full_disk("the metrics", self._workdir, remedy)
 
     def _show(self, record):
         parts = [
@@ -102,6 +128,8 @@ class Telemetry:
             f"{record['images_per_s']:,.0f} images/s",
             f"{record['model_tflops']:.3g} TFLOP/s",
         ]
+        if record.get("skipped"):
+            parts.append(f"skipped {record['skipped']}")
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.1%}")
         text = "  ".join(parts)

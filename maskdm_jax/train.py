@@ -4,6 +4,7 @@ import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -12,10 +13,12 @@ from clu import parameter_overview
 from maskdm_jax import (
     checkpoint,
     distributed,
+    faults,
     flops,
     images,
     memory,
     optim,
+    preemption,
     pretrained,
     sample,
     sharding,
@@ -38,28 +41,39 @@ _FREE = (
     "sample.",
     "train.dry_run",
     "train.log_every_steps",
+    "train.max_skipped_steps",
     "train.sample_every_steps",
 )
 
 
-def train(config, workdir: str | pathlib.Path) -> None:
+def train(
+    config, workdir: str | pathlib.Path, preempted: Callable[[int], bool] = lambda step: False
+) -> None:
     """Trains to `config.train.num_steps` updates, from the newest checkpoint where there is one.
+
+    Args:
+      config: the run's.
+      workdir: where it keeps all it writes.
+      preempted: step -> whether to save and stop after that many updates; asked at each.
 
     Raises:
       ConfigError: for a data set, weights or a checkpoint that do not go with the config.
+      RunError: where numbers stay bad, or the disk is full.
+      Preempted: once it has saved because `preempted` said so.
     """
     workdir = pathlib.Path(workdir).expanduser()
     num_steps = config.train.num_steps
 
     # ---------------------------------------------------------------- what is there already
-    own_steps = distributed.agreed(checkpoint.steps(workdir))
-    if own_steps:
-        before = checkpoint.load_config(workdir, own_steps[-1])
+    own_step = None
+    if distributed.agreed(checkpoint.steps(workdir)):
+        own_step = checkpoint.find_step(workdir, set_aside=True)
+        before = checkpoint.load_config(workdir, own_step)
         check_same_architecture(config, before, str(workdir))
         _check_same_stage(config, before, workdir)
         _say_changes(config, before)
-        if own_steps[-1] >= num_steps:
-            say(f"finished: {workdir} is at step {own_steps[-1]} of {num_steps}; nothing to do")
+        if own_step >= num_steps:
+            say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
             return
 
     # --------------------------------------------- data, model, weights: no device work yet
@@ -72,7 +86,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     optimizer = optim.make_optimizer(config)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
-    if config.init.path and not own_steps:
+    if config.init.path and own_step is None:
 
         def make_fresh():
             return create_state(config, model, optimizer).params
@@ -87,9 +101,9 @@ def train(config, workdir: str | pathlib.Path) -> None:
     _make_folder(workdir)
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
-    if own_steps:
-        state = checkpoints.restore(own_steps[-1], abstract)
-        say(f"going on from step {own_steps[-1]} of {workdir}")
+    if own_step is not None:
+        state = checkpoints.restore(own_step, abstract)
+        say(f"going on from step {own_step} of {workdir}")
     else:
         create = jax.jit(
             lambda given: create_state(config, model, optimizer, given), out_shardings=shardings
@@ -97,7 +111,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
         state = create(params)
     if distributed.is_main():
         _write_whole(workdir / "config.json", to_json(config))
-    step = int(state.step)
+    step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, abstract.params)
 
@@ -125,36 +139,51 @@ def train(config, workdir: str | pathlib.Path) -> None:
         flops.training_flops(config),
         peak and peak * jax.device_count(),
     )
+    skips = faults.SkipCounter(config.train.max_skipped_steps, checkpoints, telemetry.skipped)
     pending = None  # (step, its metrics on the device), read once the next step is under way
-    while step < num_steps:
+    while step < num_steps and not preempted(step):
         state, metrics = compiled(state, batches.arrays, batch)
         step += 1
         if pending is not None:
-            _log(telemetry, config, *pending)
+            _log(telemetry, skips, config, *pending)
         pending = (step, metrics)
         batch = next(feed) if step < num_steps else None
         telemetry.progress(step)
+        checkpoints.check()
 
         every = config.train.sample_every_steps
         wants_preview = every and (step % every == 0 or step == num_steps)
         if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
-            _log(telemetry, config, *pending)
+            _log(telemetry, skips, config, *pending)
             pending = None
             # The grid first: a run that dies in between draws it again when it goes on.
             if wants_preview:
                 _draw_preview(config, preview, state.ema, workdir, step)
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
+    if pending is not None:
+        _log(telemetry, skips, config, *pending)
+    if first_step < step < num_steps:
+        checkpoints.save(step, state, force=True)
     checkpoints.close()
     telemetry.close()
+    if step < num_steps:
+        raise preemption.Preempted(
+            f"asked to stop at step {step} of {num_steps}; the newest checkpoint is "
+            f"{checkpoints.latest_step() or 'none'}; the same command goes on"
+        )
     say(f"finished: {workdir} is at step {step}")
 
 
-def _log(telemetry, config, step, metrics):
-    """Waits for a step's metrics, and records them where they are due."""
+def _log(telemetry, skips, config, step, metrics):
+    """Waits for a step's metrics, and records them where they are due or the step was skipped."""
     values = {name: float(value) for name, value in metrics.items()}
-    if step % config.train.log_every_steps == 0 or step in (1, config.train.num_steps):
-        telemetry.log(step, values)
+    skipped = values.pop("skipped") > 0
+    total = skips.total + skipped
+    due = step % config.train.log_every_steps == 0 or step in (1, config.train.num_steps)
+    if due or skipped:
+        telemetry.log(step, values | {"skipped": total})
+    skips.count(step, skipped)
 
 
 def _draw_preview(config, preview, ema, workdir, step):

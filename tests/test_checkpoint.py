@@ -1,3 +1,6 @@
+import os
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,3 +68,93 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     saved(tmp_path, [5])
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-123").mkdir()
     assert checkpoint.find_step(tmp_path) == 5
+
+
+def files(workdir, step):
+    """Those that a restore reads: of the config, and of the arrays after their merge."""
+    folder = workdir / "checkpoints" / str(step)
+    data = sorted((folder / "state" / "d").iterdir())
+    return [
+        folder / "config" / "metadata",
+        folder / "state" / "_METADATA",
+        folder / "state" / "manifest.ocdbt",
+        *data,
+    ]
+
+
+HARM = {
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    saved(folder, [5, 6], every_steps=1)
+    return folder
+
+
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("file", range(4), ids=["config", "arrays", "manifest", "data"])
+def test_a_damaged_checkpoint_is_reported_and_passed_over(
+    two_checkpoints, tmp_path, capsys, file, harm
+):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    HARM[harm](files(run, 6)[file])
+    assert checkpoint.find_step(run) == 5
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1 and told[0].startswith(f"checkpoint 6 of {run} is damaged (")
+    assert checkpoint.steps(run) == [5, 6]  # a reader moves nothing
+    with pytest.raises(ConfigError, match=r"checkpoint 6 .* damaged; others there: \[5\]"):
+        checkpoint.find_step(run, 6)
+
+    assert checkpoint.find_step(run, set_aside=True) == 5
+    assert checkpoint.steps(run) == [5]
+    assert f"moved to {run}/damaged_checkpoints/6" in capsys.readouterr().err
+    saved(run, [6])  # and the step can be saved again
+    assert checkpoint.find_step(run) == 6
+    HARM[harm](files(run, 6)[file])
+    assert checkpoint.find_step(run, set_aside=True) == 5
+    assert sorted(p.name for p in (run / "damaged_checkpoints").iterdir()) == ["6", "6.2"]
+
+
+@pytest.mark.parametrize("part", ["state", "config", "state/d"])
+def test_a_checkpoint_without_a_part_is_damaged(two_checkpoints, tmp_path, part):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "6" / part)
+    assert checkpoint.find_step(run) == 5
+
+
+def test_files_that_a_restore_does_not_need_are_no_damage(two_checkpoints, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    needed = files(run, 6)
+    for path in (run / "checkpoints" / "6").rglob("*"):
+        if path.is_file() and path not in needed:
+            path.unlink()
+    assert checkpoint.find_step(run, 6) == 6
+    config = default_config()
+    mesh = sharding.make_mesh(config)
+    restored = checkpoint.Checkpoints(run, config).restore(6, sharding.abstract(tiny_state, mesh))
+    assert int(restored.step) == 6
+
+
+def test_nothing_but_damage_is_an_error_that_moves_nothing(two_checkpoints, tmp_path, capsys):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    for step in (5, 6):
+        files(run, step)[3].unlink()
+    with pytest.raises(ConfigError, match=r"every checkpoint in .* is damaged: \[5, 6\]"):
+        checkpoint.find_step(run, set_aside=True)
+    assert checkpoint.steps(run) == [5, 6]
+    assert checkpoint.main(["digest", str(run)]) == 2
+    assert "every checkpoint" in capsys.readouterr().err
+
+
+def test_digest_takes_the_one_before_a_damaged_one(two_checkpoints, tmp_path, capsys):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    files(run, 6)[3].unlink()
+    assert checkpoint.main(["digest", str(run)]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("step 5 sha256") and "checkpoint 6" in err
+    assert checkpoint.main(["digest", str(run), "--step", "6"]) == 2

@@ -109,3 +109,34 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run_main, tmp_path, flags, ex
     assert result.returncode == 2, result.stderr
     errors = [line for line in result.stderr.splitlines() if "images in" not in line]
     assert len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
+
+
+def test_damaged_checkpoints_cost_a_line_and_never_a_silent_fresh_start(run_main, tmp_path):
+    flags = ["--config.train.num_steps=6", "--config.checkpoint.every_steps=2"]
+    assert run_main("pretrain_digits", tmp_path, *flags).returncode == 0
+    undisturbed = checkpoint.digest(tmp_path)
+
+    def harm(step):
+        (tmp_path / "checkpoints" / str(step) / "state" / "manifest.ocdbt").write_bytes(b"")
+
+    harm(6)
+    sampled = run_main("pretrain_digits", tmp_path, "--mode=sample", "--config.sample.steps=2")
+    assert sampled.returncode == 0 and "checkpoint 6" in sampled.stderr
+    assert [p.name[:6] for p in (tmp_path / "samples").iterdir()] == ["step4_"]
+    tuned = run_main(
+        "finetune_digits", tmp_path / "w2", f"--config.init.path={tmp_path}",
+        "--config.train.num_steps=1", "--config.train.sample_every_steps=0",
+    )  # fmt: skip
+    assert tuned.returncode == 0 and "(raw, step 4)" in tuned.stdout, tuned.stderr
+
+    result = run_main("pretrain_digits", tmp_path, *flags)
+    assert result.returncode == 0 and "going on from step 4" in result.stdout
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith(f"checkpoint 6 of {tmp_path} is damaged")
+    assert checkpoint.digest(tmp_path) == undisturbed
+
+    for step in checkpoint.steps(tmp_path):
+        harm(step)
+    result = run_main("pretrain_digits", tmp_path, *flags)
+    assert result.returncode == 2 and "every checkpoint in" in result.stderr
+    assert checkpoint.steps(tmp_path) == [4, 6]

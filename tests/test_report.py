@@ -10,7 +10,7 @@ from maskdm_jax.config import ConfigError
 
 
 def fake_run(workdir, config, losses):
-    (workdir / "checkpoints" / "30").mkdir(parents=True)
+    workdir.mkdir()
     (workdir / "config.json").write_text(config_lib.to_json(config))
     records = [
         {"step": 10 * i, "loss": loss, "images_per_s": 100.0} for i, loss in enumerate(losses, 1)
@@ -28,6 +28,7 @@ def test_the_report_has_both_stages_and_pictures(tmp_path):
     folder.mkdir(parents=True)
     for name in ("000000.png", "000001.png", "grid.png"):
         images.save_png(folder / name, np.zeros((4, 4, 1), np.uint8))
+    (folder / "settings.json").write_text('{"step": 30}')
     path = report.write_report(first, second, tmp_path / "out")
     text = path.read_text()
     assert "| masked pre-training | 10 |" in text and "| 30 | 100 | 0.6000 |" in text

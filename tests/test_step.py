@@ -138,3 +138,66 @@ def test_an_unmasked_stage_draws_whole_images(tiny_config):
     assert "visible" not in examples and examples["x0"].shape == (2, 16, 4)
     first_patch = image[0, :2, :2, 0].reshape(-1) / 127.5 - 1
     np.testing.assert_allclose(examples["x0"][0, 0], first_patch, atol=1e-6)
+
+
+def one_update(config, num_devices):
+    """A jitted update whose first image turns to NaN where the label of the first example is 9, as
+    (update, a state after one good step, a function that makes batches)."""
+    devices = np.asarray(jax.devices()[:num_devices])
+    mesh = Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
+    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
+    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
+    shardings = sharding.state_shardings(abstract, mesh)
+    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+
+    def materialize(arrays, batch):
+        bad = (batch["label"] == 9) & (jnp.arange(16) == 0)
+        image = batch["image"].astype(jnp.float32)
+        return batch | {"image": jnp.where(bad[:, None, None, None], jnp.nan, image)}
+
+    update = jax.jit(
+        step.make_train_step(config, model, optimizer, abar, materialize),
+        out_shardings=(shardings, sharding.replicated(mesh)),
+    )
+
+    def batch(label):
+        image = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
+        made = {"image": image, "label": np.full((16,), label, np.int32)}
+        return jax.device_put(made, sharding.batch_sharding(mesh))
+
+    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
+    return update, update(state, {}, batch(1))[0], batch
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
+
+
+@pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step(tiny_config, num_devices, fsdp):
+    tiny_config.mesh.fsdp = fsdp
+    update, state, batch = one_update(tiny_config, num_devices)
+    after, metrics = update(state, {}, batch(9))
+    assert not np.isfinite(metrics["loss"]) and float(metrics["skipped"]) == 1
+    assert_same_bits(
+        (after.params, after.ema, after.opt_state), (state.params, state.ema, state.opt_state)
+    )
+    assert int(after.step) == int(state.step) + 1 == 2
+
+    again, metrics = update(after, {}, batch(1))
+    assert np.isfinite(metrics["loss"]) and float(metrics["skipped"]) == 0
+    kernels = [s.params["mid_block"]["qkv"]["kernel"] for s in (after, again)]
+    assert (np.asarray(kernels[0]) != np.asarray(kernels[1])).any()
+
+
+@pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
+def test_the_check_for_bad_numbers_changes_no_bit_of_a_good_update(
+    tiny_config, monkeypatch, num_devices, fsdp
+):
+    tiny_config.mesh.fsdp = fsdp
+    update, state, batch = one_update(tiny_config, num_devices)
+    checked, _ = update(state, {}, batch(2))
+    monkeypatch.setattr(step, "is_finite", lambda loss, norm: jnp.bool_(True))  # compiled away
+    update, again, batch = one_update(tiny_config, num_devices)
+    unchecked, _ = update(again, {}, batch(2))
+    assert_same_bits(checked, unchecked)

@@ -1,0 +1,67 @@
+"""What stops a run that began well: numbers that stay bad, and a disk that is full."""
+
+import contextlib
+import errno
+import os
+import pathlib
+from collections.abc import Iterator
+
+from maskdm_jax.config import RunError
+
+# A full disk, a used-up quota, a file-size limit.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class SkipCounter:
+    """Counts updates that were not applied."""
+
+    def __init__(self, max_in_a_row: int, checkpoints, total: int = 0):
+        """
+        Args:
+          max_in_a_row: so many stop the run.
+          checkpoints: the run's; the error says where the newest is.
+          total: how many the run has skipped so far.
+        """
+        self._max_in_a_row = max_in_a_row
+        self._checkpoints = checkpoints
+        self._in_a_row = 0
+        self.total = total
+
+    def count(self, step: int, skipped: bool) -> None:
+        """Notes the update that completed `step`; RunError after too many skipped in a row."""
+        if not skipped:
+            self._in_a_row = 0
+            return
+        self._in_a_row += 1
+        self.total += 1
+        if self._in_a_row >= self._max_in_a_row:
+            first = step - self._in_a_row + 1
+            raise RunError(
+                f"loss or gradients were not finite from step {first} to {step}, "
+                f"{self._in_a_row} in a row (train.max_skipped_steps); none was applied, so the "
+                f"newest checkpoint is good: {self._checkpoints.newest()}; the same command would "
+                "meet the same numbers: type a lower --config.optim.lr_peak, "
+                "--config.optim.clip_norm=1 or --config.model.dtype=float32"
+            )
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an exception says that there was no room to write.
+
+    TensorStore raises ValueError and names the system's error in the text.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return any(os.strerror(code) in str(error) for code in _FULL)
+
+
+@contextlib.contextmanager
+def explain_full_disk(what: str, where: str | pathlib.Path, remedy: str) -> Iterator[None]:
+    """Raises RunError, with these words, where the code inside finds the disk full."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if not disk_is_full(error):
+            raise
+        reason = next(os.strerror(c) for c in _FULL if os.strerror(c) in str(error))
+        raise RunError(f"{what} could not be written to {where}: {reason}; {remedy}") from error

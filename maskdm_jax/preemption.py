@@ -1,0 +1,59 @@
+"""Stopping on a signal: SIGTERM saves at the next step boundary, Ctrl-C stops at once.
+
+A scheduler that takes a machine away sends SIGTERM first. The run then saves where it is and exits
+with EXIT_CODE, which says "start me again"; a second SIGTERM changes nothing. Where jax.distributed
+runs, JAX catches the signal on whichever host gets it, and has all hosts agree on one step.
+"""
+
+import os
+import signal
+import sys
+from typing import NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+
+from maskdm_jax import checkpoint
+from maskdm_jax.progress import say
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
+INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
+
+
+class Preempted(Exception):
+    """The run has saved and stopped because it was asked to."""
+
+
+class Watch:
+    """Knows whether this run was asked to stop. Make it after jax.distributed has started."""
+
+    def __init__(self):
+        self.step = None  # the boundary that was reached last
+        self._noticed = False
+        # JAX's own handler must stay: a Python one in its place would hide the signal from it.
+        self._together = jax.distributed.is_initialized()
+        if not self._together:
+            signal.signal(signal.SIGTERM, self._notice)
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop at the boundary after `step` updates.
+
+        With several processes each calls it at every step, and all get the same answer.
+        """
+        self.step = step
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._noticed
+
+    def interrupted(self, workdir: str) -> NoReturn:
+        """Says where the run stands, and ends the process whatever its threads are doing."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
+        where = f"at step {self.step}" if self.step is not None else "before the first step"
+        kept = checkpoint.steps(workdir)
+        newest = f"the newest checkpoint is step {kept[-1]}" if kept else "there is no checkpoint"
+        say(f"stopped {where}; {newest}; the same command goes on")
+        sys.stderr.flush()
+        os._exit(INTERRUPTED_EXIT_CODE)
+
+    def _notice(self, signum, frame):
+        self._noticed = True

@@ -1,0 +1,151 @@
+"""What a run does when its numbers stay bad or its disk is full."""
+
+import errno
+import os
+import resource
+import subprocess
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskdm_jax import checkpoint, faults, train
+from maskdm_jax.config import ConfigError, RunError, default_config, validate
+from maskdm_jax.data import loader
+from maskdm_jax.state import TrainState
+from maskdm_jax.telemetry import Telemetry, read_metrics
+
+
+def run_with_nan_at(monkeypatch, config, workdir, bad_steps):
+    """Trains with images that are NaN in the given updates, counted from 1."""
+    batches = loader.Loader.batches
+
+    def numbered(self, step):
+        for n, batch in enumerate(batches(self, step), step + 1):
+            yield batch | {"bad": jnp.asarray(n in bad_steps)}
+
+    def materialize(arrays, batch):
+        image = arrays["image"][batch["ids"]].astype(jnp.float32)
+        return {
+            "image": jnp.where(batch["bad"], jnp.nan, image),
+            "label": arrays["label"][batch["ids"]],
+        }
+
+    monkeypatch.setattr(loader.Loader, "batches", numbered)
+    monkeypatch.setattr(loader.Loader, "materialize", staticmethod(materialize))
+    train.train(config, workdir)
+
+
+def test_skipped_steps_are_counted_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, capsys):
+    tiny_config.train.num_steps = 8
+    tiny_config.train.log_every_steps = 100
+    tiny_config.train.max_skipped_steps = 3
+    run_with_nan_at(monkeypatch, tiny_config, tmp_path, (3, 4, 6))
+    records = {r["step"]: r for r in read_metrics(tmp_path)}
+    assert {s: r["skipped"] for s, r in records.items()} == {1: 0, 3: 1, 4: 2, 6: 3, 8: 3}
+    assert np.isnan(records[3]["loss"]) and np.isfinite(records[8]["loss"])
+    assert "skipped 3" in capsys.readouterr().out
+    assert checkpoint.steps(tmp_path) == [8]
+
+    tiny_config.train.num_steps = 10  # the count goes on with the run
+    run_with_nan_at(monkeypatch, tiny_config, tmp_path, (9,))
+    assert read_metrics(tmp_path)[-1]["skipped"] == 4
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_config, tmp_path, monkeypatch):
+    tiny_config.train.num_steps = 50
+    tiny_config.checkpoint.every_steps = 2
+    tiny_config.train.max_skipped_steps = 3
+    with pytest.raises(RunError) as error:
+        run_with_nan_at(monkeypatch, tiny_config, tmp_path, range(5, 50))
+    text = str(error.value)
+    assert "from step 5 to 7, 3 in a row" in text and "lr_peak" in text
+    newest = checkpoint.steps(tmp_path)[-1]
+    assert f"step {newest} in {tmp_path}/checkpoints" in text
+    for leaf in checkpoint.restore_item(tmp_path, newest, "params")["norm"].values():
+        assert np.isfinite(leaf).all()
+
+
+def test_the_number_of_skipped_steps_is_validated(tiny_config):
+    tiny_config.train.max_skipped_steps = 0
+    with pytest.raises(ConfigError, match="train.max_skipped_steps is 0; expected at least 1"):
+        validate(tiny_config)
+
+
+def state_of(num_floats):
+    params = np.random.default_rng(0).normal(size=num_floats).astype(np.float32)
+    return TrainState(step=jnp.int32(0), params={"a": jnp.asarray(params)}, ema={}, opt_state={})
+
+
+def fill_up(workdir, last_call):
+    """Saves 1, which fits into 1 MB, then 2, which does not; the error comes at `last_call`."""
+    config = default_config()
+    config.checkpoint.every_steps = 1
+    checkpoints = checkpoint.Checkpoints(workdir, config)
+    checkpoints.save(1, state_of(100_000))
+    checkpoints.save(2, state_of(1_000_000))
+    with pytest.raises(RunError) as error:
+        if last_call == "check":
+            while True:
+                checkpoints.check()
+        if last_call == "save":
+            checkpoints.save(3, state_of(100_000))
+        checkpoints.close()
+    assert checkpoint.find_step(workdir) == 1
+    return str(error.value)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted by root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("last_call", ["check", "save", "close"])
+def test_a_full_disk_is_one_sentence_whichever_call_meets_it(small_disk, last_call):
+    text = fill_up(small_disk, last_call)
+    assert text.startswith(f"checkpoint 2 could not be written to {small_disk}/checkpoints: No sp")
+    assert "it takes about 3.8 MiB" in text and "the same command goes on from step 1" in text
+
+
+def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+    try:
+        text = fill_up(tmp_path, "close")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in text and "goes on from step 1" in text
+
+
+def test_metrics_on_a_full_disk_are_one_sentence(small_disk):
+    (small_disk / "filler").write_bytes(b"0" * (2 * 2**20 - 64 * 2**10))
+    telemetry = Telemetry(small_disk, default_config(), 0, 1e9, None)
+    with pytest.raises(RunError, match="the metrics could not be written .* No space left"):
+        for step in range(1, 10_000):
+            telemetry.log(step, {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0})
+    assert read_metrics(small_disk)[-1]["step"] >= step - 1
+
+
+def test_other_errors_pass_unchanged(tmp_path):
+    with pytest.raises(ValueError, match="^a bug$"):
+        with faults.explain_full_disk("it", tmp_path, "wait"):
+            raise ValueError("a bug")
+    assert not faults.disk_is_full(PermissionError(errno.EACCES, "no"))
+
+
+def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):
+    flags = ["--config.checkpoint.every_steps=1", "--config.checkpoint.keep_last=50"]
+    result = run_main("pretrain_digits", small_disk, *flags)
+    assert result.returncode == 1, result.stderr
+    errors = [line for line in result.stderr.splitlines() if "images in" not in line]
+    assert len(errors) == 1 and errors[0].startswith("error: checkpoint"), result.stderr
+    kept = checkpoint.steps(small_disk)
+    assert kept and f"goes on from step {kept[-1]}" in errors[0]
+    assert checkpoint.find_step(small_disk) == kept[-1]

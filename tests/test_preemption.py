@@ -1,0 +1,146 @@
+"""Signals and kills, sent to main.py in processes of its own."""
+
+import random
+import re
+import signal
+import time
+
+import pytest
+
+from maskdm_jax import checkpoint, preemption, train
+from maskdm_jax.telemetry import read_metrics
+
+STEPS = ["--config.train.num_steps=1000", "--config.train.log_every_steps=1"]
+FLAGS = [*STEPS, "--config.checkpoint.every_steps=100000"]
+
+
+def wait_for(process, happened, seconds=120):
+    """Polls until `happened()`, while the process lives; returns what it gave."""
+    deadline = time.time() + seconds
+    while not (result := happened()):
+        assert process.poll() is None, process.communicate()
+        assert time.time() < deadline
+        time.sleep(0.005)
+    return result
+
+
+def send_in_mid_run(process, happened, *signals):
+    """Sends the signals once `happened()`; returns (exit code, stdout, stderr)."""
+    try:
+        wait_for(process, happened)
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.05)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+def complaints(err):
+    """What is on standard error beside the progress of decoding."""
+    return [line for line in err.splitlines() if "images in" not in line]
+
+
+def newest(workdir):
+    return max(checkpoint.steps(workdir), default=0)
+
+
+@pytest.fixture(scope="module")
+def calm():
+    """Filled by the first test that needs it: the digest of an undisturbed run."""
+    return {}
+
+
+@pytest.mark.parametrize("signals", [1, 5], ids=["once", "five-times"])
+def test_sigterm_saves_that_very_step_and_the_run_ends_as_an_undisturbed_one(
+    run_main, tmp_path, calm, signals
+):
+    if not calm:
+        assert run_main("pretrain_digits", tmp_path / "calm", *FLAGS).returncode == 0
+        calm["digest"] = checkpoint.digest(tmp_path / "calm")
+    process = run_main("pretrain_digits", tmp_path, *FLAGS, wait=False)
+    under_way = lambda: len(read_metrics(tmp_path)) >= 20  # noqa: E731
+    code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * signals)
+    assert code == preemption.EXIT_CODE == 75, err
+    stopped = int(re.search(r"asked to stop at step (\d+) of 1000", out)[1])
+    assert checkpoint.steps(tmp_path) == [stopped]
+    assert read_metrics(tmp_path)[-1]["step"] == stopped
+    assert not complaints(err)
+
+    result = run_main("pretrain_digits", tmp_path, *FLAGS)
+    assert result.returncode == 0, result.stderr
+    assert f"going on from step {stopped}" in result.stdout
+    assert checkpoint.digest(tmp_path) == calm["digest"]
+
+
+def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
+    flags = [*STEPS, "--config.checkpoint.every_steps=15"]
+    process = run_main("pretrain_digits", tmp_path, *flags, wait=False)
+    has_saved = lambda: checkpoint.steps(tmp_path)  # noqa: E731
+    code, out, err = send_in_mid_run(process, has_saved, signal.SIGINT, signal.SIGINT)
+    assert code == 130 and not complaints(err), err
+    newest = checkpoint.steps(tmp_path)[-1]
+    told = re.search(r"^stopped at step (\d+); the newest checkpoint is step (\d+);", out, re.M)
+    assert int(told[1]) >= int(told[2]) == newest
+
+
+def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(tiny_config, tmp_path):
+    tiny_config.train.num_steps = 6
+    tiny_config.train.sample_every_steps = 0
+    with pytest.raises(preemption.Preempted, match="at step 4 of 6; the newest checkpoint is 4"):
+        train.train(tiny_config, tmp_path, lambda step: step == 4)
+    # Asked again before any step: there is nothing new to save.
+    with pytest.raises(preemption.Preempted, match="at step 4 of 6; the newest checkpoint is 4"):
+        train.train(tiny_config, tmp_path, lambda step: True)
+    with pytest.raises(preemption.Preempted, match="the newest checkpoint is none"):
+        train.train(tiny_config, tmp_path / "other", lambda step: True)
+    train.train(tiny_config, tmp_path, lambda step: step == 6)  # there already: finished
+    assert checkpoint.steps(tmp_path) == [4, 6]
+
+
+@pytest.mark.slow
+def test_thirty_kills_at_random_moments_lose_nothing(run_main, tmp_path):
+    """A third of the kills wait until a save is half-written, a third come soon after a save, and a
+    third at any moment from the process's start on: imports, restore, compilation, training."""
+    flags = ["--config.train.num_steps=60000", "--config.train.log_every_steps=10"]
+    flags += ["--config.checkpoint.every_steps=10", "--config.data.num_threads=1"]
+    generator = random.Random(0)
+    workdir, folder = tmp_path / "killed", tmp_path / "killed" / "checkpoints"
+    before = 0
+    in_saves = 0
+    for kill in range(30):
+        process = run_main("pretrain_digits", workdir, *flags, wait=False)
+        try:
+            if kill % 3 == 2:
+                time.sleep(generator.uniform(0, 10))
+            else:
+                wait_for(process, lambda old=before: newest(workdir) > old)
+            if kill % 3 == 1:
+                time.sleep(generator.uniform(0, 0.5))
+            elif kill % 3 == 0:
+                wait_for(process, lambda: list(folder.glob("*.orbax-checkpoint-tmp*")))
+        finally:
+            process.kill()
+            out, _ = process.communicate()
+        went_on = re.search(r"going on from step (\d+)", out)
+        assert went_on is None or int(went_on[1]) == before
+        half_written = [p.name for p in folder.glob("*.orbax-checkpoint-tmp*")]
+        in_saves += bool(half_written)
+        assert newest(workdir) >= before
+        before = newest(workdir)
+        print(f"kill {kill + 1}: newest checkpoint {before}, half-written {half_written}")
+    assert in_saves >= 5
+
+    # The run is ended soon after the last kill, and so is the undisturbed one.
+    num_steps = f"--config.train.num_steps={before + 50}"
+    assert run_main("pretrain_digits", workdir, *flags, num_steps).returncode == 0
+    rare = "--config.checkpoint.every_steps=1000000"
+    assert run_main("pretrain_digits", tmp_path / "calm", *flags, num_steps, rare).returncode == 0
+    calm, killed = checkpoint.digest(tmp_path / "calm"), checkpoint.digest(workdir)
+    print(f"killed {killed}, undisturbed {calm}; {in_saves} of 30 kills left a half-written save")
+    assert killed == calm
+    losses = [
+        [(r["step"], r["loss"]) for r in read_metrics(w)] for w in (workdir, tmp_path / "calm")
+    ]
+    assert losses[0] == losses[1]
