@@ -99,7 +99,7 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir).expanduser()
     # Process 0 alone writes: the others go by what it finds, and help to draw.
-    (step,) = distributed.agreed([checkpoint.find_step(workdir)])
+    step = checkpoint.find_step(workdir)
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, step)
