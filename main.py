@@ -27,14 +27,16 @@ def main(argv):
 
     import jax  # after the checks, which need no device
 
-    from maskdm_jax import sample, train
+    from maskdm_jax import memory, sample, train
 
+    memory.set_gpu_memory_fraction()
     _use_compilation_cache(jax)
     validate_devices(config, jax.device_count(), _MODE.value)
-    if _MODE.value == "sample":
-        sample.sample(config, _WORKDIR.value)
-    else:
-        train.train(config, _WORKDIR.value)
+    with memory.explained(config, _MODE.value):
+        if _MODE.value == "sample":
+            sample.sample(config, _WORKDIR.value)
+        else:
+            train.train(config, _WORKDIR.value)
 
 
 def _use_compilation_cache(jax):

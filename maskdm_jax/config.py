@@ -78,6 +78,7 @@ def default_config() -> config_dict.ConfigDict:
     config.train = train = config_dict.ConfigDict()
     train.num_steps = 100_000  # updates
     train.batch_size = 256  # images, over all devices and hosts
+    train.dry_run = False  # print the step's memory and the batches that fit, and train nothing
     train.log_every_steps = 100
     train.sample_every_steps = 10_000  # a grid of samples from the EMA weights; 0: never
 

@@ -10,6 +10,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from maskdm_jax import (
     checkpoint,
@@ -24,6 +25,15 @@ from maskdm_jax import (
 )
 from maskdm_jax.config import ConfigError, check_same_architecture
 from maskdm_jax.progress import say
+
+
+def jit_sampler(config, mesh: Mesh, model: uvit.UViT, out_sharding, steps: int | None = None):
+    """`make_sampler` under jit on `mesh`; the images come back laid out as `out_sharding`."""
+    return jax.jit(
+        make_sampler(config, model, steps),
+        out_shardings=out_sharding,
+        compiler_options=sharding.compiler_options(mesh),
+    )
 
 
 def make_sampler(config, model: uvit.UViT, steps: int | None = None):
@@ -120,7 +130,7 @@ def _draw_missing(config, workdir, step, folder, todo):
     item = "ema" if config.sample.weights == "ema" else "params"
     params = checkpoint.restore_item(workdir, step, item, abstract)
     by_batch = sharding.batch_sharding(mesh)
-    draw = jax.jit(make_sampler(config, model), out_shardings=by_batch)
+    draw = jit_sampler(config, mesh, model, by_batch)
 
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")

@@ -17,11 +17,20 @@ _RULES = (
     (r"(position|embedding)$", PartitionSpec(None, "fsdp")),
 )
 
+# XLA's options, by backend. Triton's matmuls never beat cuBLAS's at this network's shapes, and
+# trying them out doubles the time to compile (benchmarks/RESULTS.md).
+_COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
+
 
 def make_mesh(config) -> Mesh:
     """The mesh of `config.mesh` over all devices."""
     devices = np.asarray(jax.devices())
     return Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
+
+
+def compiler_options(mesh: Mesh) -> dict:
+    """XLA's options for programs on `mesh`, for `jax.jit`."""
+    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

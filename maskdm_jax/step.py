@@ -23,15 +23,9 @@ def jit_train_step(
     abstract_state: TrainState,
     materialize: Callable[[dict, dict], dict],
 ):
-    """`make_train_step`, jitted: the state is donated, and stays where `abstract_state` says.
+    """`make_train_step` under jit on `mesh`: what main.py runs, to be lowered and compiled.
 
-    Args:
-      config: the run's config.
-      mesh: the devices.
-      model: from `uvit.make_model`.
-      optimizer: from `optim.make_optimizer`.
-      abstract_state: from `sharding.abstract`.
-      materialize: see `make_train_step`.
+    The state is donated, and comes back laid out as `abstract_state` says.
     """
     alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
@@ -39,6 +33,7 @@ def jit_train_step(
         make_train_step(config, model, optimizer, alphas_cumprod, materialize),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
+        compiler_options=sharding.compiler_options(mesh),
     )
 
 

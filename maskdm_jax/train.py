@@ -13,6 +13,7 @@ from maskdm_jax import (
     checkpoint,
     flops,
     images,
+    memory,
     optim,
     pretrained,
     sample,
@@ -34,6 +35,7 @@ _FREE = (
     "mesh.",
     "checkpoint.",
     "sample.",
+    "train.dry_run",
     "train.log_every_steps",
     "train.sample_every_steps",
 )
@@ -61,6 +63,9 @@ def train(config, workdir: str | pathlib.Path) -> None:
 
     # --------------------------------------------- data, model, weights: no device work yet
     source = sources.open_source(config)
+    if config.train.dry_run:
+        memory.dry_run(config, len(source))
+        return
     mesh = sharding.make_mesh(config)
     model = uvit.make_model(config, mesh)
     optimizer = optim.make_optimizer(config)
@@ -100,10 +105,12 @@ def train(config, workdir: str | pathlib.Path) -> None:
     say("compiling the step ...")
     compile_start = time.perf_counter()
     compiled = train_step.lower(state, batches.arrays, batch).compile()
-    say(f"compiled in {time.perf_counter() - compile_start:.1f} s{_memory(compiled)}")
-    preview = jax.jit(
-        sample.make_sampler(config, model, config.sample.preview_steps),
-        out_shardings=sharding.replicated(mesh),
+    say(
+        f"compiled in {time.perf_counter() - compile_start:.1f} s; "
+        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB a device"
+    )
+    preview = sample.jit_sampler(
+        config, mesh, model, sharding.replicated(mesh), config.sample.preview_steps
     )
 
     # ----------------------------------------------------------------------------- the loop
@@ -199,21 +206,6 @@ def _make_folder(workdir):
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another"
         ) from error
-
-
-def _memory(compiled):
-    """The compiler's own account, where the backend gives one."""
-    analysis = compiled.memory_analysis()
-    if analysis is None:
-        return ""
-    # Donated inputs share their memory with outputs.
-    total = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes
-    )
-    return f"; {total / 2**30:.2f} GiB a device"
 
 
 def _write_whole(path, text):

@@ -121,6 +121,23 @@ class Loader:
         return iter(dataset.to_iter_dataset(options).batch(share, drop_remainder=True))
 
 
+def abstract_inputs(config, num_examples: int, mesh: Mesh) -> tuple[dict, dict]:
+    """Shapes of (`Loader.arrays`, one of its batches), for a set of `num_examples` images."""
+
+    def inputs(count, where):
+        shape = (count, *config.data.image_size, config.data.channels)
+        return {
+            "image": jax.ShapeDtypeStruct(shape, np.uint8, sharding=where),
+            "label": jax.ShapeDtypeStruct((count,), np.int32, sharding=where),
+        }
+
+    by_batch, size = sharding.batch_sharding(mesh), config.train.batch_size
+    if config.data.cache != "device":
+        return {}, inputs(size, by_batch)
+    ids = jax.ShapeDtypeStruct((size,), np.int32, sharding=by_batch)
+    return inputs(num_examples, sharding.replicated(mesh)), {"ids": ids}
+
+
 class _ByStep:
     """A random-access source for Grain, made of a length and a function of the index."""
 
