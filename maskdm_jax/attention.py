@@ -12,13 +12,12 @@ XLA cannot split a Pallas kernel over devices: on a mesh, each device runs it on
 
 import functools
 import warnings
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
-from maskdm_jax import long_attention, short_attention
+from maskdm_jax import long_attention, sharding, short_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "splash")
 
@@ -73,7 +72,7 @@ def attend(
             return short_attention.short_attention(q, k, v, num_valid)
         return long_attention.long_attention(q, k, v, num_valid)
 
-    return _on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
+    return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
 
 
 def padding(
@@ -102,7 +101,7 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
         raise ValueError(
             f"attention implementation {implementation!r}; expected one of {IMPLEMENTATIONS}"
         )
-    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    device = sharding.first_device(mesh)
     kernel = implementation
     if kernel == "auto":
         kernel = _fastest(device, length)
@@ -124,10 +123,8 @@ def _misses(device, kernel, length, head_dim, dtype) -> str:
     """Why the fused kernel cannot run; "" where it can."""
     if kernel == "splash":
         return "" if device.platform == "tpu" else f"the device is {device.device_kind}, not a TPU"
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
-        return f"the device is {device.device_kind}, not an NVIDIA GPU"
-    if float(device.compute_capability) < 8.0:
-        return f"{device.device_kind} is older than Ampere"
+    if unfit := sharding.unfit_for_gpu_kernels(device):
+        return unfit
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"model.dtype is {dtype.name}, not bfloat16"
     if kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
@@ -151,18 +148,6 @@ def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return out[:, :length]
-
-
-def _on_each_device(kernel: Callable, mesh: Mesh | None, batch: int) -> Callable:
-    """`kernel` of [B, ...] arrays, where each device of the mesh computes its own examples.
-
-    A batch that does not divide, such as a preview's, is computed whole by every device.
-    """
-    if mesh is None or mesh.size == 1:
-        return kernel
-    spec = PartitionSpec(mesh.axis_names) if batch % mesh.size == 0 else PartitionSpec()
-    # What a kernel returns does not say over which axes it varies, so that is not checked.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 @functools.cache

@@ -7,6 +7,9 @@ these rules save.
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from maskdm_jax import gelu_kernel, sharding
 
 _EPSILON = 1e-5
 
@@ -52,17 +55,26 @@ def _normalize_backward(x, dnormed):
 normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
-@jax.custom_vjp
-def bias_gelu(x: jax.Array, bias: jax.Array) -> jax.Array:
+def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """y Phi(y) of y = x + bias, exact (Hendrycks & Gimpel 2016), computed in float32.
 
     Args:
-      x: [..., D], any float dtype.
-      bias: float32 [D].
+      x_MD: [M, D], any float dtype.
+      bias_D: float32 [D].
+      mesh: the devices that the rows are split over; None: this process's first device.
 
     Returns:
-      [..., D] of x's dtype.
+      [M, D] of x's dtype.
     """
+    fits = gelu_kernel.supports(x_MD.shape[1], x_MD.dtype)
+    if fits and not sharding.unfit_for_gpu_kernels(sharding.first_device(mesh)):
+        kernel = sharding.on_each_device(gelu_kernel.bias_gelu, mesh, x_MD.shape[0], num_whole=1)
+        return kernel(x_MD, bias_D)
+    return _bias_gelu(x_MD, bias_D)
+
+
+@jax.custom_vjp
+def _bias_gelu(x, bias):
     return _bias_gelu_forward(x, bias)[0]
 
 
@@ -85,4 +97,4 @@ def _cdf(y):
     return 0.5 * (1 + jax.lax.erf(y * 0.5**0.5))
 
 
-bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
+_bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)

@@ -7,23 +7,34 @@ from collections.abc import Iterable, Iterator
 from tqdm import tqdm
 
 _LINE_EVERY_S = 10.0
+_muted = False
+
+
+def mute() -> None:
+    """Silences this process for good: of several, one speaks for all."""
+    global _muted
+    _muted = True
 
 
 def say(text: str) -> None:
     """Prints a line at once, clear of any bar."""
+    if _muted:
+        return
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
 
 
 def remark(text: str) -> None:
     """Prints a line of progress, on standard error as bars are."""
+    if _muted:
+        return
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
     """Yields `items`, of which there are `total`, and shows how far they are."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not _muted:
         yield from tqdm(items, total=total, desc=what, unit=f" {unit}")
         return
     start = last = time.perf_counter()
@@ -46,4 +57,6 @@ def clock(seconds: float) -> str:
 
 def bar(total: int, initial: int, unit: str) -> tqdm | None:
     """A bar on a terminal, None elsewhere."""
-    return tqdm(total=total, initial=initial, unit=f" {unit}") if sys.stderr.isatty() else None
+    if _muted or not sys.stderr.isatty():
+        return None
+    return tqdm(total=total, initial=initial, unit=f" {unit}")

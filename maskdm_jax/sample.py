@@ -10,11 +10,13 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from maskdm_jax import (
     checkpoint,
     diffusion,
+    distributed,
     images,
     patches,
     progress,
@@ -96,14 +98,16 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
       ConfigError: where the workdir holds no checkpoint, or one of another architecture.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    step = checkpoint.find_step(workdir)
+    # Process 0 alone writes: the others go by what it finds, and help to draw.
+    (step,) = distributed.agreed([checkpoint.find_step(workdir)])
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
+        if distributed.is_main():
+            (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written to: {error}; samples go below --workdir, so make it "
@@ -111,10 +115,13 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
         ) from error
 
     todo = [i for i in range(settings.num) if not _path(folder, i).exists()]
+    todo = distributed.agreed(todo)
     if len(todo) < settings.num:
         say(f"{settings.num - len(todo)} of {settings.num} images are in {folder} already")
     if todo:
         _draw_missing(config, workdir, step, folder, todo)
+    if not distributed.is_main():
+        return folder
     channels = config.data.channels
     shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = images.shown_scale(config.data.image_size)
@@ -139,9 +146,11 @@ def _draw_missing(config, workdir, step, folder, todo):
         batch = todo[first : first + size]
         # The last batch is filled up, so that one shape is compiled.
         index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
-        drawn = np.asarray(draw(params, jax.device_put(index_B, by_batch)))
-        for i, image in zip(batch, drawn, strict=False):
-            images.save_png(_path(folder, i), image)
+        index_B = jax.make_array_from_callback((size,), by_batch, index_B.__getitem__)
+        drawn = multihost_utils.process_allgather(draw(params, index_B), tiled=True)
+        if distributed.is_main():
+            for i, image in zip(batch, drawn, strict=False):
+                images.save_png(_path(folder, i), image)
 
 
 def _folder_name(config, step):

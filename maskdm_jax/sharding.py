@@ -5,6 +5,7 @@ first rule whose pattern their path matches; what a rule cannot divide evenly is
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -28,14 +29,61 @@ def make_mesh(config) -> Mesh:
     return Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
 
 
+def first_device(mesh: Mesh | None) -> jax.Device:
+    """A device of `mesh`, which are all alike; None: this process's first."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def compiler_options(mesh: Mesh) -> dict:
     """XLA's options for programs on `mesh`, for `jax.jit`."""
-    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform, {})
+    return _COMPILER_OPTIONS.get(first_device(mesh).platform, {})
+
+
+def unfit_for_gpu_kernels(device: jax.Device) -> str:
+    """Why kernels for NVIDIA GPUs since Ampere cannot run on `device`; "" where they can."""
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+        return f"the device is {device.device_kind}, not an NVIDIA GPU"
+    if float(device.compute_capability) < 8.0:
+        return f"{device.device_kind} is older than Ampere"
+    return ""
+
+
+def on_each_device(
+    kernel: Callable, mesh: Mesh | None, num_rows: int, num_whole: int = 0
+) -> Callable:
+    """`kernel`, a function of arrays, where each device of the mesh computes its own rows.
+
+    XLA cannot split a kernel that it did not write.
+
+    Args:
+      kernel: of arrays [num_rows, ...], and after them `num_whole` that every device has whole.
+      mesh: None is one device.
+      num_rows: where the devices do not divide it, as in a preview, each computes all rows.
+      num_whole: see `kernel`.
+    """
+    if mesh is None or mesh.size == 1:
+        return kernel
+    rows = PartitionSpec(mesh.axis_names) if num_rows % mesh.size == 0 else PartitionSpec()
+
+    def run(*arrays):
+        specs = (rows,) * (len(arrays) - num_whole) + (PartitionSpec(),) * num_whole
+        # What a kernel returns does not say over which axes it varies, so that is not checked.
+        shards = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
+        return shards(*arrays)
+
+    return run
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The leading axis over every device."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+    """Ids of the rows, of `size` in a batch, that lie on this process's devices, ascending."""
+    rows = np.arange(size)
+    parts = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([rows[part] for part in parts]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,7 @@
 """What a run says while it works: console (bar or lines), metrics.jsonl, TensorBoard.
 
-A run that goes on drops what was logged beyond its checkpoint, so that every step stands once.
+Of several processes, one writes. A run that goes on drops what was logged beyond its checkpoint,
+so that every step stands once.
 """
 
 import json
@@ -10,7 +11,7 @@ import time
 
 from tensorboardX import SummaryWriter
 
-from maskdm_jax import progress
+from maskdm_jax import distributed, progress
 
 _JSONL = "metrics.jsonl"
 
@@ -34,10 +35,15 @@ class Telemetry:
           flops_per_image: model FLOPs of training on one image.
           peak_tflops: dense peak of all devices together; None where it is not known.
         """
-        workdir = pathlib.Path(workdir)
+        self._file = self._board = self._bar = None
         self._config = config
         self._flops_per_image = flops_per_image
         self._peak_tflops = peak_tflops
+        self._last = (first_step, time.perf_counter())
+        self._start = self._last
+        if not distributed.is_main():
+            return
+        workdir = pathlib.Path(workdir)
         path = workdir / _JSONL
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
         unfinished = path.with_name(f".{path.name}.{os.getpid()}")
@@ -46,8 +52,6 @@ class Telemetry:
         self._file = path.open("a", buffering=1)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
         self._bar = progress.bar(config.train.num_steps, first_step, "steps")
-        self._last = (first_step, time.perf_counter())
-        self._start = self._last
 
     def restart_clock(self, step: int) -> None:
         """Leaves the time since the last record out of the rates (a save, a sample grid)."""
@@ -61,6 +65,8 @@ class Telemetry:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of the update that completed `step`, with the rates since the last
         record."""
+        if self._file is None:
+            return
         now = time.perf_counter()
         steps = max(step - self._last[0], 1)
         step_s = (now - self._last[1]) / steps
@@ -84,10 +90,9 @@ class Telemetry:
 
     def close(self) -> None:
         """Flushes all."""
-        self._file.close()
-        self._board.close()
-        if self._bar is not None:
-            self._bar.close()
+        for target in (self._file, self._board, self._bar):
+            if target is not None:
+                target.close()
 
     def _show(self, record):
         parts = [

@@ -11,6 +11,7 @@ from clu import parameter_overview
 
 from maskdm_jax import (
     checkpoint,
+    distributed,
     flops,
     images,
     memory,
@@ -51,7 +52,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     num_steps = config.train.num_steps
 
     # ---------------------------------------------------------------- what is there already
-    own_steps = checkpoint.steps(workdir)
+    own_steps = distributed.agreed(checkpoint.steps(workdir))
     if own_steps:
         before = checkpoint.load_config(workdir, own_steps[-1])
         check_same_architecture(config, before, str(workdir))
@@ -84,6 +85,7 @@ def train(config, workdir: str | pathlib.Path) -> None:
     abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     _make_folder(workdir)
+    distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     if own_steps:
         state = checkpoints.restore(own_steps[-1], abstract)
@@ -93,7 +95,8 @@ def train(config, workdir: str | pathlib.Path) -> None:
             lambda given: create_state(config, model, optimizer, given), out_shardings=shardings
         )
         state = create(params)
-    _write_whole(workdir / "config.json", to_json(config))
+    if distributed.is_main():
+        _write_whole(workdir / "config.json", to_json(config))
     step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, abstract.params)
@@ -156,6 +159,8 @@ def _log(telemetry, config, step, metrics):
 
 def _draw_preview(config, preview, ema, workdir, step):
     drawn = np.asarray(preview(ema, np.arange(config.sample.preview_num, dtype=np.int32)))
+    if not distributed.is_main():
+        return
     folder = workdir / "previews"
     folder.mkdir(exist_ok=True)
     scale = images.shown_scale(config.data.image_size)

@@ -259,7 +259,7 @@ class Block(nn.Module):
         kernel, bias = Linear(width, hidden_width, name="mlp_in")()
         normed_MD = layers.normalize(x_MD)
         hidden = normed_MD @ _scaled(scale, kernel, dtype)
-        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel)))
+        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel), self.mesh))
         kernel, bias = Linear(hidden_width, width, name="mlp_out")()
         return x_MD + drop(hidden @ kernel.astype(dtype) + bias.astype(dtype))
 

@@ -8,7 +8,8 @@ import tempfile
 
 # Before JAX is imported: 8 devices on the CPU, and compilations that processes share.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+_DEVICES = "--xla_force_host_platform_device_count"
+os.environ["XLA_FLAGS"] = f"{_DEVICES}=8"
 _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
@@ -71,16 +72,16 @@ def official_model():
 
 @pytest.fixture
 def run_main(data_dir):
-    """Runs main.py in a process of its own, on one CPU device and tiny digits."""
+    """Runs main.py in a process of its own, on tiny digits."""
 
-    def run(config, workdir, *flags, wait=True):
+    def run(config, workdir, *flags, wait=True, devices=1):
         command = [sys.executable, "main.py", f"--config=configs/{config}.py"]
         command += [f"--workdir={workdir}", f"--config.data.dir={data_dir}"]
         command += [f"--config.{name}={value}" for name, value in TINY.items()]
         process = subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": ""},
+            env={**os.environ, "XLA_FLAGS": f"{_DEVICES}={devices}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

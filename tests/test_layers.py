@@ -1,11 +1,13 @@
 """Our backward rules against JAX's own differentiation of the textbook formulas."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import layers
+from maskdm_jax import gelu_kernel, layers, sharding
 
 
 def textbook_norm(x):
@@ -26,8 +28,11 @@ def inputs(*shapes, dtype=jnp.float32):
     "ours, textbook, shapes",
     [
         (layers.normalize, textbook_norm, [(3, 5, 16)]),
-        (layers.bias_gelu, textbook_gelu, [(3, 5, 16), (16,)]),
+        (layers.bias_gelu, textbook_gelu, [(15, 16), (16,)]),
+        (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(128, 256), (256,)]),
+        (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(70, 128), (128,)]),
     ],
+    ids=["normalize", "bias_gelu", "kernel", "kernel-part-of-a-tile"],
 )
 def test_values_and_gradients_are_those_of_the_formula(ours, textbook, shapes):
     arguments = inputs(*shapes)
@@ -36,7 +41,7 @@ def test_values_and_gradients_are_those_of_the_formula(ours, textbook, shapes):
     expected, expected_pullback = jax.vjp(textbook, *arguments)
     np.testing.assert_allclose(value, expected, atol=2e-6)
     for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
-        np.testing.assert_allclose(got, wanted, atol=1e-5)
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("ours, textbook", [(layers.normalize, textbook_norm)])
@@ -50,3 +55,18 @@ def test_bfloat16_is_rounded_once(ours, textbook):
 def test_a_large_mean_costs_no_digits():
     (x,) = inputs((4, 64))
     np.testing.assert_allclose(layers.normalize(x + 1000), layers.normalize(x), atol=1e-3)
+
+
+def test_the_gelu_kernel_runs_on_each_device_of_a_mesh(tiny_config):
+    mesh = sharding.make_mesh(tiny_config)
+    x, bias, dout = inputs((64, 128), (128,), (64, 128))
+    x, dout = jax.device_put((x, dout), sharding.batch_sharding(mesh))
+    kernel = sharding.on_each_device(
+        partial(gelu_kernel.bias_gelu, interpret=True), mesh, len(x), num_whole=1
+    )
+    value, pullback = jax.vjp(kernel, x, bias)
+    expected, expected_pullback = jax.vjp(textbook_gelu, x, bias)
+    assert value.sharding.num_devices == 8 and not value.sharding.is_fully_replicated
+    np.testing.assert_allclose(value, expected, atol=2e-6)
+    for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)

@@ -12,7 +12,7 @@ from maskdm_jax.state import create_state
 STEPS = 20
 
 
-def curve(config, num_devices=8):
+def curve(config, num_devices=8, steps=STEPS):
     """Losses and final parameters of a short run on random images."""
     devices = np.asarray(jax.devices()[:num_devices])
     mesh = Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
@@ -27,9 +27,11 @@ def curve(config, num_devices=8):
     )
     generator = np.random.default_rng(0)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = {
-            "image": generator.integers(0, 256, (16, 8, 8, 1), dtype=np.uint8),
+            "image": generator.integers(
+                0, 256, (16, *config.data.image_size, config.data.channels), dtype=np.uint8
+            ),
             "label": generator.integers(0, 10, (16,), dtype=np.int32),
         }
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
@@ -47,11 +49,14 @@ def reference(request):
 @pytest.mark.parametrize(
     "num_devices, fields",
     [
+        (2, {}),
+        (2, {"mesh.fsdp": 2}),
         (8, {}),
-        (8, {"mesh.fsdp": 4}),
+        (8, {"mesh.fsdp": 2}),
+        (8, {"mesh.fsdp": 8}),
         (1, {"optim.accumulate_steps": 4}),
     ],
-    ids=["8-devices", "fsdp-4", "accumulate-4"],
+    ids=["2-devices", "fsdp-2", "8-devices", "data-4-fsdp-2", "fsdp-8", "accumulate-4"],
 )
 def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, fields):
     if not reference:
@@ -61,6 +66,26 @@ def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, f
     np.testing.assert_allclose(losses, reference["losses"], rtol=1e-5)
     assert int(state.step) == STEPS
     assert losses[-5:].mean() < losses[:2].mean()
+
+
+def test_a_narrow_h_trains_split_over_8_devices(tiny_config):
+    # An eighth of H's width: what divides there divides here.
+    tiny_config.model.update(width=1152 // 8, num_heads=16)
+    whole, _ = curve(tiny_config, 1, steps=2)
+    tiny_config.mesh.fsdp = 8
+    split, state = curve(tiny_config, 8, steps=2)
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    assert not state.params["out_block_0"]["skip"]["kernel"].sharding.is_fully_replicated
+
+
+@pytest.mark.slow
+def test_l_itself_takes_a_step_split_over_8_devices(tiny_config):
+    tiny_config.model.update(size="L", width=0, num_heads=0, depth=0, patch_size=4)
+    tiny_config.mesh.fsdp = 8
+    losses, state = curve(tiny_config, steps=1)
+    assert int(state.step) == 1 and abs(losses[0] - 1) < 0.5
+    kernel = state.params["in_block_9"]["mlp_in"]["kernel"]
+    assert kernel.shape == (1024, 4096) and kernel.addressable_data(0).shape == (1024, 512)
 
 
 def test_fsdp_splits_kernels_ema_and_moments(tiny_config):

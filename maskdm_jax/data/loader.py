@@ -6,9 +6,11 @@ there is no iterator to save, and a run goes on from any step. Each process read
 of each batch. Images go to the devices as uint8.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
+import socket
 from collections.abc import Iterator
 
 import grain
@@ -18,6 +20,7 @@ from jax.sharding import Mesh
 
 from maskdm_jax import progress, sharding
 from maskdm_jax.config import ConfigError
+from maskdm_jax.data import lock
 from maskdm_jax.data.sources import Source
 
 _PREFETCH_BATCHES = 4
@@ -66,12 +69,14 @@ class Loader:
         self._source = source
         self._order = Order(config.seed, len(source), config.train.batch_size)
         self._sharding = sharding.batch_sharding(mesh)
+        self._rows = sharding.local_rows(self._sharding, config.train.batch_size)
         self._cache = None if config.data.cache == "none" else _open_cache(config, source)
         self.arrays = {}
         if config.data.cache == "device":
+            # From a callback: `device_put` would compare the set's bytes across processes.
             self.arrays = {
-                k: jax.device_put(np.asarray(v), sharding.replicated(mesh))
-                for k, v in self._cache.items()
+                k: jax.make_array_from_callback(v.shape, sharding.replicated(mesh), v.__getitem__)
+                for k, v in ((k, np.asarray(v)) for k, v in self._cache.items())
             }
 
     def batches(self, step: int) -> Iterator[dict]:
@@ -93,9 +98,7 @@ class Loader:
         return {name: array[batch["ids"]] for name, array in arrays.items()}
 
     def _local_ids(self, step):
-        share = self._config.train.batch_size // jax.process_count()
-        first = jax.process_index() * share
-        return self._order.ids(step)[first : first + share]
+        return self._order.ids(step)[self._rows]
 
     def _gathered(self, step):
         num_steps = self._config.train.num_steps
@@ -108,7 +111,7 @@ class Loader:
         return iter(grain.MapDataset.source(reads)[step:].to_iter_dataset(options))
 
     def _decoded(self, step):
-        share = self._config.train.batch_size // jax.process_count()
+        share = len(self._rows)
         examples = _ByStep(
             self._config.train.num_steps * share,
             lambda i: self._source[self._local_ids(i // share)[i % share]],
@@ -159,27 +162,42 @@ def _open_cache(config, source) -> dict[str, np.ndarray]:
     # A set that was prepared again has other bytes under the same name.
     key = hashlib.sha256(f"{stamp.st_mtime_ns} {stamp.st_size}".encode()).hexdigest()[:12]
     paths = {k: folder / f"{source.split}-{k}-{key}.npy" for k in ("image", "label")}
-    if not all(path.exists() for path in paths.values()):
-        _decode_all(config, source, folder, paths)
+    if not _all_exist(paths):
+        with _explained(config, folder):
+            folder.mkdir(exist_ok=True)
+            held = lock.hold(folder)
+        with held:
+            if not _all_exist(paths):
+                _decode_all(config, source, folder, paths)
     return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
 
 
-def _decode_all(config, source, folder, paths):
+def _all_exist(paths):
+    return all(path.exists() for path in paths.values())
+
+
+@contextlib.contextmanager
+def _explained(config, folder):
     try:
-        folder.mkdir(exist_ok=True)
-        for stale in folder.glob("*.npy"):  # of a set that was prepared again since
-            if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
-                stale.unlink()
-        unfinished = {k: p.with_suffix(f".{os.getpid()}.tmp") for k, p in paths.items()}
-        shape = (len(source), *config.data.image_size, config.data.channels)
-        images = np.lib.format.open_memmap(
-            unfinished["image"], mode="w+", dtype=np.uint8, shape=shape
-        )
+        yield
     except OSError as error:
         raise ConfigError(
             f"data.cache {config.data.cache!r} needs to write decoded images to {folder}: {error}; "
             "make it writable, or type --config.data.cache=none"
         ) from error
+
+
+def _decode_all(config, source, folder, paths):
+    with _explained(config, folder):
+        for stale in folder.glob("*.npy"):  # of a set that was prepared again since
+            if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
+                stale.unlink()
+        writer = f"{socket.gethostname()}-{os.getpid()}"
+        unfinished = {k: p.with_suffix(f".{writer}.tmp") for k, p in paths.items()}
+        shape = (len(source), *config.data.image_size, config.data.channels)
+        images = np.lib.format.open_memmap(
+            unfinished["image"], mode="w+", dtype=np.uint8, shape=shape
+        )
     labels = np.zeros(len(source), np.int32)
     options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=1024)
     examples = iter(grain.MapDataset.source(source).to_iter_dataset(options))

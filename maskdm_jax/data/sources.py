@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from maskdm_jax.config import ConfigError
-from maskdm_jax.data import digits, writer
+from maskdm_jax.data import digits, lock, writer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,10 @@ def open_source(config) -> Source:
             "data.name is empty; expected a data set, such as --config.data.name=digits"
         )
     if data.name == digits.NAME and not writer.exists(digits.NAME, data_dir):
-        digits.write_digits(data_dir)
+        data_dir.mkdir(parents=True, exist_ok=True)
+        with lock.hold(data_dir):
+            if not writer.exists(digits.NAME, data_dir):
+                digits.write_digits(data_dir)
     try:
         builder = tfds.core.read_only_builder.builder_from_files(data.name, data_dir=str(data_dir))
     except tfds.core.DatasetNotFoundError as error:

@@ -1,0 +1,73 @@
+"""Times every implementation of attention at the lengths that the recipes have.
+
+    python -m benchmarks.attention [--lengths 29 417 4097] [--seconds 0.5]
+
+Forward and backward in bfloat16, heads of 64 channels, each length at its recipe's batch. The rate
+counts what training's FLOPs count: 3 x the forward pass's two matmuls. Prints one JSON line each;
+`ratio` is the rate over this machine's plain XLA attention.
+"""
+
+import argparse
+import json
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import measure
+from maskdm_jax import attention
+
+# length: (batch, heads)
+_SHAPES = {29: (1024, 8), 257: (256, 8), 417: (256, 12), 1025: (64, 12), 4097: (32, 12)}
+_HEAD_DIM = 64
+
+
+def bench(length: int, implementation: str, seconds: float) -> dict:
+    """Milliseconds of one forward and backward pass, and what really ran."""
+    batch, heads = _SHAPES[length]
+    extra = attention.padding(implementation, length, _HEAD_DIM, jnp.bfloat16)
+    shape = (batch, length + extra, heads, _HEAD_DIM)
+    q, k, v, dout = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4))
+
+    @jax.jit
+    def both(q, k, v):
+        def attend(q, k, v):
+            return attention.attend(q, k, v, implementation, num_valid=length)
+
+        out, pullback = jax.vjp(attend, q, k, v)
+        return out, pullback(dout)
+
+    call_s = measure.seconds_per_call(lambda i: both(q, k, v), seconds)
+    flops = 3 * 4 * batch * heads * length**2 * _HEAD_DIM
+    return {
+        "length": length,
+        "implementation": implementation,
+        "runs": attention.choose(implementation, length + extra, _HEAD_DIM, jnp.bfloat16),
+        "padded_by": extra,
+        "batch": batch,
+        "ms": call_s * 1e3,
+        "model_tflops": flops / call_s / 1e12,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="*", default=list(_SHAPES), choices=_SHAPES)
+    parser.add_argument("--seconds", type=float, default=0.5)
+    args = parser.parse_args()
+    for length in args.lengths:
+        plain = None
+        for implementation in ("xla", "cudnn", "pallas"):
+            try:
+                result = bench(length, implementation, args.seconds)
+            except jax.errors.JaxRuntimeError as error:
+                result = {"length": length, "implementation": implementation}
+                result["error"] = str(error).splitlines()[0][:120]
+            if implementation == "xla":
+                plain = result.get("ms")
+            if plain and "ms" in result:
+                result["ratio"] = plain / result["ms"]
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""main.py's own training loop against the bare step, for each data cache, and its start-up.
+
+    python -m benchmarks.loop --bench masked64 --data_dir DIR [--caches device host none]
+
+Prints one JSON line a cache: `ratio` is the rate over the bare step's, in turn on the same
+card. The first run finds an empty compilation cache, so its `first_step_s`, from the start of the
+process to the first finished update, is a cold start; the others find it filled.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import cases, run
+from maskdm_jax import telemetry
+
+_MAIN = pathlib.Path(__file__).parents[1] / "main.py"
+
+
+def bench(name: str, data_dir: str, cache: str, steps: int, cache_home: str) -> dict:
+    """Rate of main.py's loop over the last two thirds of `steps`, and the time to the first."""
+    config, batch = cases.CASES[name]
+    every = max(steps // 12, 1)
+    fields = {
+        "data.dir": data_dir,
+        "data.cache": cache,
+        "train.batch_size": batch,
+        "train.num_steps": steps,
+        "train.log_every_steps": every,
+        "train.sample_every_steps": 0,
+        "checkpoint.every_steps": 10 * steps,
+        "init.path": "",
+    }
+    with tempfile.TemporaryDirectory() as workdir:
+        command = [sys.executable, str(_MAIN), f"--workdir={workdir}"]
+        command += [f"--config={_MAIN.parent / 'configs' / config}.py"]
+        command += [f"--config.{field}={value}" for field, value in fields.items()]
+        start = time.perf_counter()
+        with tempfile.TemporaryFile("w+") as said:
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "XDG_CACHE_HOME": cache_home},
+                stdout=said,
+                stderr=subprocess.STDOUT,
+            )
+            while process.poll() is None and not telemetry.read_metrics(workdir):
+                time.sleep(0.05)
+            first_step_s = time.perf_counter() - start
+            if process.wait():
+                said.seek(0)
+                raise RuntimeError(f"main.py failed:\n{said.read()[-2000:]}")
+        records = telemetry.read_metrics(workdir)
+    rates = [r["images_per_s"] for r in records if r["step"] > steps // 3]
+    return {
+        "bench": name,
+        "cache": cache,
+        "batch": batch,
+        "images_per_s": statistics.median(rates),
+        "first_step_s": first_step_s,
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
+    parser.add_argument("--bench", required=True, choices=cases.NAMES[:-1])
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument("--caches", nargs="*", default=["device", "host", "none"])
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each loop, about")
+    args = parser.parse_args()
+    options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds / 2)]
+    bare = run.run_ours(args.bench, options)["images_per_s"]
+    steps = max(int(args.seconds * bare / cases.CASES[args.bench][1]), 24)
+    with tempfile.TemporaryDirectory() as cache_home:
+        for cache in args.caches:
+            result = bench(args.bench, args.data_dir, cache, steps, cache_home)
+            ratio = result["images_per_s"] / bare
+            print(json.dumps({**result, "bare_images_per_s": bare, "ratio": ratio}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Ours and the PyTorch peer in turn on one card: a table, and a row each in results.json.
+
+    python -m benchmarks.run --data_dir DIR [--bench masked256 ...] [--seconds 6]
+
+DIR holds the sets celebahq (256x256) and celeba64 (64x64), as maskdm_jax.data.prepare writes them.
+Each measurement is a process of its own, so that no framework holds memory of the other's.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+from benchmarks import cases, measure
+
+RESULTS = pathlib.Path(__file__).with_name("results.json")
+
+
+def run_peer(bench: str, batch: int, options: list[str]) -> dict:
+    """The peer at `batch`, or at the largest half of it that fits its memory."""
+    while True:
+        done = _run("benchmarks.peer_torch", bench, ["--batch", str(batch), *options])
+        if done.returncode == 0:
+            return _last_line(done)
+        if "out of memory" not in done.stderr.lower() or batch == 1:
+            raise RuntimeError(f"the peer failed at {bench}:\n{done.stderr[-2000:]}")
+        batch //= 2
+
+
+def run_ours(bench: str, options: list[str]) -> dict:
+    """Our step, or our sampler."""
+    module = "benchmarks.sampling" if bench == "sample256" else "benchmarks.train_step"
+    done = _run(module, bench, options)
+    if done.returncode:
+        raise RuntimeError(f"{module} failed at {bench}:\n{done.stderr[-2000:]}")
+    return _last_line(done)
+
+
+def row(bench: str, ours: dict, peer: dict, command: str) -> dict:
+    """What results.json keeps of one case. `mfu` is over this card's measured matmul rate."""
+    # A sampler's rate is compared by network evaluations: runs may be of any length.
+    rate = "evaluations_per_s" if bench == "sample256" else "images_per_s"
+    ratio = ours[rate] / peer[rate]
+    fields = ("device", "images_per_s", "mfu", "mfu_datasheet", "matmul_tflops", "model_tflops")
+    return {
+        "bench": bench,
+        **{name: ours[name] for name in fields},
+        "memory_gib": ours.get("memory_gib"),
+        "set_up_s": ours["set_up_s"],
+        "peer_images_per_s": ours["images_per_s"] / ratio,
+        "peer_batch": peer["batch"],
+        "peer_memory_gib": peer["memory_gib"],
+        "ratio": ratio,
+        "batch": ours["batch"],
+        "versions": {**ours["versions"], **peer["versions"]},
+        "command": command,
+        "date": measure.today(),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | batch | images/s | MFU over the measured matmul rate | over the datasheet's | "
+        "PyTorch images/s (batch) | ratio |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in rows:
+        datasheet = f"{r['mfu_datasheet']:.1%}" if r["mfu_datasheet"] else "not known"
+        lines.append(
+            f"| {r['bench']} | {r['batch']} | {r['images_per_s']:,.4g} | {r['mfu']:.1%} of "
+            f"{r['matmul_tflops']:.0f} TFLOP/s | {datasheet} | {r['peer_images_per_s']:,.4g} "
+            f"({r['peer_batch']}) | {r['ratio']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def keep(rows: list[dict]) -> None:
+    """Adds rows to results.json."""
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else []
+    RESULTS.write_text(json.dumps(before + rows, indent=1) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument("--bench", nargs="*", default=cases.NAMES, choices=cases.NAMES)
+    parser.add_argument("--seconds", type=float, default=6.0, help="of timed work each")
+    args = parser.parse_args()
+    options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
+    command = f"python -m benchmarks.run --bench {' '.join(args.bench)} --seconds {args.seconds:g}"
+    rows = []
+    for bench in args.bench:
+        ours = run_ours(bench, options)
+        peer = run_peer(bench, ours["batch"], options)
+        rows.append(row(bench, ours, peer, command))
+        keep(rows[-1:])
+        print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
+
+
+def _run(module, bench, options):
+    command = [sys.executable, "-m", module, "--bench", bench, *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def _last_line(done):
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Both stages and samples on one host with GPUs: pre-train masked, fine-tune, draw.
+#
+#   launch/gpu_host.sh --pretrain=configs/pretrain_celebahq.py \
+#       --finetune=configs/finetune_celebahq.py --workdir=runs/celebahq [--dry-run] \
+#       [-- --config.FIELD=VALUE ...]
+#
+# What follows -- goes to all three. The first time it makes .venv and installs there; with
+# PYTHON=/path/to/python it uses that one and installs nothing. A stage that ends with status 75
+# is started again, and the whole script goes on where it stopped when it is run again.
+# --dry-run prints the commands and runs none.
+set -euo pipefail
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+pretrain='' finetune='' workdir='' dry_run=false
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --pretrain=*) pretrain=${1#*=} ;;
+    --finetune=*) finetune=${1#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --dry-run) dry_run=true ;;
+    --) shift && break ;;
+    *) fail "unknown argument $1; the first lines of launch/gpu_host.sh list them all" ;;
+  esac
+  shift
+done
+[[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
+workdir=$(realpath -m "$workdir")
+cd "$(dirname "$0")/.."
+[[ -f $pretrain ]] || fail "--pretrain is '$pretrain'; expected a file, configs/pretrain_NAME.py"
+[[ -f $finetune ]] || fail "--finetune is '$finetune'; expected a file, configs/finetune_NAME.py"
+
+run() {
+  if $dry_run; then
+    printf '%q ' "$@"
+    echo
+  else
+    "$@"
+  fi
+}
+
+python=${PYTHON-.venv/bin/python}
+if [[ -z ${PYTHON-} && ! -e .venv/.gpu ]]; then
+  run python3 -m venv .venv
+  run .venv/bin/pip install --quiet -c constraints.txt -e '.[gpu]'
+  run touch .venv/.gpu
+fi
+
+stage() { run launch/keep_running.sh "$python" main.py "$@"; }
+
+stage --config="$pretrain" --workdir="$workdir/pretrain" "$@"
+stage --config="$finetune" --workdir="$workdir/finetune" \
+  --config.init.path="$workdir/pretrain" "$@"
+stage --config="$finetune" --workdir="$workdir/finetune" --mode=sample "$@"

@@ -1,0 +1,222 @@
+"""Several processes: how a run starts on them, and what they must see alike.
+
+Every process runs the same program on its own devices; process 0 alone writes what people read.
+JAX's coordination service, which process 0 hosts, notices one that died and ends the others.
+"""
+
+import importlib.util
+import os
+import pathlib
+import re
+import socket
+import sys
+import threading
+import time
+import urllib.request
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from maskdm_jax import progress
+from maskdm_jax.config import ConfigError
+
+_START_S = 300  # the slowest host of a cluster has this long to come up
+_HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended
+_SHUTDOWN_S = 60  # the first to finish waits so long for the last
+_SHARED_S = 60  # network file systems show others' new files after their caches' time
+_LINGER_S = 5  # see `leave`
+
+
+def start(
+    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+) -> None:
+    """Joins the processes of one run; call it before JAX touches a device.
+
+    With all three arguments it does what they say. With none it asks Slurm, Open MPI or the TPU
+    pod, and does nothing where there is one process.
+
+    Args:
+      coordinator: host:port of process 0, as the others reach it.
+      num_processes: of the run, over all hosts.
+      process_id: of this one, 0 to num_processes - 1.
+
+    Raises:
+      ConfigError: for arguments that are half given or cannot be.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    if any(value is not None for value in given.values()):
+        _check(given)
+        if num_processes == 1:
+            return
+        # Told explicitly, JAX shall not ask the cluster which devices are this process's.
+        where = f"the coordinator {coordinator}"
+        arguments = dict(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate",
+        )
+    else:
+        where = "the coordinator that the cluster names"
+        arguments = _detect()
+        if arguments is None:
+            return
+    _initialize(arguments, where)
+    if not is_main():
+        progress.mute()
+
+
+def agreed(numbers: list[int]) -> list[int]:
+    """Process 0's list, on every process: what it saw in a folder, say, is what all go by."""
+    if jax.process_count() == 1:
+        return numbers
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
+    mine = numbers if is_main() else [0] * length
+    return multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32)).tolist()
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Raises ConfigError where `folder` is not one and the same for every process."""
+    if not several():
+        return
+    (token,) = agreed([time.time_ns() % 2**31])
+    path = folder / f".seen_by_all_{token}"
+    if is_main():
+        path.touch()
+    agreed([0])  # a barrier
+    deadline = time.monotonic() + _SHARED_S
+    while path.name not in os.listdir(folder):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir {folder} on {socket.gethostname()} is not the folder that process 0 "
+                "has there; expected one on a file system that all hosts share"
+            )
+        time.sleep(1)
+    agreed([0])
+    if is_main():
+        path.unlink()
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes logs, images and reports."""
+    return jax.process_index() == 0
+
+
+def several() -> bool:
+    """Whether other processes run beside this one."""
+    return jax.distributed.is_initialized()
+
+
+def leave(status: int) -> None:
+    """Ends this process, after an error that it has told, where others run beside it.
+
+    An ordinary exit would wait for the others, which wait for this one in a collective.
+    """
+    if not several():
+        return
+    # The others lose the coordinator with process 0, and are aborted; where the same error struck
+    # them all, each shall be able to tell it first.
+    if is_main():
+        time.sleep(_LINGER_S)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _check(given):
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    example = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+    if missing:
+        raise ConfigError(
+            f"{' and '.join(missing)} not given; several processes that are started by hand need "
+            f"all of {example}; one host, Slurm and TPU pods need none"
+        )
+    if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
+        raise ConfigError(
+            f"--coordinator is {given['coordinator']!r}; expected host:port of process 0, such as "
+            "--coordinator=node0:12345"
+        )
+    count, index = given["num_processes"], given["process_id"]
+    if count < 1:
+        raise ConfigError(f"--num_processes is {count}; expected at least 1; type {example}")
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"--process_id is {index}; expected 0 to {count - 1}, since --num_processes is {count}"
+        )
+
+
+def _initialize(arguments, where):
+    # JAX aborts with a stack trace where it waits in vain; this says it in one sentence before.
+    # Exit status 1, not 2: hosts that came up late may well find each other the next time.
+    def give_up():
+        print(
+            f"error: {where} did not bring all processes together within {_START_S} s; start every "
+            "one of them, with the same --coordinator, an open port and --process_id from 0 on",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+    watch = threading.Timer(_START_S, give_up)
+    watch.daemon = True
+    watch.start()
+    try:
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=_START_S + 60,
+            heartbeat_timeout_seconds=_HEARTBEAT_S,
+            shutdown_timeout_seconds=_SHUTDOWN_S,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"several processes cannot start through {where}: {str(error).splitlines()[0]}; type "
+            "--coordinator=HOST:PORT --num_processes=N --process_id=I"
+        ) from error
+    finally:
+        watch.cancel()
+
+
+def _detect():
+    """What to tell `jax.distributed.initialize` on this cluster; None for a single process."""
+    env = os.environ
+    if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return _slurm_devices(env)
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1 or _num_tpu_hosts(env) > 1:
+        return {}
+    return None
+
+
+def _slurm_devices(env):
+    """JAX gives each task the one GPU that has the task's number on its node. That holds where
+    tasks share a node and see all its GPUs; else a task owns all that it sees."""
+    alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
+    sees_one = re.fullmatch(r"[^,]+", env.get("CUDA_VISIBLE_DEVICES", ""))
+    return {"local_device_ids": []} if alone or sees_one else {}
+
+
+def _num_tpu_hosts(env):
+    if (jax.config.jax_platforms or "tpu").split(",")[0] != "tpu":
+        return 1
+    hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")  # GKE
+    slices = env.get("MEGASCALE_NUM_SLICES")
+    # JAX sets TPU_SKIP_MDS_QUERY where the machine has no TPU.
+    if not hosts and "TPU_SKIP_MDS_QUERY" not in env and importlib.util.find_spec("libtpu"):
+        hosts = _metadata(env, "worker-network-endpoints")
+        found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(env, "tpu-env"))
+        slices = slices or (found and found.group(1))
+    return len((hosts or "").split(",")) * int(slices or 1)
+
+
+def _metadata(env, key):
+    """What Google's metadata server tells a TPU VM of itself; "" elsewhere."""
+    server = env.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/{key}",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as response:
+            return response.read().decode()
+    except OSError:
+        return ""

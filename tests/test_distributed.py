@@ -1,0 +1,269 @@
+"""Several processes: how they find each other, what each reads, and what happens when one dies."""
+
+import http.server
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from maskdm_jax import checkpoint, distributed
+from maskdm_jax.config import ConfigError
+from maskdm_jax.data.loader import Order
+from maskdm_jax.telemetry import read_metrics
+
+_CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "GCE_", "CUDA_VISIBLE_DEVICES")
+FLAGS = [
+    "--config.checkpoint.every_steps=5", "--config.train.log_every_steps=1",
+    "--config.sample.preview_steps=2",
+]  # fmt: skip
+ROOT = pathlib.Path(__file__).parents[1]
+STEP = 3  # that two_processes.py reads
+_TWO_TASKS = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """(environment) -> what JAX's start-up is called with there; None where it is not called."""
+    for name in list(os.environ):
+        if name.startswith(_CLUSTERS):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    # The tests' own platform is not what a cluster's host has.
+    monkeypatch.setattr(type(jax.config), "jax_platforms", None)
+
+    def started(environment):
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        calls = []
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **given: calls.append(given))
+        distributed.start()
+        names = ("coordinator_address", "num_processes", "process_id", "local_device_ids")
+        return {k: v for k, v in calls[0].items() if k in names} if calls else None
+
+    return started
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, None),
+        ({"SLURM_NTASKS": "8"}, None),  # in a batch script, outside of srun
+        (_TWO_TASKS | {"SLURM_NTASKS": "1"}, None),
+        (_TWO_TASKS | {"SLURM_STEP_NUM_NODES": "2"}, {"local_device_ids": []}),
+        (_TWO_TASKS | {"SLURM_STEP_NUM_NODES": "1"}, {}),
+        (
+            _TWO_TASKS | {"SLURM_STEP_NUM_NODES": "1", "CUDA_VISIBLE_DEVICES": "0"},
+            {"local_device_ids": []},
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, {}),
+    ],
+    ids=[
+        "one-host", "slurm-batch", "slurm-one-task", "slurm-task-per-node", "slurm-task-per-gpu",
+        "slurm-sees-one-gpu", "mpi-one", "mpi-two", "gke-one-host", "gke-two-hosts", "two-slices",
+    ],
+)  # fmt: skip
+def test_processes_are_found_where_there_are_several(cluster, environment, expected):
+    assert cluster(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "attributes, expected",
+    [
+        ({"worker-network-endpoints": "unknown:unknown:10.0.0.1"}, None),
+        ({"worker-network-endpoints": "u:u:10.0.0.1,u:u:10.0.0.2"}, {}),
+        ({"worker-network-endpoints": "10.0.0.1", "tpu-env": "MEGASCALE_NUM_SLICES: '2'\n"}, {}),
+        ({}, None),
+    ],
+    ids=["one-host", "two-hosts", "two-slices", "no-tpu"],
+)
+def test_a_tpu_vm_asks_its_metadata_how_many_hosts_there_are(
+    cluster, monkeypatch, attributes, expected
+):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            text = attributes.get(self.path.rpartition("/attributes/")[2])
+            self.send_response(404 if text is None else 200)
+            self.end_headers()
+            self.wfile.write((text or "").encode())
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+    monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: name == "libtpu")
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert cluster({"GCE_METADATA_IP": f"127.0.0.1:{server.server_port}"}) == expected
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "given, expected",
+    [
+        (("node0:1234", 2, None), "--process_id not given"),
+        ((None, None, 0), "--coordinator and --num_processes not given"),
+        (("node0", 2, 0), "--coordinator is 'node0'; expected host:port"),
+        (("node0:1234", 0, 0), "--num_processes is 0"),
+        (("node0:1234", 2, 2), "--process_id is 2; expected 0 to 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(given, expected):
+    with pytest.raises(ConfigError) as error:
+        distributed.start(*given)
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_one_process_of_one_starts_nothing():
+    distributed.start("node0:1234", 1, 0)
+    assert not distributed.several() and distributed.is_main()
+    assert distributed.agreed([3, 1]) == [3, 1]
+
+
+@pytest.mark.parametrize("process_id", [0, 1])
+def test_processes_that_do_not_come_together_say_so(process_id):
+    code = (
+        "from maskdm_jax import distributed; distributed._START_S = 1; "
+        f"distributed.start('127.0.0.1:{free_port()}', 2, {process_id})"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.count("\n") == 1 and "error: the coordinator 127.0.0.1" in result.stderr
+
+
+def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_dir, tmp_path):
+    coordinator = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.two_processes", coordinator, str(i), data_dir, tmp_path],
+            cwd=ROOT,
+            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    output = ended(processes)
+    # The check of the last lines, for a folder that the processes do not share.
+    assert processes[1].returncode == 2 and processes[0].returncode != 0, output
+    assert "is not the folder that process 0 has there" in output[1]
+
+    order = Order(0, 1797, 16).ids(STEP)
+    rows, asked = ([np.load(tmp_path / f"{n}{i}.npy") for i in (0, 1)] for n in ("rows", "asked"))
+    assert rows[0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(16))
+    for mine, others, read in zip(rows, rows[::-1], asked, strict=True):
+        assert set(order[mine]) <= set(read) and not set(order[others]) & set(read)
+    digits = load_digits().images
+    for images in np.load(tmp_path / "images.npy"):
+        np.testing.assert_array_equal(images[..., 0], np.rint(digits[order] * 255 / 16))
+
+
+def test_two_processes_train_as_one_and_go_on_after_the_coordinator_was_killed(run_main, tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    flags = ["--config.train.num_steps=40", *FLAGS]
+    result = run_main("pretrain_digits", alone, *flags, devices=8)
+    assert result.returncode == 0, result.stderr
+
+    kill(pair(run_main, killed, *flags), 0, killed)
+    output = finish(pair(run_main, killed, *flags, "--config.train.sample_every_steps=40"))
+    assert "going on from step" in output[0] and "step" not in output[1]
+    np.testing.assert_allclose(losses(killed), losses(alone), rtol=1e-5)
+    assert (killed / "previews" / "step_0000040.png").exists()
+
+    sampling = ["--mode=sample", "--config.sample.num=5", "--config.sample.batch_size=8"]
+    finish(pair(run_main, killed, *sampling, "--config.sample.steps=3"))
+    assert len(list(killed.glob("samples/*/00000?.png"))) == 5
+    assert len(list(killed.glob("samples/*/grid.png"))) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_run_goes_on_as_if_undisturbed(run_main, tmp_path):
+    alone, calm, killed = (tmp_path / name for name in ("alone", "calm", "killed"))
+    flags = ["--config.train.num_steps=40", *FLAGS]
+    further = ["--config.train.num_steps=44", *FLAGS]
+    assert run_main("pretrain_digits", alone, *further, devices=8).returncode == 0
+    finish(pair(run_main, calm, *flags))
+    np.testing.assert_allclose(losses(calm), losses(alone)[:40], rtol=1e-5)
+
+    kill(pair(run_main, killed, *flags), 1, killed)
+    finish(pair(run_main, killed, *flags))
+    assert losses(killed) == losses(calm)
+    assert checkpoint.digest(killed) == checkpoint.digest(calm)
+
+    # The same checkpoint goes on in one process, of 8 devices and of 2.
+    for devices in (8, 2):
+        workdir = tmp_path / f"on_{devices}"
+        shutil.copytree(killed, workdir)
+        result = run_main("pretrain_digits", workdir, *further, devices=devices)
+        assert result.returncode == 0 and "going on from step 40" in result.stdout, result.stderr
+        assert losses(workdir)[:40] == losses(calm)
+        np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
+
+
+def pair(run_main, workdir, *flags):
+    """main.py in two processes of 4 CPU devices each."""
+    port = free_port()
+    return [
+        run_main(
+            "pretrain_digits", workdir, *flags, f"--coordinator=127.0.0.1:{port}",
+            "--num_processes=2", f"--process_id={i}", wait=False, devices=4,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+
+
+def kill(processes, index, workdir):
+    """Kills one with kill -9 after the second checkpoint, and sees the other one end."""
+    try:
+        deadline = time.time() + 120
+        while (checkpoint.steps(workdir) or [0])[-1] < 10:
+            assert all(p.poll() is None for p in processes) and time.time() < deadline
+            time.sleep(0.02)
+        processes[index].send_signal(signal.SIGKILL)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    ended(processes)
+    assert all(p.returncode != 0 for p in processes)
+    assert 10 <= checkpoint.steps(workdir)[-1] < 40
+
+
+def finish(processes):
+    output = ended(processes)
+    assert all(p.returncode == 0 for p in processes), output
+    return output
+
+
+def ended(processes):
+    """What each printed, once all have ended."""
+    try:
+        return [p.communicate(timeout=120)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def losses(workdir):
+    return [record["loss"] for record in read_metrics(workdir)]
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,0 +1,265 @@
+"""launch/: what the scripts would run, and when they run it again. No cluster is needed."""
+
+import os
+import pathlib
+import re
+import shlex
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+ROOT = pathlib.Path(__file__).parents[1]
+POD = ["launch/tpu_pod.sh"]
+NAMED = ["--name=maskdm", "--zone=us-west4-a"]
+HOST = [
+    "launch/gpu_host.sh", "--pretrain=configs/pretrain_celeba64.py",
+    "--finetune=configs/finetune_celeba64.py",
+]  # fmt: skip
+AWKWARD = "--config.data.image_size=(128, 128)"  # wants quotes in every shell
+
+
+def run(command, **env):
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=60
+    )
+
+
+def dry_run(command, **env):
+    """The commands that a script prints, each as its list of arguments."""
+    result = run([command[0], command[1], "--dry-run", *command[2:]], **env)
+    assert result.returncode == 0, result.stderr
+    return [shlex.split(line) for line in result.stdout.splitlines()]
+
+
+def stub(folder, name, script):
+    """Puts a program of that name first in the PATH it returns."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(stat.S_IRWXU)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def test_shell_scripts_pass_shellcheck():
+    shellcheck = pathlib.Path(sys.executable).parent / "shellcheck"
+    result = run([shellcheck, *ROOT.glob("launch/*.sh"), ROOT / "launch" / "slurm.sbatch"])
+    assert result.returncode == 0, result.stdout
+
+
+def test_a_gpu_host_trains_both_stages_and_draws(tmp_path):
+    commands = dry_run([*HOST, f"--workdir={tmp_path}", "--", AWKWARD], PYTHON="/usr/bin/python3")
+    start = ["launch/keep_running.sh", "/usr/bin/python3", "main.py"]
+    finetune = [*start, HOST[2].replace("finetune=", "config="), f"--workdir={tmp_path}/finetune"]
+    assert commands == [
+        [
+            *start,
+            HOST[1].replace("pretrain=", "config="),
+            f"--workdir={tmp_path}/pretrain",
+            AWKWARD,
+        ],
+        [*finetune, f"--config.init.path={tmp_path}/pretrain", AWKWARD],
+        [*finetune, "--mode=sample", AWKWARD],
+    ]
+
+
+def test_a_gpu_host_installs_only_where_no_interpreter_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHON", raising=False)
+    # A checkout without .venv.
+    for name in ("launch", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    result = run([f"{tmp_path}/{HOST[0]}", "--dry-run", *HOST[1:], "--workdir=w"])
+    commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    assert commands[:2] == [
+        ["python3", "-m", "venv", ".venv"],
+        [".venv/bin/pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".[gpu]"],
+    ]
+    assert [c[:3] for c in commands[3:]] == [
+        ["launch/keep_running.sh", ".venv/bin/python", "main.py"]
+    ] * 3
+
+
+def test_a_pod_is_created_filled_started_followed_and_deleted():
+    gcloud = ["gcloud", "compute", "tpus"]
+    ssh = [*gcloud, "tpu-vm", "ssh", "maskdm", "--zone=us-west4-a"]
+    create = [*POD, "create", *NAMED, "--type=v5litepod-16", "--spot", "--project=p"]
+    assert dry_run(create) == [[
+        *gcloud, "tpu-vm", "create", *_named("--project=p"), "--accelerator-type=v5litepod-16",
+        "--version=v2-alpha-tpuv5-lite", "--spot",
+    ]]  # fmt: skip
+    assert dry_run([*POD, "create", *NAMED, "--type=v5p-128", "--queued"]) == [[
+        *gcloud, "queued-resources", "create", "maskdm", "--node-id=maskdm", "--zone=us-west4-a",
+        "--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5",
+    ]]  # fmt: skip
+
+    tar, scp, install = dry_run([*POD, "install", *NAMED, "--nfs=10.0.0.2:/my share"])
+    assert tar[0] == "tar" and f"--directory={ROOT}" in tar
+    archive = tar[3].removeprefix("--file=")
+    assert scp == [
+        *gcloud, "tpu-vm", "scp", archive, "maskdm:maskdm_jax.tar.gz", "--zone=us-west4-a",
+        "--worker=all",
+    ]  # fmt: skip
+    assert install[:-1] == [*ssh, "--worker=all"]
+    remote = shlex.split(install[-1].removeprefix("--command="))
+    assert "10.0.0.2:/my share" in remote and remote[-1] == ".[tpu]"
+
+    (start,) = dry_run([
+        *POD, "start", *NAMED, "--", "--config=configs/pretrain_celebahq.py", "--workdir=/mnt/w",
+        AWKWARD,
+    ])  # fmt: skip
+    assert start[:-1] == [*ssh, "--worker=all"]
+    remote = shlex.split(start[-1].removeprefix("--command="))
+    at = remote.index("main.py")
+    assert remote[at - 3 : at] == ["launch/keep_running.sh", "--restarts=10", ".venv/bin/python"]
+    assert remote[at + 3] == AWKWARD and remote[at + 4] == ">"
+
+    (logs,) = dry_run([*POD, "logs", *NAMED])
+    assert logs[:-1] == [*ssh, "--worker=0"] and "tail" in logs[-1]
+    (stop,) = dry_run([*POD, "stop", *NAMED])
+    assert stop == [*ssh, "--worker=all", "--command=xargs kill < ~/maskdm.pid"]
+    assert dry_run([*POD, "delete", *NAMED]) == [
+        [*gcloud, "tpu-vm", "delete", *_named(), "--quiet"]
+    ]
+    assert dry_run([*POD, "delete", *NAMED, "--queued"]) == [
+        [*gcloud, "queued-resources", "delete", *_named(), "--force", "--quiet"]
+    ]
+
+
+def _named(*more):
+    return ["maskdm", "--zone=us-west4-a", *more]
+
+
+@pytest.mark.parametrize("action", ["install", "start"])
+def test_what_a_pod_would_run_is_a_valid_shell_command(action):
+    rest = {"install": ["--nfs=a:/b"], "start": ["--", "--config=c", "--workdir=w"]}[action]
+    remote = dry_run([*POD, action, *NAMED, *rest])[-1][-1].removeprefix("--command=")
+    assert run(["bash", "-n", "-c", remote]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        (POD, "unknown action ''"),
+        ([*POD, "dance"], "unknown action 'dance'"),
+        ([*POD, "create", "--name=a"], "--name or --zone is missing"),
+        ([*POD, "create", *NAMED], "--type is missing"),
+        ([*POD, "create", *NAMED, "--type=h100"], "--type is 'h100'"),
+        ([*POD, "install", *NAMED], "--nfs is ''"),
+        ([*POD, "start", *NAMED], "main.py's arguments are missing"),
+        ([*POD, "logs", *NAMED, "--loud"], "unknown argument --loud"),
+        (HOST, "--workdir is missing"),
+        ([*HOST[:2], "--workdir=w"], "--finetune is ''"),
+        ([HOST[0], "--pretrain=configs/no.py", "--workdir=w"], "--pretrain is 'configs/no.py'"),
+        ([*HOST, "--workdir=w", "--fast"], "unknown argument --fast"),
+        (["launch/slurm.sbatch"], "expected a job with main.py's arguments"),
+        (["launch/keep_running.sh"], "expected a command"),
+        (["launch/keep_running.sh", "--restarts=many", "true"], "expected a command"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_wrong_arguments_are_one_sentence_and_status_2(command, expected):
+    result = run(["bash", *command])
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert expected in result.stderr
+
+
+# A command that ends with the next of the given statuses each time, and the last for good.
+_COUNTED = 'read -r first rest < $1; echo "${rest:-$first}" > $1; echo ran; exit "$first"'
+
+
+@pytest.mark.parametrize(
+    "statuses, restarts, expected_runs, expected_status",
+    [
+        ("0", 3, 1, 0),
+        ("75 75 0", 0, 3, 0),
+        ("2", 3, 1, 2),
+        ("1", 0, 1, 1),
+        ("134 75 137 0", 2, 4, 0),
+        ("134", 2, 3, 134),
+    ],
+)
+def test_a_command_is_run_again_where_that_can_help(
+    tmp_path, statuses, restarts, expected_runs, expected_status
+):
+    (tmp_path / "statuses").write_text(statuses + "\n")
+    command = ["bash", "-c", _COUNTED, "counted", str(tmp_path / "statuses")]
+    keep = ["launch/keep_running.sh", f"--restarts={restarts}", *command]
+    result = run(keep, RESTART_PAUSE_S="0")
+    assert result.stdout.count("ran") == expected_runs
+    assert result.returncode == expected_status
+
+
+def test_a_signal_is_passed_on_and_nothing_is_run_again(tmp_path):
+    saves = f"trap 'echo saved > {tmp_path}/saved; exit 75' TERM; touch {tmp_path}/up; "
+    saves += "while true; do sleep 0.1; done"
+    process = subprocess.Popen(["launch/keep_running.sh", "bash", "-c", saves], cwd=ROOT)
+    deadline = time.time() + 30
+    while not (tmp_path / "up").exists():
+        assert time.time() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "saved").read_text() == "saved\n"
+
+
+@pytest.mark.parametrize(
+    "status, restarted, requeued, expected",
+    [
+        (0, 0, False, 0),
+        (2, 0, False, 2),
+        (75, 50, True, 0),
+        (137, 9, True, 0),
+        (137, 10, False, 137),
+    ],
+)
+def test_a_slurm_job_queues_itself_again(tmp_path, status, restarted, requeued, expected):
+    stub(tmp_path, "scontrol", 'echo "scontrol $*"')
+    path = stub(tmp_path, "srun", f'printf "%s\\n" "$@"; exit {status}')
+    result = run(
+        ["bash", "launch/slurm.sbatch", "--config=configs/pretrain_digits.py", AWKWARD],
+        PATH=path,
+        PYTHON="python",
+        SLURM_JOB_ID="17",
+        SLURM_SUBMIT_DIR=str(ROOT),
+        SLURM_RESTART_COUNT=str(restarted),
+    )
+    lines = result.stdout.splitlines()
+    assert lines[1:5] == ["python", "main.py", "--config=configs/pretrain_digits.py", AWKWARD]
+    assert ("scontrol requeue 17" in lines) == requeued
+    assert result.returncode == expected
+
+
+def test_the_jobset_starts_one_process_on_each_host_of_the_slice():
+    text = (ROOT / "launch" / "k8s_jobset.yaml").read_text()
+    jobset = yaml.safe_load(text)
+    assert jobset["kind"] == "JobSet" and jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (slices,) = jobset["spec"]["replicatedJobs"]
+    job = slices["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
+    hosts = rows * columns // container["resources"]["limits"]["google.com/tpu"]
+    assert job["parallelism"] == job["completions"] == hosts
+    # One pod that ends starts all again, unless the input is bad.
+    assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
+    (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
+    assert mount["name"] == volume["name"]
+    (shell,) = container["args"]
+    assert run(["bash", "-n", "-c", shell]).returncode == 0
+    config = re.search(r"exec python main.py --config=(\S+) --workdir=/mnt/maskdm/", shell)
+    assert (ROOT / config.group(1)).exists()
+
+
+def test_documented_commands_are_accepted(tmp_path):
+    page = (ROOT / "docs" / "launch.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^launch/(?:tpu_pod|gpu_host)\.sh .*$", page, re.MULTILINE)
+    assert len(commands) >= 6
+    for command in commands:
+        assert dry_run(shlex.split(command, comments=True), PYTHON="python3")
