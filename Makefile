@@ -4,7 +4,7 @@ PYTHON ?= python3
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow tpu-table lint clean
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -12,13 +12,20 @@ BIN := .venv/bin
 	@touch $@
 
 demo: .venv/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/demo.sh "$(DEMO_DIR)"
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  bash launch/demo.sh "$(DEMO_DIR)"
 
 test: .venv/.installed
 	$(BIN)/python -m pytest --durations=10
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow -s --durations=10
+
+# The rows of docs/tpu.md; about 25 minutes on 2 cores.
+tpu-table: .venv/.installed
+	@for config in configs/*_*.py; do for slice in v5e-16 v5e-256 v5p-128 v6e-64; do \
+	  $(BIN)/python launch/compile_check.py --config=$$config --topology=$$slice --row; \
+	  test $$? -le 1 || exit; done; done
 
 lint: .venv/.installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

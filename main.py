@@ -15,7 +15,7 @@ import traceback
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from maskdm_jax import distributed
+from maskdm_jax import command_line, distributed
 from maskdm_jax.config import ConfigError, RunError, validate, validate_devices
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
@@ -78,32 +78,8 @@ def _use_compilation_cache(jax):
 
 
 def _parse(argv):
-    """Parses the flags; a bad one is a ConfigError, not a stack trace."""
-    try:
-        left = flags.FLAGS(argv)
-        if flags.FLAGS.config is not None:
-            flags.FLAGS.config["seed"]  # a file that failed to load says so here
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    except OSError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(
-            f"--config cannot be loaded: {reason}; type --config=configs/NAME.py"
-        ) from error
-    except (AttributeError, KeyError) as error:
-        # ml-collections quotes its message twice, so its line break is a backslash and an n.
-        hint = str(error.args[0]).replace("\\n", ". ").replace("\\'", "").strip("'")
-        hint = ". ".join(line.strip("' ") for line in hint.splitlines())
-        raise ConfigError(
-            f"unknown config field {hint}; maskdm_jax/config.py documents every field"
-        ) from error
-    for flag in ("config", "workdir"):
-        if not flags.FLAGS[flag].value:
-            raise ConfigError(
-                f"--{flag} is missing; type: python main.py --config=configs/pretrain_digits.py "
-                "--workdir=/tmp/digits"
-            )
-    return left
+    example = "python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits"
+    return command_line.parse(argv, required=("config", "workdir"), example=example)
 
 
 if __name__ == "__main__":

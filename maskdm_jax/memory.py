@@ -123,27 +123,32 @@ def largest_batch(
     return low, low_bytes
 
 
-def advice(config, mode: str = "train") -> str:
-    """What to type when memory runs out, what costs least speed first."""
+def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
+    """What to type when memory runs out, what costs least speed first.
+
+    Args:
+      config: the run's.
+      mode: "train" or "sample".
+      num_devices: of the machine that is meant; None: this one's.
+    """
+    num_devices = num_devices or jax.device_count()
     field, batch = "sample.batch_size", config.sample.batch_size
     tries = []
     if mode == "train":
         field, batch = "train.batch_size", config.train.batch_size
         pieces = 2 * config.optim.accumulate_steps
-        if batch % (pieces * jax.device_count()) == 0:
+        if batch % (pieces * num_devices) == 0:
             tries.append(
                 f"--config.optim.accumulate_steps={pieces} (the same updates, in smaller pieces)"
             )
         if config.model.remat == "none":
             tries.append("--config.model.remat=blocks (a third more compute)")
-        if jax.device_count() > config.mesh.fsdp:
-            tries.append(
-                f"--config.mesh.fsdp={jax.device_count()} (splits parameters and optimizer)"
-            )
+        if num_devices > config.mesh.fsdp:
+            tries.append(f"--config.mesh.fsdp={num_devices} (splits parameters and optimizer)")
         if config.data.cache == "device":
             tries.append("--config.data.cache=host (keeps the images off the device)")
-    half = batch // 2 // jax.device_count() * jax.device_count()
-    tries.append(f"--config.{field}={max(half, jax.device_count())}")
+    half = batch // 2 // num_devices * num_devices
+    tries.append(f"--config.{field}={max(half, num_devices)}")
     return ", or ".join(tries)
 
 

@@ -5,7 +5,7 @@ first rule whose pattern their path matches; what a rule cannot divide evenly is
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -23,9 +23,9 @@ _RULES = (
 _COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 
 
-def make_mesh(config) -> Mesh:
-    """The mesh of `config.mesh` over all devices."""
-    devices = np.asarray(jax.devices())
+def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `config.mesh` over `devices`; None: all that there are."""
+    devices = np.asarray(jax.devices() if devices is None else devices)
     return Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
 
 

@@ -1,0 +1,276 @@
+"""Compiles a run for a TPU slice that one does not hold, and says whether and how it would run.
+
+    python launch/compile_check.py --config=configs/pretrain_celebahq.py --topology=v5e:16x16
+    python launch/compile_check.py --config=configs/finetune_celebahq.py --topology=v5e-16 \
+        --mode=sample --config.sample.batch_size=64
+
+It is the program that main.py runs, from shapes alone: it needs a CPU and the `libtpu` wheel
+(pip install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 it fits the chips'
+memory, 1 it does not, 2 bad input. docs/tpu.md says what the figures are and are not.
+"""
+
+import importlib.util
+import os
+import pathlib
+import sys
+import time
+
+# Before JAX is imported: this machine computes nothing, and libtpu must look for no TPU, let other
+# processes compile too, and leave no logs.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-16",
+    TPU_WORKER_HOSTNAMES="localhost",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="true",
+    TPU_LOG_DIR="disabled",
+)
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from maskdm_jax import (  # noqa: E402
+    attention,
+    collectives,
+    command_line,
+    flops,
+    long_attention,
+    memory,
+    optim,
+    sample,
+    sharding,
+    slices,
+    uvit,
+)
+from maskdm_jax.config import ConfigError, validate, validate_devices  # noqa: E402
+from maskdm_jax.data import loader  # noqa: E402
+from maskdm_jax.state import create_state  # noqa: E402
+from maskdm_jax.step import jit_train_step  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to compile.")
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples", None, "Images of the data set, where data.cache=device keeps it on the chips."
+)
+_ROW = flags.DEFINE_bool(
+    "row", False, "Print a row of docs/tpu.md's table; a batch that does not divide is rounded up."
+)
+
+# Images of the sets that the shipped configs keep on the device.
+_NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise ConfigError(f"unexpected argument {argv[1]!r}; expected --flag=value")
+    config, mode = _CONFIG.value, _MODE.value
+    tpu = slices.parse(_TOPOLOGY.value)
+    validate(config)
+    if _ROW.value:
+        _round_batch_up(config, mode, tpu.num_chips)
+    validate_devices(config, tpu.num_chips, mode)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ConfigError("the libtpu wheel is missing; type pip install '.[tpu-compile]'")
+    mesh = sharding.make_mesh(config, tpu.devices())
+    if not _ROW.value:
+        print(f"{mode} on {tpu.name}, {tpu.num_chips} chips: compiling ...", flush=True)
+    start = time.perf_counter()
+    try:
+        compiled = _lower(config, mode, mesh).compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        if "RESOURCE_EXHAUSTED" not in reason or "hbm" not in str(error).lower():
+            raise
+        print(_too_large(config, mode, tpu, reason))
+        return 1
+    figures = _figures(config, mode, mesh, tpu, compiled)
+    figures["compile_s"] = time.perf_counter() - start
+    if _ROW.value:
+        print(_row(config, mode, tpu, figures))
+    else:
+        print(_report(config, mode, tpu, figures))
+    return 0 if figures["fits"] else 1
+
+
+def _batch(config, mode):
+    return config.sample.batch_size if mode == "sample" else config.train.batch_size
+
+
+def _round_batch_up(config, mode, num_chips):
+    settings = config.sample if mode == "sample" else config.train
+    multiple = num_chips * (config.optim.accumulate_steps if mode == "train" else 1)
+    settings.batch_size = -(-settings.batch_size // multiple) * multiple
+
+
+def _lower(config, mode, mesh):
+    """The program that main.py would compile, from shapes alone."""
+    model = uvit.make_model(config, mesh)
+    if mode == "sample":
+        params = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
+        by_batch = sharding.batch_sharding(mesh)
+        shape = (config.sample.batch_size,)
+        index_B = jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch)
+        return sample.jit_sampler(config, mesh, model, by_batch).lower(params, index_B)
+    num_examples = 0
+    if config.data.cache == "device":
+        num_examples = _NUM_EXAMPLES.value or _NUM_EXAMPLES_OF.get(config.data.name)
+        if not num_examples:
+            raise ConfigError(
+                f"data.cache is 'device', and how many images {config.data.name!r} has is not "
+                "known here; type --num_examples=N, or --config.data.cache=host"
+            )
+    optimizer = optim.make_optimizer(config)
+    state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
+    arrays, batch = loader.abstract_inputs(config, num_examples, mesh)
+    step = jit_train_step(config, mesh, model, optimizer, state, loader.Loader.materialize)
+    return step.lower(state, arrays, batch)
+
+
+def _figures(config, mode, mesh, tpu, compiled):
+    """What the compiler says, per chip, and what follows from it. Times are of one train step, or
+    of drawing one batch."""
+    analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    # The compiler's counts have a loop's body once. The sampler is one loop. An accumulating step
+    # is one too, but for the optimizer, which reads and writes the state.
+    loops, outside = config.sample.steps, 0
+    if mode == "train":
+        loops = config.optim.accumulate_steps
+        outside = 2 * analysis.alias_size_in_bytes
+    sizes = collectives.sizes(compiled.as_text(), loops)
+    executed = loops * cost["flops"] + _splash_flops(config, mode, mesh)
+    hbm_bytes = outside + loops * max(cost["bytes accessed"] - outside, 0)
+    peak = flops.peak_tflops(mesh.devices.flat[0]) * 1e12
+    chip = tpu.chip
+    seconds = {
+        "matmuls": executed / peak,
+        "memory": hbm_bytes / (chip.hbm_gbps * 1e9),
+        "links": collectives.traffic(sizes) / (chip.ici_gbps * 1e9),
+    }
+    model_flops = _model_flops(config, mode) / tpu.num_chips
+    needed = analysis.peak_memory_in_bytes
+    return {
+        "argument": analysis.argument_size_in_bytes,
+        "temporary": analysis.temp_size_in_bytes,
+        "peak": needed,
+        "fits": needed <= chip.hbm_gib * 2**30,
+        "model_flops": model_flops,
+        "executed_flops": executed,
+        "hbm_bytes": hbm_bytes,
+        "sizes": sizes,
+        "seconds": seconds,
+        "step_s": max(seconds.values()),
+        "bound_by": max(seconds, key=seconds.get),
+        "mfu": model_flops / peak / max(seconds.values()),
+        "peak_tflops": peak / 1e12,
+    }
+
+
+def _model_flops(config, mode):
+    """Of one train step, or of drawing one batch."""
+    if mode == "train":
+        return config.train.batch_size * flops.training_flops(config)
+    guided = 2 if config.sample.guidance_scale != 1 else 1
+    # What is drawn is whole, whatever the config hides in training.
+    whole = config.copy_and_resolve_references()
+    whole.mask.kind = "none"
+    return config.sample.batch_size * config.sample.steps * guided * flops.forward_flops(whole)
+
+
+def _splash_flops(config, mode, mesh):
+    """FLOPs of the splash kernel on a chip: the compiler does not count those of kernels."""
+    whole = config.copy_and_resolve_references()
+    if mode == "sample":
+        whole.mask.kind = "none"
+    length = flops.tokens_per_image(whole)
+    width, depth, heads = uvit.dimensions(config.model)
+    dtype = config.model.dtype
+    if attention.choose(config.model.attention, length, width // heads, dtype, mesh) != "splash":
+        return 0
+    # Forward two matmuls; backward three for dq and four for dk and dv.
+    matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1
+    if mode == "sample":
+        matmuls, calls = 2, config.sample.steps * (2 if config.sample.guidance_scale != 1 else 1)
+    images = _batch(config, mode) * calls / mesh.size
+    padded = long_attention.padded_length(length)
+    return images * (2 * (depth // 2) + 1) * matmuls * 2 * padded**2 * width
+
+
+def _report(config, mode, tpu, f):
+    what = "a step" if mode == "train" else f"for {config.sample.steps} sampling steps"
+    batch = _batch(config, mode)
+    times = ", ".join(f"{name} {s * 1e3:.3g}" for name, s in f["seconds"].items())
+    sizes = ", ".join(f"{kind} {_mb(size)}" for kind, size in sorted(f["sizes"].items()))
+    if f["fits"]:
+        verdict = f"it fits, with {_gib(tpu.chip.hbm_gib * 2**30 - f['peak'])} free"
+    else:
+        verdict = f"it does not fit; type {memory.advice(config, mode, tpu.num_chips)}"
+    lines = (
+        f"compiled in {f['compile_s']:.0f} s; batch {batch}, {batch / tpu.num_chips:g} a chip; "
+        "all that follows is for one chip",
+        f"arguments    {_gib(f['argument'])}",
+        f"temporaries  {_gib(f['temporary'])}",
+        f"peak memory  {_gib(f['peak'])} of {tpu.chip.hbm_gib} GiB",
+        f"FLOPs        {f['model_flops'] / 1e12:.4g} TFLOP {what} by the model, "
+        f"{f['executed_flops'] / 1e12:.4g} as compiled",
+        f"HBM traffic  {f['hbm_bytes'] / 1e9:.4g} GB",
+        f"collectives  {sizes or 'none'}",
+        f"prediction   {f['step_s'] * 1e3:.3g} ms {what}, bound by {f['bound_by']} (ms: {times}); "
+        f"{batch / f['step_s']:,.0f} images/s on the slice",
+        f"MFU          at most {f['mfu']:.1%} of {f['peak_tflops']:g} TFLOP/s",
+        verdict,
+    )
+    return "\n".join(lines)
+
+
+def _row(config, mode, tpu, f):
+    cells = (
+        f"{f['argument'] / 2**30:.2f}",
+        f"{f['temporary'] / 2**30:.2f}",
+        f"{f['peak'] / 2**30:.2f} of {tpu.chip.hbm_gib}",
+        f"{f['model_flops'] / 1e12:.3g}",
+        f"{sum(f['sizes'].values()) / 1e6:,.0f}",
+        f"{f['step_s'] * 1e3:.3g}, {f['bound_by']}",
+        f"{f['mfu']:.1%}",
+        "yes" if f["fits"] else "no",
+    )
+    return _row_of(config, mode, tpu, cells)
+
+
+def _too_large(config, mode, tpu, reason):
+    if _ROW.value:
+        return _row_of(config, mode, tpu, [""] * 7 + ["no"])
+    reason = reason.removeprefix("RESOURCE_EXHAUSTED: ")
+    return f"{reason}\nit does not fit; type {memory.advice(config, mode, tpu.num_chips)}"
+
+
+def _row_of(config, mode, tpu, cells):
+    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
+    return f"| {' | '.join((name, tpu.name, str(_batch(config, mode)), *cells))} |"
+
+
+def _gib(size):
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _mb(size):
+    return f"{size / 1e6:,.1f} MB"
+
+
+def _parse(argv):
+    example = (
+        "python launch/compile_check.py --config=configs/pretrain_celebahq.py --topology=v5e:16x16"
+    )
+    return command_line.parse(argv, required=("config", "topology"), example=example)
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    try:
+        app.run(main, flags_parser=_parse)
+    except ConfigError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
