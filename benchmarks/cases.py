@@ -54,12 +54,17 @@ def parse_fields(settings: list[str]) -> dict:
     return fields
 
 
+def open_source(config):
+    """The config's data set at the size in which it is stored."""
+    stored = config.copy_and_resolve_references()
+    stored.data.image_size = (256, 256) if config.data.name == "celebahq" else (64, 64)
+    return sources.open_source(stored)
+
+
 def load_images(config) -> np.ndarray:
     """All images of a config's data set, uint8 [N, H, W, C], resized where the config's size is
     another than the set's."""
-    stored = config.copy_and_resolve_references()
-    stored.data.image_size = (256, 256) if config.data.name == "celebahq" else (64, 64)
-    source = sources.open_source(stored)
+    source = open_source(config)
     images = np.stack([source[i]["image"] for i in range(len(source))])
     if tuple(config.data.image_size) == images.shape[1:3]:
         return images

@@ -8,6 +8,7 @@ U-ViT-B, patch 4, on the celebahq set, resized for other sizes. Prints one JSON 
 """
 
 import argparse
+import concurrent.futures
 import json
 import pathlib
 
@@ -47,10 +48,10 @@ def points(parts: list[str]):
             yield point
 
 
-def bench(case: str, batch: int, fields: dict, data_dir: str, seconds: float) -> dict:
+def bench(case: str, config, compiled, seconds: float) -> dict:
     """One point: rates of the bare step, without the card's matmul rate."""
-    config = cases.config(case, data_dir, batch, fields)
-    call, compiled = train_step.build(config)
+    batch = config.train.batch_size
+    call = train_step.start(config, compiled)
     step_s = measure.seconds_per_call(call, seconds, warm_up=2)
     tflops = batch / step_s * flops.training_flops(config) / 1e12
     datasheet = flops.peak_tflops(jax.devices()[0])
@@ -117,8 +118,15 @@ def main():
         print(table(rows))
         return
     memory.set_gpu_memory_fraction()
+    names, configs = [], []
     for case, batch, fields in points(args.part):
-        print(json.dumps(bench(case, batch, fields, args.data_dir, args.seconds)), flush=True)
+        names.append(case)
+        configs.append(cases.config(case, args.data_dir, batch, fields))
+    # Compiling takes longer than measuring, and goes side by side.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(train_step.compile_step, configs))
+    for case, config, step in zip(names, configs, compiled, strict=True):
+        print(json.dumps(bench(case, config, step, args.seconds)), flush=True)
 
 
 if __name__ == "__main__":
