@@ -54,7 +54,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.",
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to compile.")
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Images of the data set, where data.cache=device keeps it on the chips."
+    "num_examples",
+    None,
+    "Images of the data set, where data.cache=device keeps it on the chips.",
+    lower_bound=1,
 )
 _ROW = flags.DEFINE_bool(
     "row", False, "Print a row of docs/tpu.md's table; a batch that does not divide is rounded up."
