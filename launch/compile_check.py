@@ -6,7 +6,8 @@
 
 It is the program that main.py runs, from shapes alone: it needs a CPU and the `libtpu` wheel
 (pip install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 it fits the chips'
-memory, 1 it does not, 2 bad input. docs/tpu.md says what the figures are and are not.
+memory, 1 it does not, 2 bad input, 3 any other error, with its stack trace. docs/tpu.md says what
+the figures are and are not.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 
 # Before JAX is imported: this machine computes nothing, and libtpu must look for no TPU, let other
 # processes compile too, and leave no logs.
@@ -277,3 +279,6 @@ if __name__ == "__main__":
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(3)  # Python's own 1 would say that it does not fit
