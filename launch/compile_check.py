@@ -6,7 +6,8 @@
 
 It is the program that main.py runs, from shapes alone: it needs a CPU and the `libtpu` wheel
 (pip install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 it fits the chips'
-memory, 1 it does not, 2 bad input. docs/tpu.md says what the figures are and are not.
+memory, 1 it does not, 2 bad input, 3 any other error, with its stack trace. docs/tpu.md says what
+the figures are and are not.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ import os
 import pathlib
 import sys
 import time
+import traceback
 
 # Before JAX is imported: this machine computes nothing, and libtpu must look for no TPU, let other
 # processes compile too, and leave no logs.
@@ -54,7 +56,10 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.",
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to compile.")
 _NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples", None, "Images of the data set, where data.cache=device keeps it on the chips."
+    "num_examples",
+    None,
+    "Images of the data set, where data.cache=device keeps it on the chips.",
+    lower_bound=1,
 )
 _ROW = flags.DEFINE_bool(
     "row", False, "Print a row of docs/tpu.md's table; a batch that does not divide is rounded up."
@@ -274,3 +279,6 @@ if __name__ == "__main__":
     except ConfigError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(3)  # Python's own 1 would say that it does not fit

@@ -38,4 +38,5 @@ while true; do
   fi
   echo "ended with status $status; starting again" >&2
   sleep "${RESTART_PAUSE_S-5}"
+  ! $stopping || exit "$status"
 done

@@ -13,6 +13,7 @@ import itertools
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import warnings
 
@@ -131,7 +132,8 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
         these steps again.
 
     Raises:
-      ConfigError: where there is no such checkpoint, `step` is damaged, or all are.
+      ConfigError: where there is no such checkpoint, `step` is damaged, or all are; where this
+        process does not see the folder that process 0 sees.
     """
     found = distributed.agreed(steps(workdir))
     if not found:
@@ -145,6 +147,11 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
     if distributed.is_main():
         good = _newest_whole(workdir, candidates, set_aside)
     (good,) = distributed.agreed([good])
+    if good >= 0 and good not in steps(workdir):
+        raise ConfigError(
+            f"{workdir} on {socket.gethostname()} has no checkpoint {good}, which process 0 has "
+            "there; expected a folder on a file system that all hosts share"
+        )
     if good >= 0:
         return good
     if step is not None:

@@ -25,7 +25,7 @@ def parse(argv: list[str], required: tuple[str, ...], example: str) -> list[str]
             flags.FLAGS.config["seed"]  # a file that failed to load says so here
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
-    except OSError as error:
+    except (OSError, SyntaxError, ImportError) as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(
             f"--config cannot be loaded: {reason}; type --config=configs/NAME.py"

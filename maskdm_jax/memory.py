@@ -132,12 +132,13 @@ def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
       num_devices: of the machine that is meant; None: this one's.
     """
     num_devices = num_devices or jax.device_count()
-    field, batch = "sample.batch_size", config.sample.batch_size
+    field, batch, multiple = "sample.batch_size", config.sample.batch_size, num_devices
     tries = []
     if mode == "train":
         field, batch = "train.batch_size", config.train.batch_size
         pieces = 2 * config.optim.accumulate_steps
-        if batch % (pieces * num_devices) == 0:
+        multiple = num_devices * config.optim.accumulate_steps
+        if batch % (2 * multiple) == 0:
             tries.append(
                 f"--config.optim.accumulate_steps={pieces} (the same updates, in smaller pieces)"
             )
@@ -147,9 +148,10 @@ def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
             tries.append(f"--config.mesh.fsdp={num_devices} (splits parameters and optimizer)")
         if config.data.cache == "device":
             tries.append("--config.data.cache=host (keeps the images off the device)")
-    half = batch // 2 // num_devices * num_devices
-    tries.append(f"--config.{field}={max(half, num_devices)}")
-    return ", or ".join(tries)
+    half = max(batch // 2 // multiple, 1) * multiple
+    if half < batch:
+        tries.append(f"--config.{field}={half}")
+    return ", or ".join(tries) or "a smaller --config.model.size"
 
 
 @contextlib.contextmanager

@@ -64,6 +64,14 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "no checkpoint of step 7; it holds [5]" in capsys.readouterr().err
 
 
+def test_a_process_that_does_not_see_the_checkpoint_of_process_0_says_so(tmp_path, monkeypatch):
+    saved(tmp_path, [5])
+    monkeypatch.setattr(checkpoint.distributed, "is_main", lambda: False)
+    monkeypatch.setattr(checkpoint.distributed, "agreed", lambda numbers: [6])
+    with pytest.raises(ConfigError, match="has no checkpoint 6, which process 0 has there"):
+        checkpoint.find_step(tmp_path)
+
+
 def test_a_half_written_checkpoint_is_not_seen(tmp_path):
     saved(tmp_path, [5])
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-123").mkdir()

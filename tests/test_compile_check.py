@@ -110,6 +110,8 @@ def test_a_row_names_the_batch_that_divides():
         ("", (), "--topology is missing"),
         ("v5e-256", (), "type --config.train.batch_size=256"),
         ("v5e-16", ("--config.data.name=mine",), "type --num_examples=N"),
+        ("v5e-16", ("--config=README.md",), "--config cannot be loaded: "),
+        ("v5e-16", ("--num_examples=0",), "num_examples"),
         ("v5e-16", ("--config.train.batchsize=1",), "unknown config field"),
     ],
 )

@@ -206,6 +206,17 @@ def test_a_signal_is_passed_on_and_nothing_is_run_again(tmp_path):
     assert (tmp_path / "saved").read_text() == "saved\n"
 
 
+def test_a_signal_in_the_pause_before_a_restart_ends_it(tmp_path):
+    keep = ["launch/keep_running.sh", "bash", "-c", f"echo ran >> {tmp_path}/runs; exit 75"]
+    process = subprocess.Popen(
+        keep, cwd=ROOT, env={**os.environ, "RESTART_PAUSE_S": "2"}, stderr=subprocess.PIPE
+    )
+    assert process.stderr.readline() == b"ended with status 75; starting again\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "runs").read_text() == "ran\n"
+
+
 @pytest.mark.parametrize(
     "status, restarted, requeued, expected",
     [

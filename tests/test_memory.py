@@ -64,9 +64,19 @@ def test_running_out_of_memory_says_what_to_type(tiny_config):
         "train.dry_run=True",
     ):
         assert f"--config.{flag}" in str(error.value)
+    tiny_config.sample.batch_size = 16
     with pytest.raises(ConfigError, match=r"--config.sample.batch_size=8\b"):
         with memory.explained(tiny_config, "sample"):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ...")
+
+
+def test_the_advised_batch_is_smaller_and_divides(tiny_config):
+    tiny_config.optim.accumulate_steps = 4
+    tiny_config.train.batch_size = 96
+    assert memory.advice(tiny_config, num_devices=8).endswith("--config.train.batch_size=32")
+    tiny_config.train.batch_size = 32
+    assert "batch_size" not in memory.advice(tiny_config, num_devices=8)
+    assert memory.advice(tiny_config, "sample", 8) == "a smaller --config.model.size"
 
 
 def test_other_errors_of_the_runtime_pass_through(tiny_config):
