@@ -3,6 +3,7 @@
 import http.server
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from maskdm_jax import checkpoint, distributed
+from maskdm_jax import checkpoint, distributed, preemption
 from maskdm_jax.config import ConfigError
 from maskdm_jax.data.loader import Order
 from maskdm_jax.telemetry import read_metrics
@@ -173,15 +174,16 @@ def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_di
         np.testing.assert_array_equal(images[..., 0], np.rint(digits[order] * 255 / 16))
 
 
-def test_two_processes_train_as_one_and_go_on_after_the_coordinator_was_killed(run_main, tmp_path):
+def test_two_processes_train_as_one_through_a_kill_and_a_sigterm(run_main, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     flags = ["--config.train.num_steps=40", *FLAGS]
     result = run_main("pretrain_digits", alone, *flags, devices=8)
     assert result.returncode == 0, result.stderr
 
     kill(pair(run_main, killed, *flags), 0, killed)
+    stopped = terminate(pair(run_main, killed, *flags), 1, killed)
     output = finish(pair(run_main, killed, *flags, "--config.train.sample_every_steps=40"))
-    assert "going on from step" in output[0] and "step" not in output[1]
+    assert f"going on from step {stopped}" in output[0] and "step" not in output[1]
     np.testing.assert_allclose(losses(killed), losses(alone), rtol=1e-5)
     assert (killed / "previews" / "step_0000040.png").exists()
 
@@ -242,6 +244,26 @@ def kill(processes, index, workdir):
     ended(processes)
     assert all(p.returncode != 0 for p in processes)
     assert 10 <= checkpoint.steps(workdir)[-1] < 40
+
+
+def terminate(processes, index, workdir):
+    """Sends SIGTERM to one in mid-run; both save at one step, returned here, and exit with 75."""
+    before = len(read_metrics(workdir))
+    try:
+        deadline = time.time() + 120
+        while len(read_metrics(workdir)) <= before:
+            assert all(p.poll() is None for p in processes) and time.time() < deadline
+            time.sleep(0.02)
+        processes[index].send_signal(signal.SIGTERM)
+    except BaseException:
+        for process in processes:
+            process.kill()
+        raise
+    output = ended(processes)
+    assert [p.returncode for p in processes] == [preemption.EXIT_CODE] * 2, output
+    stopped = int(re.search(r"asked to stop at step (\d+) of 40", output[0])[1])
+    assert stopped == checkpoint.steps(workdir)[-1] == read_metrics(workdir)[-1]["step"] < 40
+    return stopped
 
 
 def finish(processes):
