@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax import progress
-from maskdm_jax.config import ConfigError
+from maskdm_jax.config import ConfigError, RunError
 
 _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended
@@ -43,12 +43,15 @@ def start(
 
     Raises:
       ConfigError: for arguments that are half given or cannot be.
+      RunError: where the processes cannot start; the next time they may.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
         _check(given)
         if num_processes == 1:
             return
+        if process_id == 0:
+            _check_port(coordinator)
         # Told explicitly, JAX shall not ask the cluster which devices are this process's.
         where = f"the coordinator {coordinator}"
         arguments = dict(
@@ -146,6 +149,18 @@ def _check(given):
         )
 
 
+def _check_port(coordinator):
+    """RunError where process 0 cannot listen there; JAX would end with a segmentation fault."""
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port)).close()
+    except (OSError, OverflowError) as error:
+        raise RunError(
+            f"--coordinator is {coordinator!r}, and port {port} cannot be opened here: {error}; "
+            "type one that is free, in every process"
+        ) from error
+
+
 def _initialize(arguments, where):
     # JAX aborts with a stack trace where it waits in vain; this says it in one sentence before.
     # Exit status 1, not 2: hosts that came up late may well find each other the next time.
@@ -169,7 +184,7 @@ def _initialize(arguments, where):
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (RuntimeError, ValueError) as error:
-        raise ConfigError(
+        raise RunError(
             f"several processes cannot start through {where}: {str(error).splitlines()[0]}; type "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error
