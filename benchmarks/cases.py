@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskdm_jax import sharding
 from maskdm_jax.config import default_config
-from maskdm_jax.data import sources
+from maskdm_jax.data import loader, sources
 
 # name: (config, batch)
 CASES = {
@@ -75,5 +75,5 @@ def load_images(config) -> np.ndarray:
 def device_arrays(config, mesh) -> dict:
     """The images and labels as the device cache of `data.loader` holds them."""
     images = load_images(config)
-    arrays = {"image": images, "label": np.zeros(len(images), np.int32)}
+    arrays = loader.flat({"image": images, "label": np.zeros(len(images), np.int32)})
     return jax.device_put(arrays, sharding.replicated(mesh))

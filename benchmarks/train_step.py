@@ -8,6 +8,7 @@ noise, loss, gradient, clipping, AdamW, EMA. --profile adds where the time goes,
 
 import argparse
 import collections
+import functools
 import json
 import pathlib
 import re
@@ -42,7 +43,9 @@ def compile_step(config):
     state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     num_examples = len(cases.open_source(config))
     arrays, examples = loader.abstract_inputs(config, num_examples, mesh)
-    step = jit_train_step(config, mesh, model, optimizer, state, loader.Loader.materialize)
+    step = jit_train_step(
+        config, mesh, model, optimizer, state, functools.partial(loader.materialize, config)
+    )
     return step.lower(state, arrays, examples).compile()
 
 

@@ -10,6 +10,7 @@ memory, 1 it does not, 2 bad input, 3 any other error, with its stack trace. doc
 the figures are and are not.
 """
 
+import functools
 import importlib.util
 import os
 import pathlib
@@ -131,7 +132,9 @@ def _lower(config, mode, mesh):
     optimizer = optim.make_optimizer(config)
     state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     arrays, batch = loader.abstract_inputs(config, num_examples, mesh)
-    step = jit_train_step(config, mesh, model, optimizer, state, loader.Loader.materialize)
+    step = jit_train_step(
+        config, mesh, model, optimizer, state, functools.partial(loader.materialize, config)
+    )
     return step.lower(state, arrays, batch)
 
 

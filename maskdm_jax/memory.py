@@ -63,7 +63,9 @@ def dry_run(config, num_examples: int) -> None:
         tried = config.copy_and_resolve_references()
         tried.train.batch_size = batch
         arrays, examples = loader.abstract_inputs(tried, num_examples, mesh)
-        step = jit_train_step(tried, mesh, model, optimizer, state, loader.Loader.materialize)
+        step = jit_train_step(
+            tried, mesh, model, optimizer, state, functools.partial(loader.materialize, tried)
+        )
         size = bytes_needed(step.lower(state, arrays, examples).compile())
         say(f"batch {batch:6,}: {size / 1e9:7.2f} GB on each {device}")
         return size

@@ -75,7 +75,7 @@ def test_sigterm_saves_that_very_step_and_the_run_ends_as_an_undisturbed_one(
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
-    flags = [*STEPS, "--config.checkpoint.every_steps=15"]
+    flags = ["--config.train.num_steps=100000", "--config.checkpoint.every_steps=15"]
     process = run_main("pretrain_digits", tmp_path, *flags, wait=False)
     has_saved = lambda: checkpoint.steps(tmp_path)  # noqa: E731
     code, out, err = send_in_mid_run(process, has_saved, signal.SIGINT, signal.SIGINT)

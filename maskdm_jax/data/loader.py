@@ -8,6 +8,7 @@ of each batch. Images go to the devices as uint8.
 
 import contextlib
 import hashlib
+import math
 import os
 import pathlib
 import socket
@@ -76,7 +77,7 @@ class Loader:
             # From a callback: `device_put` would compare the set's bytes across processes.
             self.arrays = {
                 k: jax.make_array_from_callback(v.shape, sharding.replicated(mesh), v.__getitem__)
-                for k, v in ((k, np.asarray(v)) for k, v in self._cache.items())
+                for k, v in flat(self._cache).items()
             }
 
     def batches(self, step: int) -> Iterator[dict]:
@@ -90,12 +91,9 @@ class Loader:
                 lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
             )
 
-    @staticmethod
-    def materialize(arrays: dict, batch: dict) -> dict:
+    def materialize(self, arrays: dict, batch: dict) -> dict:
         """The images and labels of a batch; call it under jit."""
-        if not arrays:
-            return batch
-        return {name: array[batch["ids"]] for name, array in arrays.items()}
+        return materialize(self._config, arrays, batch)
 
     def _local_ids(self, step):
         return self._order.ids(step)[self._rows]
@@ -124,6 +122,25 @@ class Loader:
         return iter(dataset.to_iter_dataset(options).batch(share, drop_remainder=True))
 
 
+def flat(cache: dict) -> dict[str, np.ndarray]:
+    """The set as it lies on the devices: an image is one row, uint8 [N, H * W * C].
+
+    As [N, H, W, C], with 3 channels last, a TPU would copy all of it into another layout in every
+    step before it picks the batch.
+    """
+    image, label = np.asarray(cache["image"]), np.asarray(cache["label"])
+    return {"image": image.reshape(len(image), -1), "label": label}
+
+
+def materialize(config, arrays: dict, batch: dict) -> dict:
+    """`Loader.materialize`, where there is no loader."""
+    if not arrays:
+        return batch
+    shape = (-1, *config.data.image_size, config.data.channels)
+    ids = batch["ids"]
+    return {"image": arrays["image"][ids].reshape(shape), "label": arrays["label"][ids]}
+
+
 def abstract_inputs(config, num_examples: int, mesh: Mesh) -> tuple[dict, dict]:
     """Shapes of (`Loader.arrays`, one of its batches), for a set of `num_examples` images."""
 
@@ -137,8 +154,11 @@ def abstract_inputs(config, num_examples: int, mesh: Mesh) -> tuple[dict, dict]:
     by_batch, size = sharding.batch_sharding(mesh), config.train.batch_size
     if config.data.cache != "device":
         return {}, inputs(size, by_batch)
-    ids = jax.ShapeDtypeStruct((size,), np.int32, sharding=by_batch)
-    return inputs(num_examples, sharding.replicated(mesh)), {"ids": ids}
+    whole = inputs(num_examples, sharding.replicated(mesh))
+    image = whole["image"]
+    row = (num_examples, math.prod(image.shape[1:]))
+    whole["image"] = jax.ShapeDtypeStruct(row, image.dtype, sharding=image.sharding)
+    return whole, {"ids": jax.ShapeDtypeStruct((size,), np.int32, sharding=by_batch)}
 
 
 class _ByStep:
