@@ -30,6 +30,9 @@ class Watch:
     def __init__(self):
         self.step = None  # the boundary that was reached last
         self._noticed = False
+        # With Python's default handler in place, asyncio, through which Orbax saves, puts its own
+        # there, and a Ctrl-C at the end of a save is lost.
+        signal.signal(signal.SIGINT, self._interrupt)
         # JAX's own handler must stay: a Python one in its place would hide the signal from it.
         self._together = jax.distributed.is_initialized()
         if not self._together:
@@ -54,6 +57,9 @@ class Watch:
         say(f"stopped {where}; {newest}; the same command goes on")
         sys.stderr.flush()
         os._exit(INTERRUPTED_EXIT_CODE)
+
+    def _interrupt(self, signum, frame):
+        raise KeyboardInterrupt
 
     def _notice(self, signum, frame):
         self._noticed = True
