@@ -8,6 +8,7 @@ Each measurement is a process of its own, so that no framework holds memory of t
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -28,10 +29,10 @@ def run_peer(bench: str, batch: int, options: list[str]) -> dict:
         batch //= 2
 
 
-def run_ours(bench: str, options: list[str]) -> dict:
-    """Our step, or our sampler."""
+def run_ours(bench: str, options: list[str], **env: str) -> dict:
+    """Our step, or our sampler, with those environment variables set."""
     module = "benchmarks.sampling" if bench == "sample256" else "benchmarks.train_step"
-    done = _run(module, bench, options)
+    done = _run(module, bench, options, **env)
     if done.returncode:
         raise RuntimeError(f"{module} failed at {bench}:\n{done.stderr[-2000:]}")
     return _last_line(done)
@@ -99,9 +100,9 @@ def main():
         print(table(rows[-1:]) if len(rows) == 1 else table(rows[-1:]).splitlines()[-1], flush=True)
 
 
-def _run(module, bench, options):
+def _run(module, bench, options, **env):
     command = [sys.executable, "-m", module, "--bench", bench, *options]
-    return subprocess.run(command, capture_output=True, text=True)
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True)
 
 
 def _last_line(done):

@@ -72,7 +72,10 @@ def start(config, compiled):
 
 
 def bench(config, seconds: float) -> tuple[dict, object]:
-    """Rates of the bare step, beside the time to set it up and its memory."""
+    """Rates of the bare step on all devices, beside the time to set it up and its memory.
+
+    Images are those of all devices together; TFLOP/s, MFU and GiB are one device's.
+    """
     begun = time.perf_counter()
     compiled = compile_step(config)
     call = start(config, compiled)
@@ -80,10 +83,12 @@ def bench(config, seconds: float) -> tuple[dict, object]:
     step_s = measure.seconds_per_call(call, seconds)
     images_per_s = config.train.batch_size / step_s
     peak = measure.matmul_tflops()
-    tflops = images_per_s * flops.training_flops(config) / 1e12
+    num_devices = jax.device_count()
+    tflops = images_per_s * flops.training_flops(config) / 1e12 / num_devices
     datasheet = flops.peak_tflops(jax.devices()[0])
     result = {
         "device": jax.devices()[0].device_kind,
+        "num_devices": num_devices,
         "batch": config.train.batch_size,
         "images_per_s": images_per_s,
         "step_ms": step_s * 1e3,

@@ -6,8 +6,9 @@ import subprocess
 
 import pytest
 
-from benchmarks import cases, measure, run, sweep, train_step
+from benchmarks import cases, measure, run, scaling, sweep, train_step
 from maskdm_jax import config as config_lib
+from maskdm_jax import flops, memory
 
 OURS = {
     "device": "a card", "batch": 64, "images_per_s": 10.0, "evaluations_per_s": 2500.0, "mfu": 0.6,
@@ -70,6 +71,56 @@ def test_another_failure_of_the_peer_is_told(monkeypatch):
     monkeypatch.setattr(run, "_run", lambda *a: failed)
     with pytest.raises(RuntimeError, match="no such kernel"):
         run.run_peer("whole256", 64, [])
+
+
+def test_efficiency_is_the_rate_of_all_over_as_many_times_the_rate_of_one(monkeypatch):
+    asked = []
+
+    def pretend(module, bench, options, **env):
+        asked.append((options[1], env))
+        num_gpus, rate = (1, 100.0) if env else (2, 194.0)
+        result = {**OURS, "memory_gib": 7.0, "num_devices": num_gpus, "images_per_s": rate}
+        result["batch"] = int(options[1])
+        return subprocess.CompletedProcess([], 0, json.dumps(result) + "\n", "")
+
+    monkeypatch.setattr(run, "_run", pretend)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    one, together = scaling.bench("whole256", 32, 2, [])
+    assert asked == [("32", {"CUDA_VISIBLE_DEVICES": "3"}), ("64", {})]
+    row = scaling.row("whole256", one, together, "the command")
+    assert row["efficiency"] == 0.97 and row["bench"] == "whole256 on 2 GPUs" and row["batch"] == 64
+    for field in ("device", "images_per_s", "mfu", "versions", "command", "date"):
+        assert row[field]
+    line = scaling.table([row]).splitlines()[-1]
+    assert line == "| whole256 | 2 | 32 | 100 | 194 | 0.970 |"
+
+
+@pytest.mark.parametrize(
+    "arguments, num_gpus, expected",
+    [
+        ([], 1, "error: expected at least 2 GPUs; JAX sees 1"),
+        (["--bench", "whole256:0"], 2, "'whole256:0' is no case; expected one of masked256, "),
+        (["--bench", "sample256"], 2, "'sample256' is no case"),
+    ],
+)
+def test_scaling_says_what_it_cannot_measure(monkeypatch, capsys, arguments, num_gpus, expected):
+    monkeypatch.setattr("sys.argv", ["scaling", *arguments])
+    monkeypatch.setattr(scaling, "count_gpus", lambda: num_gpus)
+    with pytest.raises(SystemExit) as stop:
+        scaling.main()
+    assert stop.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_mfu_on_several_devices_is_that_of_one(monkeypatch, tiny_config):
+    monkeypatch.setattr(train_step, "compile_step", lambda config: None)
+    monkeypatch.setattr(train_step, "start", lambda config, compiled: None)
+    monkeypatch.setattr(memory, "bytes_needed", lambda compiled: 2**30)
+    monkeypatch.setattr(measure, "seconds_per_call", lambda call, seconds: 0.5)
+    monkeypatch.setattr(measure, "matmul_tflops", lambda: 1.0)
+    result, _ = train_step.bench(tiny_config, seconds=1)
+    assert result["num_devices"] == 8 and result["images_per_s"] == 2 * 16
+    assert result["mfu"] == pytest.approx(2 * 16 * flops.training_flops(tiny_config) / 1e12 / 8)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,109 @@
+"""Weak scaling: the bare step on one GPU of this host and on all, the batch of a GPU the same.
+
+    python -m benchmarks.scaling --data_dir DIR [--bench masked256 whole256:32 ...] [--seconds 4]
+
+whole256:32 is that case at batch 32 a GPU, for cards of 80 GB. One GPU is the first that
+CUDA_VISIBLE_DEVICES names. Cards differ by 2 to 3 %, and the slowest sets the pace of all:
+CUDA_VISIBLE_DEVICES=1,0 compares with the other. Prints a JSON line a case, then a table, and adds
+the rows to results.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+from benchmarks import cases, measure, run
+
+_NAMES = cases.NAMES[:-1]  # those that train
+# What changes the rates from outside, and belongs to the command that a row keeps.
+_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE", "XLA_FLAGS")
+
+
+def case(text: str) -> tuple[str, int]:
+    """("whole256", 32) of "whole256:32"; without a number, the case's own batch."""
+    found = re.fullmatch(rf"({'|'.join(_NAMES)})(?::([1-9]\d*))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no case; expected one of {', '.join(_NAMES)}; with a batch, whole256:32"
+        )
+    name, batch = found.groups()
+    return name, int(batch or cases.CASES[name][1])
+
+
+def count_gpus() -> int:
+    """How many GPUs JAX sees, asked in another process: this one shall hold none of them."""
+    code = "import jax; print(sum(d.platform == 'gpu' for d in jax.devices()))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    done.check_returncode()
+    return int(done.stdout)
+
+
+def bench(name: str, batch: int, num_gpus: int, options: list[str]) -> tuple[dict, dict]:
+    """The step at `batch` on one GPU, then at `num_gpus` times as much on all."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    one = run.run_ours(name, ["--batch", str(batch), *options], CUDA_VISIBLE_DEVICES=first)
+    return one, run.run_ours(name, ["--batch", str(batch * num_gpus), *options])
+
+
+def row(name: str, one: dict, together: dict, command: str) -> dict:
+    """What results.json keeps of one case. `mfu` and `memory_gib` are one GPU's, among all."""
+    num_gpus = together["num_devices"]
+    fields = ("device", "images_per_s", "mfu", "mfu_datasheet", "matmul_tflops", "model_tflops")
+    return {
+        "bench": f"{name} on {num_gpus} GPUs",
+        **{field: together[field] for field in fields},
+        "memory_gib": together["memory_gib"],
+        "one_gpu_images_per_s": one["images_per_s"],
+        "efficiency": together["images_per_s"] / (num_gpus * one["images_per_s"]),
+        "num_gpus": num_gpus,
+        "batch": together["batch"],
+        "versions": together["versions"],
+        "command": command,
+        "date": measure.today(),
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| | GPUs | batch per GPU | images/s on one | images/s on all | efficiency per GPU |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {r['bench'].split()[0]} | {r['num_gpus']} | {r['batch'] // r['num_gpus']} | "
+        f"{r['one_gpu_images_per_s']:,.4g} | {r['images_per_s']:,.4g} | {r['efficiency']:.3f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
+    parser.add_argument(
+        "--bench", nargs="+", type=case, default=[case(n) for n in _NAMES], metavar="CASE[:BATCH]"
+    )
+    parser.add_argument("--seconds", type=float, default=4.0, help="of timed work each")
+    args = parser.parse_args()
+    num_gpus = count_gpus()
+    if num_gpus < 2:
+        parser.error(f"expected at least 2 GPUs; JAX sees {num_gpus}")
+    options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
+    settings = [f"{k}={shlex.quote(os.environ[k])}" for k in _VARIABLES if k in os.environ]
+    command = [*settings, "python -m benchmarks.scaling --bench"]
+    command += [f"{name}:{batch}" for name, batch in args.bench]
+    command = " ".join([*command, f"--seconds {args.seconds:g}"])
+    rows = []
+    for name, batch in args.bench:
+        rows.append(row(name, *bench(name, batch, num_gpus, options), command))
+        run.keep(rows[-1:])
+        print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
