@@ -95,11 +95,13 @@ if __name__ == "__main__":
         print(f"error: {problem}", file=sys.stderr)
         distributed.leave(1)
         sys.exit(1)
+    except distributed.StartError as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(distributed.EXIT_CODE)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
     except Exception:
-        if distributed.several():
-            traceback.print_exc()
-            distributed.leave(1)
-        raise
+        traceback.print_exc()
+        distributed.leave(distributed.EXIT_CODE)
+        sys.exit(distributed.EXIT_CODE)

@@ -3,8 +3,9 @@
 #
 #   launch/keep_running.sh [--restarts=N] COMMAND [ARGUMENT ...]
 #
-# N: how often to run it again after another failure too (a host that died, say); default 0. Bad
-# input, status 2, is never run again. SIGTERM and Ctrl-C are passed on as SIGTERM, and end it.
+# N: how often to run it again after another failure too (a host that died, say); default 0. Where a
+# person has to act, status 1 and 2, it is never run again. SIGTERM and Ctrl-C are passed on as
+# SIGTERM, and end it.
 set -uo pipefail
 
 restarts=0
@@ -30,7 +31,7 @@ while true; do
     wait "$child"
     status=$?
   done
-  if [[ $status -eq 0 || $status -eq 2 ]] || $stopping; then
+  if [[ $status -le 2 ]] || $stopping; then
     exit "$status"
   elif [[ $status -ne 75 ]]; then
     [[ $restarts -gt 0 ]] || exit "$status"

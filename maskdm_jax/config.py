@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What stops a run that began well: one sentence, with the way out."""
+    """What stops a run that began well: one sentence, with the way out for a person to take."""
 
 
 def default_config() -> config_dict.ConfigDict:

@@ -19,13 +19,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax import progress
-from maskdm_jax.config import ConfigError, RunError
+from maskdm_jax.config import ConfigError
 
+EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h: an error that may not come again, or another's end
 _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended
 _SHUTDOWN_S = 60  # the first to finish waits so long for the last
 _SHARED_S = 60  # network file systems show others' new files after their caches' time
 _LINGER_S = 5  # see `leave`
+
+
+class StartError(RuntimeError):
+    """The processes cannot start, which they may the next time: one sentence."""
 
 
 def start(
@@ -43,7 +48,7 @@ def start(
 
     Raises:
       ConfigError: for arguments that are half given or cannot be.
-      RunError: where the processes cannot start; the next time they may.
+      StartError: where the processes cannot start.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
@@ -150,12 +155,12 @@ def _check(given):
 
 
 def _check_port(coordinator):
-    """RunError where process 0 cannot listen there; JAX would end with a segmentation fault."""
+    """StartError where process 0 cannot listen there; JAX would end with a segmentation fault."""
     port = int(coordinator.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
     except (OSError, OverflowError) as error:
-        raise RunError(
+        raise StartError(
             f"--coordinator is {coordinator!r}, and port {port} cannot be opened here: {error}; "
             "type one that is free, in every process"
         ) from error
@@ -163,7 +168,7 @@ def _check_port(coordinator):
 
 def _initialize(arguments, where):
     # JAX aborts with a stack trace where it waits in vain; this says it in one sentence before.
-    # Exit status 1, not 2: hosts that came up late may well find each other the next time.
+    # Hosts that came up late may well find each other the next time.
     def give_up():
         print(
             f"error: {where} did not bring all processes together within {_START_S} s; start every "
@@ -171,7 +176,7 @@ def _initialize(arguments, where):
             file=sys.stderr,
             flush=True,
         )
-        os._exit(1)
+        os._exit(EXIT_CODE)
 
     watch = threading.Timer(_START_S, give_up)
     watch.daemon = True
@@ -184,7 +189,7 @@ def _initialize(arguments, where):
             shutdown_timeout_seconds=_SHUTDOWN_S,
         )
     except (RuntimeError, ValueError) as error:
-        raise RunError(
+        raise StartError(
             f"several processes cannot start through {where}: {str(error).splitlines()[0]}; type "
             "--coordinator=HOST:PORT --num_processes=N --process_id=I"
         ) from error

@@ -2,8 +2,10 @@
 
 import errno
 import os
+import pathlib
 import resource
 import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -138,6 +140,17 @@ def test_other_errors_pass_unchanged(tmp_path):
         with faults.explain_full_disk("it", tmp_path, "wait"):
             raise ValueError("a bug")
     assert not faults.disk_is_full(PermissionError(errno.EACCES, "no"))
+
+
+def test_an_unexpected_error_is_told_and_ends_main_with_exit_code_70(tmp_path):
+    code = "import runpy; from maskdm_jax import train; train.train = None; "
+    code += "runpy.run_path('main.py', run_name='__main__')"
+    flags = ["--config=configs/pretrain_digits.py", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-c", code, *flags]
+    root = pathlib.Path(__file__).parents[1]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert result.returncode == 70
+    assert result.stderr.rstrip().endswith("TypeError: 'NoneType' object is not callable")
 
 
 def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):

@@ -177,7 +177,8 @@ _COUNTED = 'read -r first rest < $1; echo "${rest:-$first}" > $1; echo ran; exit
         ("0", 3, 1, 0),
         ("75 75 0", 0, 3, 0),
         ("2", 3, 1, 2),
-        ("1", 0, 1, 1),
+        ("1", 3, 1, 1),
+        ("70", 0, 1, 70),
         ("134 75 137 0", 2, 4, 0),
         ("134", 2, 3, 134),
     ],
@@ -221,6 +222,7 @@ def test_a_signal_in_the_pause_before_a_restart_ends_it(tmp_path):
     "status, restarted, requeued, expected",
     [
         (0, 0, False, 0),
+        (1, 0, False, 1),
         (2, 0, False, 2),
         (75, 50, True, 0),
         (137, 9, True, 0),
@@ -229,7 +231,7 @@ def test_a_signal_in_the_pause_before_a_restart_ends_it(tmp_path):
 )
 def test_a_slurm_job_queues_itself_again(tmp_path, status, restarted, requeued, expected):
     stub(tmp_path, "scontrol", 'echo "scontrol $*"')
-    path = stub(tmp_path, "srun", f'printf "%s\\n" "$@"; exit {status}')
+    path = stub(tmp_path, "srun", f'printf "%s\\n" "$@" $SLURM_EXIT_ERROR; exit {status}')
     result = run(
         ["bash", "launch/slurm.sbatch", "--config=configs/pretrain_digits.py", AWKWARD],
         PATH=path,
@@ -240,6 +242,7 @@ def test_a_slurm_job_queues_itself_again(tmp_path, status, restarted, requeued, 
     )
     lines = result.stdout.splitlines()
     assert lines[1:5] == ["python", "main.py", "--config=configs/pretrain_digits.py", AWKWARD]
+    assert lines[5] == "70"
     assert ("scontrol requeue 17" in lines) == requeued
     assert result.returncode == expected
 
@@ -255,10 +258,10 @@ def test_the_jobset_starts_one_process_on_each_host_of_the_slice():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     hosts = rows * columns // container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == hosts
-    # One pod that ends starts all again, unless the input is bad.
+    # One pod that ends starts all again, unless a person has to act.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
     (rule,) = job["podFailurePolicy"]["rules"]
-    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [2]
+    assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
     assert mount["name"] == volume["name"]
