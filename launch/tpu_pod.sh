@@ -13,8 +13,9 @@
 #
 # create   the slice; --queued waits in Google's queue until there is one, --version names another
 #          image than the type's own
-# install  copies this checkout to every worker, makes a virtual environment, and mounts the NFS
-#          share (Filestore, say) at /mnt/maskdm: workdir and data lie where all workers see them
+# install  copies this checkout's code and configs to every worker, makes a virtual environment,
+#          and mounts the NFS share (Filestore, say) at /mnt/maskdm: workdir and data lie where all
+#          workers see them
 # start    main.py on every worker, in the background, with what follows --; it starts again after
 #          a preemption (status 75), and up to 10 times after a worker died
 # logs     follows process 0's output;  stop  saves and ends;  delete  gives the slice back
@@ -90,8 +91,9 @@ create() {
 install() {
   [[ $nfs == *:/* ]] || fail "--nfs is '$nfs'; expected a share, such as --nfs=10.0.0.2:/share"
   local archive=${TMPDIR-/tmp}/maskdm_jax.tar.gz
+  # By name: a checkout may hold runs and data too.
   run tar --create --gzip --file="$archive" --directory="$(realpath "$(dirname "$0")/..")" \
-    --exclude=./.git --exclude=./.venv --exclude=./demo_output .
+    --exclude=__pycache__ main.py maskdm_jax configs launch setup.py pyproject.toml constraints.txt
   run gcloud compute tpus tpu-vm scp "$archive" "$name:maskdm_jax.tar.gz" "${where[@]}" --worker=all
   local steps=(
     # The images' own Python is older than 3.11.

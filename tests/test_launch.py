@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -126,6 +127,19 @@ def test_a_pod_is_created_filled_started_followed_and_deleted():
     assert dry_run([*POD, "delete", *NAMED, "--queued"]) == [
         [*gcloud, "queued-resources", "delete", *_named(), "--force", "--quiet"]
     ]
+
+
+def test_a_pod_gets_the_code_and_nothing_else_of_the_checkout(tmp_path):
+    install = [*POD, "install", *NAMED, "--nfs=a:/b"]
+    assert run(dry_run(install, TMPDIR=str(tmp_path))[0]).returncode == 0
+    with tarfile.open(tmp_path / "maskdm_jax.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"main.py", "configs/pretrain_digits.py", "launch/keep_running.sh"} <= names
+    assert {name.split("/")[0] for name in names} == {
+        "main.py", "maskdm_jax", "configs", "launch", "setup.py", "pyproject.toml",
+        "constraints.txt",
+    }  # fmt: skip
+    assert not any("__pycache__" in name for name in names)
 
 
 def _named(*more):
