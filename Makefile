@@ -1,10 +1,11 @@
 # make demo: the whole path on real digits, in minutes on a CPU. make test: the test suite.
 # make test-slow: what takes minutes each, such as killing a run 30 times.
+# make test-gpu: the numbers of kernels that only a GPU runs, with the JAX that is installed there.
 PYTHON ?= python3
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
 
-.PHONY: demo test test-slow tpu-table lint clean
+.PHONY: demo test test-slow test-gpu tpu-table lint clean
 
 .venv/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ test: .venv/.installed
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow -s --durations=10
+
+test-gpu:
+	TEST_PLATFORM=cuda $(PYTHON) -m pytest tests/test_hopper_attention.py
 
 # The rows of docs/tpu.md; about 25 minutes on 2 cores.
 tpu-table: .venv/.installed

@@ -56,7 +56,7 @@ def main():
     args = parser.parse_args()
     for length in args.lengths:
         plain = None
-        for implementation in ("xla", "cudnn", "pallas"):
+        for implementation in ("xla", "cudnn", "pallas", "hopper"):
             try:
                 result = bench(length, implementation, args.seconds)
             except jax.errors.JaxRuntimeError as error:

@@ -1,5 +1,5 @@
-"""The one entry to attention: XLA everywhere, and fused kernels: on NVIDIA GPUs cuDNN's for long
-sequences and our own for short ones, on TPUs JAX's splash kernel for long ones.
+"""The one entry to attention: XLA everywhere, and fused kernels: our own on NVIDIA GPUs, one for
+short sequences and one for Hopper's, cuDNN's on other GPUs, and on TPUs JAX's splash kernel.
 
 Attention is 47 % of a U-ViT-B block at 4097 tokens and 8 % at 417, so the kernel decides the cost
 of stage 2. A kernel that wants other lengths than the model has is given padded ones, with the
@@ -17,14 +17,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maskdm_jax import long_attention, sharding, short_attention
+from maskdm_jax import hopper_attention, long_attention, sharding, short_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "splash")
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "hopper", "splash")
 
 # JAX refuses odd lengths to cuDNN's backward pass.
 _CUDNN_MULTIPLE = 2
-# On an NVIDIA GPU, from here on cuDNN's kernel is taken, below it short_attention's.
-_CUDNN_MIN_LENGTH = 128
+# On an NVIDIA GPU, below this short_attention's kernel is taken.
+_LONG_FROM = 128
 # On a TPU, from here on the splash kernel is taken, below it XLA's attention, which keeps K L^2
 # scores of 4 bytes an image and block. At 4097 tokens they are 5 times all else that a step of
 # U-ViT-B needs, at 417 as much as all else, at 257 (U-ViT-S) half (launch/compile_check.py with
@@ -48,9 +48,10 @@ def attend(
 
     Args:
       q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], any float dtype.
-      implementation: "xla", "cudnn", "pallas" (`short_attention`), "splash" (`long_attention`), or
-        "auto": the fused kernel for that length where the device and the dtype allow it, XLA
-        otherwise. A kernel that is named where it cannot run is XLA too, with one warning.
+      implementation: "xla", "cudnn", "pallas" (`short_attention`), "hopper" (`hopper_attention`),
+        "splash" (`long_attention`), or "auto": the fused kernel for that length where the device
+        and the dtype allow it, XLA otherwise. A kernel that is named where it cannot run is XLA
+        too, with one warning.
       num_valid: tokens that are real; the rest is padding, and what comes out for it is arbitrary
         but finite. None: all L.
       mesh: the devices that the batch is split over. None: this process's first device.
@@ -70,6 +71,8 @@ def attend(
     def kernel(q, k, v):
         if chosen == "pallas":
             return short_attention.short_attention(q, k, v, num_valid)
+        if chosen == "hopper":
+            return _hopper(q, k, v, num_valid)
         return long_attention.long_attention(q, k, v, num_valid)
 
     return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
@@ -85,6 +88,8 @@ def padding(
     chosen = choose(implementation, length, head_dim, dtype, mesh)
     if chosen == "cudnn":
         return -length % _CUDNN_MULTIPLE
+    if chosen == "hopper":
+        return -length % hopper_attention.MULTIPLE
     if chosen == "splash":
         extra = long_attention.padded_length(length) - length
         return extra if extra <= _CARRIED_PADDING * length else 0
@@ -92,7 +97,8 @@ def padding(
 
 
 def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None) -> str:
-    """What `attend` runs on the devices of `mesh`: "xla", "cudnn", "pallas" or "splash".
+    """What `attend` runs on the devices of `mesh`: "xla", "cudnn", "pallas", "hopper" or
+    "splash".
 
     Raises:
       ValueError: for an implementation that does not exist.
@@ -104,7 +110,7 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
     device = sharding.first_device(mesh)
     kernel = implementation
     if kernel == "auto":
-        kernel = _fastest(device, length)
+        kernel = _fastest(device, length, head_dim)
     if kernel == "xla":
         return "xla"
     missing = _misses(device, kernel, length, head_dim, jnp.dtype(dtype))
@@ -113,10 +119,17 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
     return "xla" if missing else kernel
 
 
-def _fastest(device, length):
+def _fastest(device, length, head_dim):
     if device.platform == "tpu":
         return "splash" if length >= _SPLASH_MIN_LENGTH else "xla"
-    return "cudnn" if length >= _CUDNN_MIN_LENGTH else "pallas"
+    if length < _LONG_FROM:
+        return "pallas"
+    fits = _is_hopper(device) and hopper_attention.supports(length, head_dim)
+    return "hopper" if fits else "cudnn"
+
+
+def _is_hopper(device):
+    return getattr(device, "compute_capability", None) == "9.0"
 
 
 def _misses(device, kernel, length, head_dim, dtype) -> str:
@@ -129,6 +142,10 @@ def _misses(device, kernel, length, head_dim, dtype) -> str:
         return f"model.dtype is {dtype.name}, not bfloat16"
     if kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
         return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
+    if kernel == "hopper" and not _is_hopper(device):
+        return f"the device is {device.device_kind}, not a Hopper GPU"
+    if kernel == "hopper" and not hopper_attention.supports(length, head_dim):
+        return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
     if kernel == "pallas" and not short_attention.supports(length, head_dim):
         return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
     return ""
@@ -136,18 +153,30 @@ def _misses(device, kernel, length, head_dim, dtype) -> str:
 
 def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
     batch, length = q_BLKH.shape[:2]
-    extra = -length % _CUDNN_MULTIPLE
-    q, k, v = (
-        jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
-        for x in (q_BLKH, k_BLKH, v_BLKH)
-    )
+    q, k, v = (_pad(x, _CUDNN_MULTIPLE) for x in (q_BLKH, k_BLKH, v_BLKH))
     lengths = None
-    if num_valid != length + extra:
+    if num_valid != q.shape[1]:
         lengths = jnp.full((batch,), num_valid, jnp.int32)
     out = jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
     )
     return out[:, :length]
+
+
+def _hopper(q_BLKH, k_BLKH, v_BLKH, num_valid):
+    length, multiple = q_BLKH.shape[1], hopper_attention.MULTIPLE
+    if length - num_valid >= multiple:  # more padding than the kernel takes
+        padded = ((0, 0), (0, length - num_valid), (0, 0), (0, 0))
+        return jnp.pad(
+            _hopper(*(x[:, :num_valid] for x in (q_BLKH, k_BLKH, v_BLKH)), num_valid), padded
+        )
+    q, k, v = (_pad(x, multiple) for x in (q_BLKH, k_BLKH, v_BLKH))
+    return hopper_attention.hopper_attention(q, k, v, num_valid)[:, :length]
+
+
+def _pad(x_BLKH, multiple):
+    extra = -x_BLKH.shape[1] % multiple
+    return jnp.pad(x_BLKH, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x_BLKH
 
 
 @functools.cache

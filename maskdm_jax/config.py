@@ -52,7 +52,7 @@ def default_config() -> config_dict.ConfigDict:
     model.class_dropout = 0.1  # how often training drops the class, so that guidance can work
     model.dropout = 0.0
     model.remat = "none"  # "blocks": recompute each block in the backward pass; less memory
-    model.attention = "auto"  # "xla", "cudnn", "pallas" or "splash" to insist
+    model.attention = "auto"  # "xla", "cudnn", "pallas", "hopper", "splash" to insist
     model.dtype = "bfloat16"  # of matmuls and activations; parameters and statistics are float32
 
     config.mask = mask = config_dict.ConfigDict()
@@ -120,7 +120,7 @@ _CHOICES = {
     "data.cache": ("none", "host", "device"),
     "model.size": ("S", "B", "L", "H"),
     "model.remat": ("none", "blocks"),
-    "model.attention": ("auto", "xla", "cudnn", "pallas", "splash"),
+    "model.attention": ("auto", "xla", "cudnn", "pallas", "hopper", "splash"),
     "model.dtype": ("float32", "bfloat16"),
     "mask.kind": ("none", "patch", "block", "crop"),
     "diffusion.schedule": ("linear", "cosine", "shifted_cosine"),

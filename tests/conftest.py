@@ -6,8 +6,9 @@ import subprocess
 import sys
 import tempfile
 
-# Before JAX is imported: 8 devices on the CPU, and compilations that processes share.
-os.environ["JAX_PLATFORMS"] = "cpu"
+# Before JAX is imported: 8 devices on the CPU, and compilations that processes share. The tests of
+# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`).
+os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count"
 os.environ["XLA_FLAGS"] = f"{_DEVICES}=8"
 _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")

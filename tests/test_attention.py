@@ -105,7 +105,7 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
         np.testing.assert_allclose(grad, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["cudnn", "pallas", "splash"])
+@pytest.mark.parametrize("kernel", ["cudnn", "pallas", "hopper", "splash"])
 def test_a_kernel_that_the_machine_lacks_falls_back_with_one_warning(kernel):
     attention._warn_once.cache_clear()
     q, k, v = qkv(17)
@@ -122,16 +122,24 @@ def mesh_of(**device):
     return types.SimpleNamespace(devices=devices, size=1)
 
 
-def test_a_gpu_chooses_by_length_and_pads_to_even():
+def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
+    a100 = mesh_of(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
     h200 = mesh_of(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
     bf16 = jnp.bfloat16
-    assert attention.choose("auto", 29, 64, bf16, h200) == "pallas"
-    assert attention.choose("auto", 4097, 64, bf16, h200) == "cudnn"
-    assert attention.choose("auto", 4097, 64, jnp.float32, h200) == "xla"
-    assert attention.choose("xla", 4097, 64, bf16, h200) == "xla"
-    assert attention.padding("auto", 4097, 64, bf16, h200) == 1
-    assert attention.padding("auto", 418, 64, bf16, h200) == 0
-    assert attention.padding("auto", 29, 64, bf16, h200) == 0
+    for gpu in (a100, h200):
+        assert attention.choose("auto", 29, 64, bf16, gpu) == "pallas"
+        assert attention.choose("auto", 128, 64, bf16, gpu) == "cudnn"
+        assert attention.choose("auto", 4097, 72, bf16, gpu) == "cudnn"
+        assert attention.choose("auto", 4097, 64, jnp.float32, gpu) == "xla"
+        assert attention.choose("xla", 4097, 64, bf16, gpu) == "xla"
+        assert attention.padding("auto", 29, 64, bf16, gpu) == 0
+    assert attention.choose("auto", 4097, 64, bf16, a100) == "cudnn"
+    assert attention.padding("auto", 4097, 64, bf16, a100) == 1
+    assert attention.padding("auto", 418, 64, bf16, a100) == 0
+    assert attention.choose("auto", 4097, 64, bf16, h200) == "hopper"
+    assert attention.choose("cudnn", 4097, 64, bf16, h200) == "cudnn"
+    assert attention.padding("auto", 4097, 64, bf16, h200) == 7
+    assert attention.padding("auto", 424, 64, bf16, h200) == 0
 
 
 def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():

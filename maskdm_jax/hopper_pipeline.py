@@ -1,0 +1,282 @@
+"""How data moves in kernels for Hopper GPUs (Pallas, Mosaic GPU): `hopper_attention`'s schedule.
+
+A block of the GPU runs several warpgroups. One loads: it streams the rows of one head through a
+ring of shared memory. The others, the workers, each compute one tile of 64 rows at a time against
+that stream. Where a whole head fits into the ring, all its tiles are computed from one pass, and
+the next head is loaded meanwhile; where it does not, each pass serves as many tiles as there are
+workers. A worker's own tile arrives while it computes the one before, and its results leave
+while it computes the next.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # of a tile and of a chunk of the stream: what one warpgroup multiplies at a time
+TILE_LAYOUT = plgpu.Layout.WGMMA  # of a [ROWS, ROWS] array in a warpgroup's registers
+
+_SHARED_BYTES = 232_448 - 2048  # of a block, less barriers and what the compiler takes
+_NUM_BLOCKS = 132  # multiprocessors of an H100 or H200; with fewer, the last blocks wait
+# Registers of a worker's thread, and of the loader's, by number of workers; a GPU has 65,536.
+_REGISTERS = {2: (240, 24), 3: (160, 24)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What a worker sees of the stream: chunks c = 0, 1, ... of ROWS rows, each used in this order:
+    `wait`, `arrays` and `rows`, then `release` when nothing reads it any more."""
+
+    wait: Callable
+    arrays: Callable  # c -> shared memory [ROWS, H] of each streamed array
+    rows: Callable  # c -> float32 [ROWS] of each streamed row array, along the columns of a tile
+    release: Callable
+
+
+def run(
+    tile: Callable,
+    *,
+    streamed: list[jax.Array],
+    streamed_rows: list[jax.Array] = (),
+    tiled: list[jax.Array],
+    tiled_rows: list[jax.Array] = (),
+    num_outputs: int,
+    num_row_outputs: int = 0,
+    num_workers: int,
+    name: str,
+) -> list[jax.Array]:
+    """Computes every tile of every head of every image.
+
+    Args:
+      tile: (first_row, tiles, tile_rows, stream) -> (outputs, row outputs). `tiles` are
+        [ROWS, H] registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are
+        zero. Outputs are alike.
+      streamed, tiled: [B, L, K, H] of one dtype, L a multiple of 8, H = 64.
+      streamed_rows, tiled_rows: float32 [B, K, at least L].
+      num_outputs: outputs [B, L, K, H].
+      num_row_outputs: outputs float32 [B, K, L or more]; those beyond L are what `tile` makes of
+        zero rows.
+      num_workers: 2 or 3; the more, the fewer registers each has.
+      name: the kernel's, as a profile shows it.
+
+    Returns:
+      The outputs, then the row outputs.
+    """
+    batch, length, num_heads, head_dim = streamed[0].shape
+    dtype = streamed[0].dtype
+    num_chunks = num_tiles = pl.cdiv(length, ROWS)
+    num_slots = _num_slots(
+        num_chunks,
+        own=num_workers * _bytes(len(tiled) + num_outputs, len(tiled_rows), head_dim, dtype),
+        slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
+    )
+    pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
+    plan = _Plan(num_heads, num_chunks, pass_tiles, pl.cdiv(num_tiles, pass_tiles), batch)
+    counts = (
+        len(streamed),
+        len(streamed_rows),
+        len(tiled),
+        len(tiled_rows),
+        num_outputs,
+        num_row_outputs,
+    )
+
+    def kernel(*refs):
+        arrays, scratch = _split(refs, counts)
+        # Those of the row outputs are written from registers, and have none in shared memory.
+        shared, (ready, free, arrived) = _split(scratch, counts[:-1])
+        worker = lax.axis_index("warpgroup")
+
+        @pl.when(worker == num_workers)
+        def _():
+            plgpu.set_max_registers(_REGISTERS[num_workers][1], action="decrease")
+            _load(plan, num_slots, arrays[:2], shared[:2], ready, free)
+
+        @pl.when(worker < num_workers)
+        def _():
+            plgpu.set_max_registers(_REGISTERS[num_workers][0], action="increase")
+            ring = functools.partial(_stream, num_slots, shared[:2], ready, free)
+            _work(plan, tile, worker, num_workers, ring, arrays[2:], shared[2:], arrived)
+
+    block = functools.partial(_shared_array, head_dim=head_dim, dtype=dtype)
+    row_shape = (batch, num_heads, plan.num_passes * pass_tiles * ROWS)
+    return plgpu.kernel(
+        kernel,
+        out_type=[jax.ShapeDtypeStruct(streamed[0].shape, dtype)] * num_outputs
+        + [jax.ShapeDtypeStruct(row_shape, jnp.float32)] * num_row_outputs,
+        scratch_types=[
+            *[block(num_slots)] * len(streamed),
+            *[plgpu.SMEM((num_slots, ROWS), jnp.float32)] * len(streamed_rows),
+            *[block(num_workers)] * len(tiled),
+            *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * len(tiled_rows),
+            *[block(num_workers)] * num_outputs,
+            plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
+            plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
+            plgpu.Barrier(num_barriers=num_workers, num_arrivals=counts[2] + counts[3]),
+        ],
+        grid=(min(plan.num_units, _NUM_BLOCKS),),
+        grid_names=("block",),
+        num_threads=num_workers + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+    )(*streamed, *streamed_rows, *tiled, *tiled_rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """Which block does what. A unit of work is one pass over one head's stream."""
+
+    num_heads: int
+    num_chunks: int
+    pass_tiles: int  # computed in one pass
+    num_passes: int  # over each head
+    batch: int
+
+    @property
+    def num_units(self):
+        return self.batch * self.num_heads * self.num_passes
+
+    def num_own_units(self):
+        """Of this block: every num_blocks-th, so that blocks side by side read the same images."""
+        blocks = min(self.num_units, _NUM_BLOCKS)
+        return lax.div(self.num_units - 1 - lax.axis_index("block"), blocks) + 1
+
+    def place(self, n):
+        """(image, head, first tile) of this block's unit n."""
+        unit = lax.axis_index("block") + n * min(self.num_units, _NUM_BLOCKS)
+        head = lax.div(unit, self.num_passes)
+        first_tile = lax.rem(unit, self.num_passes) * self.pass_tiles
+        return lax.div(head, self.num_heads), lax.rem(head, self.num_heads), first_tile
+
+
+def _load(plan, num_slots, arrays, shared, ready, free):
+    """The loader: chunk after chunk into the ring, each as soon as its slot is free."""
+    num_loads = plan.num_own_units() * plan.num_chunks
+
+    @pl.loop(0, num_loads + num_slots)  # the last waits see all slots freed
+    def _(i):
+        slot = lax.rem(i, num_slots)
+
+        @pl.when(i >= num_slots)
+        def _():
+            plgpu.barrier_wait(free.at[slot])
+
+        @pl.when(i < num_loads)
+        def _():
+            image, head, _ = plan.place(lax.div(i, plan.num_chunks))
+            rows = pl.ds(lax.rem(i, plan.num_chunks) * ROWS, ROWS)
+            _copy_in(arrays, shared, (image, head, rows), slot, ready)
+
+
+def _stream(num_slots, shared, ready, free, first_chunk, enters, leaves) -> Stream:
+    """A worker's view of one pass, whose chunk 0 is the block's chunk `first_chunk`.
+
+    All tiles that a worker computes in one pass read the same chunks: it waits for them at the
+    tile with which it `enters` the pass, and frees them at the one with which it `leaves`.
+    """
+
+    def slot(c):
+        return lax.rem(first_chunk + c, num_slots)
+
+    def wait(c):
+        @pl.when(enters)
+        def _():
+            plgpu.barrier_wait(ready.at[slot(c)])
+
+    def release(c):
+        @pl.when(leaves)
+        def _():
+            plgpu.barrier_arrive(free.at[slot(c)])
+
+    def rows(c):
+        return [plgpu.layout_cast(x[slot(c)], TILE_LAYOUT.reduce(0)) for x in shared[1]]
+
+    return Stream(wait, lambda c: [x.at[slot(c)] for x in shared[0]], rows, release)
+
+
+def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
+    """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
+    tiled, tiled_rows, outputs, row_outputs = arrays
+    own_tiles, own_rows, own_outputs = shared
+    num_tiles = plan.num_own_units() * plan.pass_tiles
+
+    def locate(t):
+        unit = lax.div(t, plan.pass_tiles)
+        image, head, first_tile = plan.place(unit)
+        return unit, image, head, (first_tile + lax.rem(t, plan.pass_tiles)) * ROWS
+
+    def fetch(t):
+        _, image, head, first_row = locate(t)
+        where = (image, head, pl.ds(first_row, ROWS))
+        _copy_in((tiled, tiled_rows), (own_tiles, own_rows), where, worker, arrived)
+
+    fetch(worker)
+
+    @pl.loop(0, lax.div(num_tiles - 1 - worker, num_workers) + 1)
+    def _(i):
+        t = worker + i * num_workers
+        unit, image, head, first_row = locate(t)
+        rows = pl.ds(first_row, ROWS)
+        plgpu.barrier_wait(arrived.at[worker])
+        tiles = [plgpu.layout_cast(x[worker], TILE_LAYOUT) for x in own_tiles]
+        tile_rows = [plgpu.layout_cast(x[worker], TILE_LAYOUT.reduce(1)) for x in own_rows]
+
+        @pl.when(t + num_workers < num_tiles)
+        def _():
+            fetch(t + num_workers)
+
+        stream = ring(
+            unit * plan.num_chunks,
+            enters=(t < num_workers) | (lax.div(t - num_workers, plan.pass_tiles) != unit),
+            leaves=lax.div(t + num_workers, plan.pass_tiles) != unit,
+        )
+        values, row_values = tile(first_row, tiles, tile_rows, stream)
+        for ref, value in zip(row_outputs, row_values, strict=True):
+            ref[image, head, rows] = value
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
+        for ref, value in zip(own_outputs, values, strict=True):
+            ref[worker] = value.astype(ref.dtype)
+        plgpu.commit_smem()
+        for own, ref in zip(own_outputs, outputs, strict=True):
+            plgpu.copy_smem_to_gmem(own.at[worker], ref.at[image, rows, head])
+
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _copy_in(arrays, shared, where, slot, barrier):
+    """Starts the copies of (blocks, rows) at (image, head, rows) into a slot of shared memory."""
+    image, head, rows = where
+    for ref, own in zip(arrays[0], shared[0], strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[image, rows, head], own.at[slot], barrier.at[slot])
+    for ref, own in zip(arrays[1], shared[1], strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[image, head, rows], own.at[slot], barrier.at[slot])
+
+
+def _num_slots(num_chunks, own, slot):
+    """Slots of the ring; more than two heads' chunks would only wait."""
+    return min((_SHARED_BYTES - own) // slot, 2 * num_chunks)
+
+
+def _bytes(num_blocks, num_rows, head_dim, dtype):
+    return ROWS * (num_blocks * head_dim * jnp.dtype(dtype).itemsize + num_rows * 4)
+
+
+def _shared_array(count, head_dim, dtype):
+    # Rows of 128 bytes, stored as the tensor cores read them without bank conflicts.
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((count, ROWS, head_dim), dtype, transforms=transforms)
+
+
+def _split(refs, counts):
+    """Consecutive groups of `refs`, as many as `counts` has; the rest is the last group."""
+    groups, start = [], 0
+    for count in counts:
+        groups.append(refs[start : start + count])
+        start += count
+    return groups, refs[start:]

@@ -1,0 +1,134 @@
+"""The kernels for Hopper GPUs: their schedule and numbers in JAX's interpret mode on the CPU, and
+on such a GPU as they are (`make test-gpu`).
+
+Interpret mode simulates warpgroups, copies and barriers, and notices a deadlock or a race. It has
+no matmul whose left side is in registers, so the two functions that multiply are replaced there.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from maskdm_jax import hopper_attention, hopper_pipeline
+from maskdm_jax.attention import attend
+
+needs_hopper = pytest.mark.skipif(
+    getattr(jax.devices()[0], "compute_capability", None) != "9.0", reason="needs a Hopper GPU"
+)
+
+
+def inputs(length, batch=2, num_heads=3):
+    shape = (batch, length, num_heads, 64)
+    return [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4)]
+
+
+def output_and_gradients(implementation, q, k, v, dout, num_valid):
+    def attention(q, k, v):
+        return attend(q, k, v, implementation, num_valid=num_valid)[:, :num_valid]
+
+    out, pullback = jax.vjp(attention, q, k, v)
+    return out, *pullback(dout[:, :num_valid].astype(out.dtype))
+
+
+def relative_error(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs kernels in interpret mode, as two blocks that share the work."""
+
+    def products_transposed(*factors):
+        return tuple(_dot(a, b_ref[...].T) for a, b_ref in factors)
+
+    def add_products(*terms):
+        return tuple(start + _dot(a, b_ref[...]) for start, a, b_ref in terms)
+
+    monkeypatch.setattr(hopper_attention, "_products_transposed", products_transposed)
+    monkeypatch.setattr(hopper_attention, "_add_products", add_products)
+    monkeypatch.setattr(hopper_pipeline, "_NUM_BLOCKS", 2)
+    jax.clear_caches()  # of what was traced with the real ones
+    with plgpu.force_gpu_interpret_mode():
+        yield
+    jax.clear_caches()
+
+
+def _dot(a, b):
+    return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="JAX 0.10 cannot interpret these kernels"
+)
+# Heads that fit into shared memory, and 705 tokens of which only the forward kernel's do.
+@pytest.mark.parametrize("length, num_heads", [(129, 3), (257, 3), (705, 1)])
+def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
+    interpreted, length, num_heads
+):
+    q, k, v, dout = inputs(length + -length % 8, batch=1, num_heads=num_heads)
+    out, pullback = jax.vjp(lambda *a: hopper_attention.hopper_attention(*a, length), q, k, v)
+    got = out[:, :length], *pullback(dout.at[:, length:].set(0))
+    exact = [x.astype(jnp.float32) for x in (q, k, v, dout)]
+    expected = output_and_gradients("xla", *exact, length)
+    for ours, true in zip(got, expected, strict=True):
+        assert relative_error(ours, true) < 4e-3
+    assert not np.asarray(got[2], np.float32)[:, length:].any()  # padding's keys have no gradient
+
+
+@pytest.mark.parametrize("length", [136, 424, 4104])
+def test_the_kernels_lower_for_a_gpu(length):
+    x = jax.ShapeDtypeStruct((2, length, 3, 64), jnp.bfloat16)
+
+    def both(q, k, v, dout):
+        out, pullback = jax.vjp(
+            lambda *qkv: hopper_attention.hopper_attention(*qkv, length - 7), q, k, v
+        )
+        return out, pullback(dout)
+
+    lowered = jax.jit(both).trace(x, x, x, x).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("mosaic_gpu") >= 3
+
+
+def test_what_the_kernels_do_not_take_is_known():
+    assert hopper_attention.supports(129, 64)
+    assert not hopper_attention.supports(128, 64)
+    assert not hopper_attention.supports(417, 72)
+
+
+@needs_hopper
+@pytest.mark.parametrize(
+    "length, padding",
+    [(129, 0), (192, 0), (257, 0), (417, 0), (417, 3), (417, 70), (1025, 15), (4097, 0), (4097, 7)],
+)
+def test_outputs_and_gradients_are_those_of_float32_softmax_attention(length, padding):
+    arrays = inputs(length + padding)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    with jax.default_matmul_precision("highest"):
+        expected = output_and_gradients("xla", *exact, length)
+    got = jax.jit(output_and_gradients, static_argnums=(0, 5))("hopper", *arrays, length)
+    for ours, true in zip(got, expected, strict=True):
+        assert (
+            relative_error(ours, true) < 4e-3
+        )  # rounded to bfloat16, once on the way and at the end
+
+
+@needs_hopper
+@pytest.mark.parametrize("length", [417, 4097])
+def test_gradients_are_the_same_bits_every_time(length):
+    arrays = inputs(length, batch=8)
+    run = jax.jit(output_and_gradients, static_argnums=(0, 5))
+    first, second = (run("hopper", *arrays, length) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@needs_hopper
+def test_large_scores_do_not_overflow():
+    q, k, v, _ = inputs(417)
+    out = attend(q * 100, k * 100, v, "hopper")
+    assert np.isfinite(np.asarray(out, np.float32)).all()
+    exact = [x.astype(jnp.float32) for x in (q * 100, k * 100, v)]
+    with jax.default_matmul_precision("highest"):
+        assert relative_error(out, attend(*exact, "xla")) < 4e-3
