@@ -18,7 +18,7 @@ import sys
 
 from benchmarks import cases, measure, run
 
-_NAMES = cases.NAMES[:-1]  # those that train
+_NAMES = tuple(name for name in cases.NAMES if name != "sample256")  # those that train
 # What changes the rates from outside, and belongs to the command that a row keeps.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE", "XLA_FLAGS")
 
@@ -75,7 +75,7 @@ def table(rows: list[dict]) -> str:
     ]
     lines += [
         f"| {r['bench'].split()[0]} | {r['num_gpus']} | {r['batch'] // r['num_gpus']} | "
-        f"{r['one_gpu_images_per_s']:,.4g} | {r['images_per_s']:,.4g} | {r['efficiency']:.3f} |"
+        f"{r['one_gpu_images_per_s']:,.1f} | {r['images_per_s']:,.1f} | {r['efficiency']:.3f} |"
         for r in rows
     ]
     return "\n".join(lines)

@@ -1,5 +1,5 @@
 """The one entry to attention: XLA everywhere, and fused kernels: our own on NVIDIA GPUs, one for
-short sequences and one for Hopper's, cuDNN's on other GPUs, and on TPUs JAX's splash kernel.
+short sequences and one for Hopper's, cuDNN's where neither fits, and on TPUs JAX's splash kernel.
 
 Attention is 47 % of a U-ViT-B block at 4097 tokens and 8 % at 417, so the kernel decides the cost
 of stage 2. A kernel that wants other lengths than the model has is given padded ones, with the
@@ -62,6 +62,8 @@ def attend(
     length, head_dim = q_BLKH.shape[1], q_BLKH.shape[3]
     num_valid = length if num_valid is None else num_valid
     chosen = choose(implementation, length, head_dim, q_BLKH.dtype, mesh)
+    if chosen == "hopper" and not hopper_attention.supports(num_valid, head_dim):
+        chosen = "cudnn"  # so much of it is padding
     if chosen == "xla":
         mask = None if num_valid == length else (jnp.arange(length) < num_valid)[None, None, None]
         return jax.nn.dot_product_attention(q_BLKH, k_BLKH, v_BLKH, mask=mask, implementation="xla")
@@ -165,13 +167,12 @@ def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
 
 def _hopper(q_BLKH, k_BLKH, v_BLKH, num_valid):
     length, multiple = q_BLKH.shape[1], hopper_attention.MULTIPLE
-    if length - num_valid >= multiple:  # more padding than the kernel takes
-        padded = ((0, 0), (0, length - num_valid), (0, 0), (0, 0))
-        return jnp.pad(
-            _hopper(*(x[:, :num_valid] for x in (q_BLKH, k_BLKH, v_BLKH)), num_valid), padded
-        )
-    q, k, v = (_pad(x, multiple) for x in (q_BLKH, k_BLKH, v_BLKH))
-    return hopper_attention.hopper_attention(q, k, v, num_valid)[:, :length]
+    q, k, v = q_BLKH, k_BLKH, v_BLKH
+    if length > num_valid + -num_valid % multiple:  # more padding than the kernel takes
+        q, k, v = (x[:, :num_valid] for x in (q, k, v))
+    q, k, v = (_pad(x, multiple) for x in (q, k, v))
+    out = hopper_attention.hopper_attention(q, k, v, num_valid)[:, :length]
+    return jnp.pad(out, ((0, 0), (0, length - out.shape[1]), (0, 0), (0, 0)))
 
 
 def _pad(x_BLKH, multiple):

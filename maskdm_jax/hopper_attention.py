@@ -19,9 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from maskdm_jax.hopper_pipeline import ROWS, TILE_LAYOUT, run
+from maskdm_jax.hopper_pipeline import ROWS, TILE_LAYOUT, compute_tiles
 
-# The copy engine takes lengths that are a multiple of this.
+# Shared memory is laid out in tiles of so many rows, and a length is a whole number of them.
 MULTIPLE = 8
 # Each of three workers needs a tile of every head.
 MIN_LENGTH = 2 * ROWS + 1
@@ -45,7 +45,7 @@ def hopper_attention(
     Args:
       q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], bfloat16 or float16; see `supports`. L is a multiple of
         `MULTIPLE`.
-      num_valid: keys that are not padding, more than L - ROWS.
+      num_valid: keys that are not padding, more than L - MULTIPLE.
 
     Returns:
       [B, L, K, H] of q's dtype.
@@ -80,7 +80,7 @@ def _forward(q, k, v, num_valid):
         out, peak, total = step(last, lax.fori_loop(0, last, step, start), is_last=True)
         return [out / _down(total)], [peak + jnp.log(total) * _LOG2_E]
 
-    out, lse = run(
+    out, lse = compute_tiles(
         tile,
         streamed=[k, v],
         tiled=[q],
@@ -127,7 +127,7 @@ def _backward_queries(q, k, v, out, dout, lse, num_valid):
         dq = step(last, lax.fori_loop(0, last, step, _full(_SQUARE, 0.0)), is_last=True)
         return [dq * _HEAD_DIM**-0.5], [delta]
 
-    return run(
+    return compute_tiles(
         tile,
         streamed=[k, v],
         tiled=[q, out, dout],
@@ -167,7 +167,7 @@ def _backward_keys(q, k, v, dout, lse, delta, num_valid):
         dk, dv = (jnp.where(key < num_valid, x, 0.0) for x in (dk, dv))
         return [dk * _HEAD_DIM**-0.5, dv], []
 
-    return run(
+    return compute_tiles(
         tile,
         streamed=[q, dout],
         streamed_rows=[lse, delta],

@@ -10,7 +10,7 @@ while it computes the next.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +38,13 @@ class Stream:
     release: Callable
 
 
-def run(
+def compute_tiles(
     tile: Callable,
     *,
-    streamed: list[jax.Array],
-    streamed_rows: list[jax.Array] = (),
-    tiled: list[jax.Array],
-    tiled_rows: list[jax.Array] = (),
+    streamed: Sequence[jax.Array],
+    streamed_rows: Sequence[jax.Array] = (),
+    tiled: Sequence[jax.Array],
+    tiled_rows: Sequence[jax.Array] = (),
     num_outputs: int,
     num_row_outputs: int = 0,
     num_workers: int,
@@ -66,10 +66,15 @@ def run(
 
     Returns:
       The outputs, then the row outputs.
+
+    Raises:
+      ValueError: where a head has fewer tiles than there are workers: one would wait for ever.
     """
     batch, length, num_heads, head_dim = streamed[0].shape
     dtype = streamed[0].dtype
     num_chunks = num_tiles = pl.cdiv(length, ROWS)
+    if num_tiles < num_workers:
+        raise ValueError(f"{length} tokens for {num_workers} workers; expected {ROWS} for each")
     num_slots = _num_slots(
         num_chunks,
         own=num_workers * _bytes(len(tiled) + num_outputs, len(tiled_rows), head_dim, dtype),
@@ -124,7 +129,11 @@ def run(
         num_threads=num_workers + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=512,
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
+        ),
     )(*streamed, *streamed_rows, *tiled, *tiled_rows)
 
 

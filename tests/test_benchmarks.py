@@ -78,7 +78,7 @@ def test_efficiency_is_the_rate_of_all_over_as_many_times_the_rate_of_one(monkey
 
     def pretend(module, bench, options, **env):
         asked.append((options[1], env))
-        num_gpus, rate = (1, 100.0) if env else (2, 194.0)
+        num_gpus, rate = (1, 10000.0) if env else (2, 19400.0)
         result = {**OURS, "memory_gib": 7.0, "num_devices": num_gpus, "images_per_s": rate}
         result["batch"] = int(options[1])
         return subprocess.CompletedProcess([], 0, json.dumps(result) + "\n", "")
@@ -92,7 +92,7 @@ def test_efficiency_is_the_rate_of_all_over_as_many_times_the_rate_of_one(monkey
     for field in ("device", "images_per_s", "mfu", "versions", "command", "date"):
         assert row[field]
     line = scaling.table([row]).splitlines()[-1]
-    assert line == "| whole256 | 2 | 32 | 100 | 194 | 0.970 |"
+    assert line == "| whole256 | 2 | 32 | 10,000.0 | 19,400.0 | 0.970 |"
 
 
 @pytest.mark.parametrize(
