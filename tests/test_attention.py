@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maskdm_jax import attention, long_attention, short_attention
+from maskdm_jax import attention, long_attention, short_attention, uvit
 from maskdm_jax.attention import attend
 from maskdm_jax.short_attention import MAX_LENGTH
 
@@ -27,7 +27,7 @@ def softmax_attention(q, k, v, num_valid):
 
 
 def short(q, k, v, num_valid):
-    return short_attention.short_attention(q, k, v, num_valid, True)
+    return short_attention.short_attention(jnp.stack([q, k, v], axis=2), num_valid, True)
 
 
 def long(q, k, v, num_valid):
@@ -79,9 +79,9 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
     original = getattr(getattr(attention, kernel), kernel)
     batches_seen = []
 
-    def interpreted(q, k, v, num_valid):
-        batches_seen.append(q.shape[0])
-        return original(q, k, v, num_valid, True)
+    def interpreted(*args):
+        batches_seen.append(args[0].shape[0])
+        return original(*args, True)
 
     monkeypatch.setattr(f"maskdm_jax.{kernel}.{kernel}", interpreted)
     monkeypatch.setattr(attention, "_misses", lambda *args: "")
@@ -103,6 +103,29 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
     np.testing.assert_allclose(value, expected_value, atol=1e-4)  # a sum of thousands
     for grad, expected in zip(grads, expected_grads, strict=True):
         np.testing.assert_allclose(grad, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("qkv_bias", [False, True])
+def test_a_network_that_packs_qkv_computes_what_one_that_splits_it_does(monkeypatch, qkv_bias):
+    original = short_attention.short_attention
+    monkeypatch.setattr(short_attention, "short_attention", lambda x, n: original(x, n, True))
+    monkeypatch.setattr(attention, "_misses", lambda *args: "")
+    x_BVP = jax.random.normal(jax.random.key(0), (2, 16, 12))
+    t_B = jnp.array([3, 40])
+    fields = dict(num_patches=16, patch_dim=12, width=32, depth=3, num_heads=2, qkv_bias=qkv_bias)
+    packed, split = (uvit.UViT(**fields, attention=name) for name in ("pallas", "xla"))
+    params = jax.tree.map(lambda x: x + 0.1, uvit.init_params(split, jax.random.key(1)))
+
+    def loss(params, model):
+        return jnp.sum(jnp.sin(uvit.apply(model, params, x_BVP, t_B)))
+
+    compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (value, gradients), (expected, expected_gradients) = (
+        compute(params, m) for m in (packed, split)
+    )
+    np.testing.assert_allclose(value, expected, atol=1e-4)
+    for ours, theirs in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "pallas", "hopper", "splash"])
@@ -133,6 +156,8 @@ def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
         assert attention.choose("auto", 4097, 64, jnp.float32, gpu) == "xla"
         assert attention.choose("xla", 4097, 64, bf16, gpu) == "xla"
         assert attention.padding("auto", 29, 64, bf16, gpu) == 0
+        assert attention.takes_packed("auto", 29, 64, bf16, gpu)
+        assert not attention.takes_packed("auto", 417, 64, bf16, gpu)
     assert attention.choose("auto", 4097, 64, bf16, a100) == "cudnn"
     assert attention.padding("auto", 4097, 64, bf16, a100) == 1
     assert attention.padding("auto", 418, 64, bf16, a100) == 0

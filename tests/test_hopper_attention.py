@@ -5,6 +5,8 @@ Interpret mode simulates warpgroups, copies and barriers, and notices a deadlock
 no matmul whose left side is in registers, so the two functions that multiply are replaced there.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,12 +20,18 @@ needs_hopper = pytest.mark.skipif(
     getattr(jax.devices()[0], "compute_capability", None) != "9.0", reason="needs a Hopper GPU"
 )
 
+needs_interpreter = pytest.mark.skipif(
+    jax.default_backend() != "cpu" or not hasattr(plgpu, "force_gpu_interpret_mode"),
+    reason="needs the CPU, and an interpreter that JAX 0.10 lacks",
+)
+
 
 def inputs(length, batch=2, num_heads=3):
     shape = (batch, length, num_heads, 64)
     return [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4)]
 
 
+@functools.partial(jax.jit, static_argnums=(0, 5))
 def output_and_gradients(implementation, q, k, v, dout, num_valid):
     def attend_valid(q, k, v):
         return attend(q, k, v, implementation, num_valid=num_valid)[:, :num_valid]
@@ -60,9 +68,7 @@ def _dot(a, b):
     return jnp.dot(a.astype(jnp.float32), b.astype(jnp.float32))
 
 
-@pytest.mark.skipif(
-    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="JAX 0.10 cannot interpret these kernels"
-)
+@needs_interpreter
 # Heads that fit into shared memory, and 705 tokens of which only the forward kernel's do.
 @pytest.mark.parametrize("length, num_heads", [(129, 3), (257, 3), (705, 1)])
 def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
@@ -78,9 +84,7 @@ def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
     assert not np.asarray(got[2], np.float32)[:, length:].any()  # padding's keys have no gradient
 
 
-@pytest.mark.skipif(
-    not hasattr(plgpu, "force_gpu_interpret_mode"), reason="JAX 0.10 cannot interpret these kernels"
-)
+@needs_interpreter
 def test_padding_that_spans_two_chunks_is_masked_through_attend(interpreted, monkeypatch):
     monkeypatch.setattr(attention, "_misses", lambda *args: "")
     q, k, v, _ = inputs(197, batch=1, num_heads=1)
@@ -125,19 +129,17 @@ def test_outputs_and_gradients_are_those_of_float32_softmax_attention(length, pa
     exact = [x.astype(jnp.float32) for x in arrays]
     with jax.default_matmul_precision("highest"):
         expected = output_and_gradients("xla", *exact, length)
-    got = jax.jit(output_and_gradients, static_argnums=(0, 5))("hopper", *arrays, length)
+    got = output_and_gradients("hopper", *arrays, length)
+    # Ours are rounded to bfloat16, once on the way and at the end.
     for ours, true in zip(got, expected, strict=True):
-        assert (
-            relative_error(ours, true) < 4e-3
-        )  # rounded to bfloat16, once on the way and at the end
+        assert relative_error(ours, true) < 4e-3
 
 
 @needs_hopper
 @pytest.mark.parametrize("length", [417, 4097])
 def test_gradients_are_the_same_bits_every_time(length):
     arrays = inputs(length, batch=8)
-    run = jax.jit(output_and_gradients, static_argnums=(0, 5))
-    first, second = (run("hopper", *arrays, length) for _ in range(2))
+    first, second = (output_and_gradients("hopper", *arrays, length) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 

@@ -29,10 +29,11 @@ def inputs(*shapes, dtype=jnp.float32):
     [
         (layers.normalize, textbook_norm, [(3, 5, 16)]),
         (layers.bias_gelu, textbook_gelu, [(15, 16), (16,)]),
+        (layers.add_to_first, lambda x, bias: x.at[:, :16].add(bias), [(15, 48), (16,)]),
         (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(128, 256), (256,)]),
         (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(70, 128), (128,)]),
     ],
-    ids=["normalize", "bias_gelu", "kernel", "kernel-part-of-a-tile"],
+    ids=["normalize", "bias_gelu", "add_to_first", "kernel", "kernel-part-of-a-tile"],
 )
 def test_values_and_gradients_are_those_of_the_formula(ours, textbook, shapes):
     arguments = inputs(*shapes)
@@ -50,6 +51,18 @@ def test_bfloat16_is_rounded_once(ours, textbook):
     out = ours(x)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out, textbook(x).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_split_kernel_has_the_gradient_of_its_parts(axis):
+    kernel, weights = inputs((6, 6), (6, 6))
+
+    def loss(split, kernel):
+        first, second, third = split(kernel, 3, axis)
+        return jnp.sum(jnp.concatenate([first, jnp.sin(second), third**2], axis) * weights)
+
+    ours, plain = (jax.grad(partial(loss, f))(kernel) for f in (layers.split, jnp.split))
+    np.testing.assert_array_equal(ours, plain)
 
 
 def test_a_large_mean_costs_no_digits():

@@ -51,3 +51,12 @@ def test_clipping_bounds_the_gradient_and_decay_reaches_every_parameter():
     _, state = optimizer.update(large, optimizer.init(params), params)
     first_moment = optax.tree_utils.tree_get(state, "mu")
     assert float(optax.tree.norm(first_moment)) == pytest.approx(1 - config.optim.b1, rel=1e-3)
+
+
+def test_the_global_norm_is_that_of_all_leaves_together():
+    generator = np.random.default_rng(0)
+    shapes = {"scalar": (), "bias": (5,), "kernel": (3, 4), "stack": (2, 3, 4)}
+    tree = {name: generator.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    assert float(optim.global_norm(tree)) == pytest.approx(float(optax.tree.norm(tree)), rel=1e-6)
+    tree["bias"][0] = np.nan
+    assert np.isnan(optim.global_norm(tree))
