@@ -5,8 +5,6 @@ every token again to sum the gradients of LayerNorm's scale and bias. benchmarks
 these rules save.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -55,27 +53,6 @@ def _normalize_backward(x, dnormed):
 
 
 normalize.defvjp(_normalize_forward, _normalize_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def split(kernel: jax.Array, parts: int, axis: int) -> list[jax.Array]:
-    """`jnp.split` of a kernel whose parts are multiplied apart.
-
-    The gradient is put together once, before the optimizer: XLA would do so in each loop of the
-    update, and run one loop for each of parameters, EMA and moments.
-    """
-    return jnp.split(kernel, parts, axis)
-
-
-def _split_forward(kernel, parts, axis):
-    return jnp.split(kernel, parts, axis), None
-
-
-def _split_backward(parts, axis, kept, gradients):
-    return (jax.lax.optimization_barrier(jnp.concatenate(gradients, axis)),)
-
-
-split.defvjp(_split_forward, _split_backward)
 
 
 @jax.custom_vjp

@@ -24,15 +24,6 @@ _RULES = (
 _COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 }
-# And those for several devices: gradients are summed in groups, of some MB, while the matmuls of
-# other gradients run, and a group is not copied into one array and out again.
-_SEVERAL_DEVICES_OPTIONS = {
-    "gpu": {
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-        "xla_gpu_all_reduce_combine_threshold_bytes": 8_000_000,
-        "xla_disable_hlo_passes": "all-reduce-contiguous",
-    }
-}
 
 
 def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -48,9 +39,7 @@ def first_device(mesh: Mesh | None) -> jax.Device:
 
 def compiler_options(mesh: Mesh) -> dict:
     """XLA's options for programs on `mesh`, for `jax.jit`."""
-    platform = first_device(mesh).platform
-    options = _COMPILER_OPTIONS.get(platform, {})
-    return options | _SEVERAL_DEVICES_OPTIONS.get(platform, {}) if mesh.size > 1 else options
+    return _COMPILER_OPTIONS.get(first_device(mesh).platform, {})
 
 
 def unfit_for_gpu_kernels(device: jax.Device) -> str:

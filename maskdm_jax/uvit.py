@@ -230,7 +230,7 @@ class Block(nn.Module):
 
         if skip_MD is not None:
             kernel, bias = Linear(2 * width, width, name="skip")()
-            kernel_x, kernel_skip = layers.split(kernel.astype(dtype), 2, 0)
+            kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
             x_MD = x_MD @ kernel_x + skip_MD @ kernel_skip + bias.astype(dtype)
 
         scale, shift = Affine(width, name="norm_attention")()
@@ -262,7 +262,7 @@ class Block(nn.Module):
         if attention.takes_packed(self.attention, length, heads[1], self.dtype, self.mesh):
             qkv_MN = layers.add_to_first(normed_MD @ kernel, q_bias)
             return attention.attend_packed(qkv_MN.reshape(-1, length, 3, *heads), **given)
-        q_MD, k_MD, v_MD = (normed_MD @ part for part in layers.split(kernel, 3, 1))
+        q_MD, k_MD, v_MD = (normed_MD @ part for part in jnp.split(kernel, 3, axis=1))
         q, k, v = (x.reshape(-1, length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
         return attention.attend(q, k, v, self.attention, **given)
 

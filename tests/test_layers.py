@@ -53,18 +53,6 @@ def test_bfloat16_is_rounded_once(ours, textbook):
     np.testing.assert_array_equal(out, textbook(x).astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_split_kernel_has_the_gradient_of_its_parts(axis):
-    kernel, weights = inputs((6, 6), (6, 6))
-
-    def loss(split, kernel):
-        first, second, third = split(kernel, 3, axis)
-        return jnp.sum(jnp.concatenate([first, jnp.sin(second), third**2], axis) * weights)
-
-    ours, plain = (jax.grad(partial(loss, f))(kernel) for f in (layers.split, jnp.split))
-    np.testing.assert_array_equal(ours, plain)
-
-
 def test_a_large_mean_costs_no_digits():
     (x,) = inputs((4, 64))
     np.testing.assert_allclose(layers.normalize(x + 1000), layers.normalize(x), atol=1e-3)

@@ -1,7 +1,5 @@
 """What lies where: no large array stays whole under fsdp, at the sizes that need it."""
 
-import types
-
 import jax
 import numpy as np
 import pytest
@@ -44,18 +42,6 @@ def test_what_fsdp_does_not_divide_stays_whole(tiny_config):
     assert not params["mid_block"]["mlp_in"]["kernel"].sharding.is_fully_replicated  # 4 x 36
 
 
-def test_every_compiler_option_exists_here():
-    options = sharding._COMPILER_OPTIONS["gpu"] | sharding._SEVERAL_DEVICES_OPTIONS["gpu"]
-    for name, value in options.items():
+def test_every_compiler_option_exists_in_this_jax():
+    for name, value in sharding._COMPILER_OPTIONS["gpu"].items():
         jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
-
-
-def test_options_are_those_of_the_backend_and_of_the_number_of_devices():
-    def mesh(platform, size):
-        devices = np.array([types.SimpleNamespace(platform=platform)])
-        return types.SimpleNamespace(devices=devices, size=size)
-
-    one, two = (sharding.compiler_options(mesh("gpu", size)) for size in (1, 2))
-    assert one and one.items() < two.items()
-    assert sharding.compiler_options(mesh("cpu", 8)) == {}
-    assert sharding.compiler_options(mesh("tpu", 16)) == {}
