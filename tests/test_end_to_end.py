@@ -62,7 +62,7 @@ def test_fine_tuning_over_the_pre_training_is_refused(run_main, tmp_path):
     assert f"--config.init.path={tmp_path}" in result.stderr
 
 
-@pytest.mark.parametrize("cache", ["none", "device"])
+@pytest.mark.parametrize("cache", ["none", pytest.param("device", marks=pytest.mark.slow)])
 def test_kill_9_and_restart_equals_an_undisturbed_run(run_main, tmp_path, cache):
     flags = ["--config.train.num_steps=100", "--config.checkpoint.every_steps=5"]
     flags += [f"--config.data.cache={cache}"]
