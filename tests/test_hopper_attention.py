@@ -69,8 +69,9 @@ def _dot(a, b):
 
 
 @needs_interpreter
-# Heads that fit into shared memory, and 705 tokens of which only the forward kernel's do.
-@pytest.mark.parametrize("length, num_heads", [(129, 3), (257, 3), (705, 1)])
+# Heads that fit into shared memory, and 661 tokens of which only the forward kernel's do; their 11
+# tiles are no whole number of passes for 2 or 3 workers.
+@pytest.mark.parametrize("length, num_heads", [(129, 3), (257, 3), (661, 1)])
 def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
     interpreted, length, num_heads
 ):
