@@ -7,8 +7,11 @@ import sys
 import tempfile
 
 # Before JAX is imported: 8 devices on the CPU, and compilations that processes share. The tests of
-# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`).
+# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`). On the CPU a program takes
+# longer to optimize than it then runs.
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count"
 os.environ["XLA_FLAGS"] = f"{_DEVICES}=8"
 _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")

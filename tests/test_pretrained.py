@@ -5,6 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from conftest import DATA
 
 from maskdm_jax import checkpoint, optim, pretrained, uvit
 from maskdm_jax.config import ConfigError
@@ -83,8 +84,6 @@ def test_a_path_without_weights_is_named(tmp_path):
 
 def test_an_official_pt_file_is_read(tmp_path, official_model):
     torch = pytest.importorskip("torch")
-    from tests.conftest import DATA
-
     with np.load(DATA / "official_uncond_model.npz") as file:
         weights = {name: torch.from_numpy(array) for name, array in file.items()}
     path = tmp_path / "official.pt"

@@ -2,7 +2,9 @@ import json
 
 import numpy as np
 import pytest
+from conftest import TINY
 
+from configs import pretrain_digits
 from maskdm_jax import images, sample, train
 from maskdm_jax.config import ConfigError
 
@@ -10,9 +12,6 @@ from maskdm_jax.config import ConfigError
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, data_dir):
     """A workdir with a model that was trained for two steps."""
-    from configs import pretrain_digits
-    from tests.conftest import TINY
-
     config = pretrain_digits.get_config()
     config.update_from_flattened_dict(TINY)
     config.data.dir = str(data_dir)
