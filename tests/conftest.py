@@ -14,8 +14,9 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 _DEVICES = "--xla_force_host_platform_device_count"
 os.environ["XLA_FLAGS"] = f"{_DEVICES}=8"
-_CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
+    _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import numpy as np  # noqa: E402
