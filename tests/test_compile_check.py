@@ -57,8 +57,8 @@ def test_both_stages_compile_for_16_chips_at_once_and_fit():
 
 @needs_libtpu
 def test_the_splash_kernel_compiles_in_a_step_and_its_flops_count():
-    small = ("--config.model.depth=1", "--config.data.cache=host")
-    done = check("finetune_celeba64", "v6e:2x2", *small)
+    small = ["model.depth=1", "train.batch_size=4", "data.cache=host"]
+    done = check("finetune_celeba64", "v6e:2x2", *(f"--config.{field}" for field in small))
     assert done.returncode == 0, done.stderr
     model, compiled = (
         number(done.stdout, pattern) for pattern in (r"FLOPs +([\d.]+)", r"([\d.]+) as compiled")
