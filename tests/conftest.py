@@ -6,14 +6,23 @@ import subprocess
 import sys
 import tempfile
 
+
+def xla_flags(num_devices):
+    """For a process with so many CPU devices, and compilers that take the least time: most tests
+    compile for longer than they compute."""
+    return (
+        f"--xla_force_host_platform_device_count={num_devices} "
+        "--xla_cpu_parallel_codegen_split_count=1 "
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+    )
+
+
 # Before JAX is imported: 8 devices on the CPU, and compilations that processes share. The tests of
-# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`). On the CPU a program takes
-# longer to optimize than it then runs.
+# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`).
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-_DEVICES = "--xla_force_host_platform_device_count"
-os.environ["XLA_FLAGS"] = f"{_DEVICES}=8"
+os.environ["XLA_FLAGS"] = xla_flags(8)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
     _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
@@ -86,7 +95,7 @@ def run_main(data_dir):
         process = subprocess.Popen(
             [*command, *flags],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": f"{_DEVICES}={devices}"},
+            env={**os.environ, "XLA_FLAGS": xla_flags(devices)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -15,6 +15,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from conftest import xla_flags
 from sklearn.datasets import load_digits
 
 from maskdm_jax import checkpoint, distributed, preemption
@@ -151,7 +152,7 @@ def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_di
         subprocess.Popen(
             [sys.executable, "-m", "tests.two_processes", coordinator, str(i), data_dir, tmp_path],
             cwd=ROOT,
-            env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4"},
+            env={**os.environ, "XLA_FLAGS": xla_flags(4)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
