@@ -1,4 +1,5 @@
-# make demo: the whole path on real digits, in minutes on a CPU. make test: the test suite.
+# make demo: the whole path on real digits, in minutes on a CPU.
+# make test: the test suite, two tests at a time.
 # make test-slow: what takes minutes each, such as killing a run 30 times.
 # make test-gpu: the numbers of kernels that only a GPU runs, with the JAX that is installed there.
 PYTHON ?= python3
