@@ -62,7 +62,8 @@ def attend(
     length, head_dim = q_BLKH.shape[1], q_BLKH.shape[3]
     num_valid = length if num_valid is None else num_valid
     chosen = choose(implementation, length, head_dim, q_BLKH.dtype, mesh)
-    if chosen == "hopper" and not hopper_attention.supports(num_valid, head_dim):
+    supported = hopper_attention.supports(num_valid, head_dim, q_BLKH.dtype)
+    if chosen == "hopper" and not supported:
         chosen = "cudnn"  # so much of it is padding
     if chosen == "xla":
         mask = None if num_valid == length else (jnp.arange(length) < num_valid)[None, None, None]
@@ -113,8 +114,6 @@ def padding(
     chosen = choose(implementation, length, head_dim, dtype, mesh)
     if chosen == "cudnn":
         return -length % _CUDNN_MULTIPLE
-    if chosen == "hopper":
-        return -length % hopper_attention.MULTIPLE
     if chosen == "splash":
         extra = long_attention.padded_length(length) - length
         return extra if extra <= _CARRIED_PADDING * length else 0
@@ -135,7 +134,7 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
     device = sharding.first_device(mesh)
     kernel = implementation
     if kernel == "auto":
-        kernel = _fastest(device, length, head_dim)
+        kernel = _fastest(device, length, head_dim, dtype)
     if kernel == "xla":
         return "xla"
     missing = _misses(device, kernel, length, head_dim, jnp.dtype(dtype))
@@ -144,12 +143,12 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
     return "xla" if missing else kernel
 
 
-def _fastest(device, length, head_dim):
+def _fastest(device, length, head_dim, dtype):
     if device.platform == "tpu":
         return "splash" if length >= _SPLASH_MIN_LENGTH else "xla"
     if length < _LONG_FROM:
         return "pallas"
-    fits = _is_hopper(device) and hopper_attention.supports(length, head_dim)
+    fits = _is_hopper(device) and hopper_attention.supports(length, head_dim, dtype)
     return "hopper" if fits else "cudnn"
 
 
@@ -169,8 +168,8 @@ def _misses(device, kernel, length, head_dim, dtype) -> str:
         return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
     if kernel == "hopper" and not _is_hopper(device):
         return f"the device is {device.device_kind}, not a Hopper GPU"
-    if kernel == "hopper" and not hopper_attention.supports(length, head_dim):
-        return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
+    if kernel == "hopper" and not hopper_attention.supports(length, head_dim, dtype):
+        return f"{length} tokens, heads of {head_dim} channels or {dtype.name} do not fit its tiles"
     if kernel == "pallas" and not short_attention.supports(length, head_dim):
         return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
     return ""
@@ -189,13 +188,8 @@ def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
 
 
 def _hopper(q_BLKH, k_BLKH, v_BLKH, num_valid):
-    length, multiple = q_BLKH.shape[1], hopper_attention.MULTIPLE
-    q, k, v = q_BLKH, k_BLKH, v_BLKH
-    if length > num_valid + -num_valid % multiple:  # more padding than the kernel takes
-        q, k, v = (x[:, :num_valid] for x in (q, k, v))
-    q, k, v = (_pad(x, multiple) for x in (q, k, v))
-    out = hopper_attention.hopper_attention(q, k, v, num_valid)[:, :length]
-    return jnp.pad(out, ((0, 0), (0, length - out.shape[1]), (0, 0), (0, 0)))
+    out = hopper_attention.hopper_attention(*(x[:, :num_valid] for x in (q_BLKH, k_BLKH, v_BLKH)))
+    return jnp.pad(out, ((0, 0), (0, q_BLKH.shape[1] - num_valid), (0, 0), (0, 0)))
 
 
 def _pad(x_BLKH, multiple):

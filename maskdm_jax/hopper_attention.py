@@ -21,69 +21,114 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from maskdm_jax.hopper_pipeline import ROWS, TILE_LAYOUT, compute_tiles
 
-# Shared memory is laid out in tiles of so many rows, and a length is a whole number of them.
-MULTIPLE = 8
 # Each of three workers needs a tile of every head.
 MIN_LENGTH = 2 * ROWS + 1
 _HEAD_DIM = 64
+# Tokens at the end that need no chunk of their own, for each is multiplied as a vector. Whole
+# images have one or two beyond a multiple of 64: the time, and a label.
+_MAX_TAIL = 2
+# From here on, what `_forward` saves without the running maximum pays for a look at all keys.
+_BOUNDED_FROM = 1024
+# A power of two that neither overflows nor, negative, vanishes in a float32 sum over 2^15 keys.
+_MAX_SCORE = 96.0
 
 _LOG2_E = math.log2(math.e)
 _SQUARE = (ROWS, ROWS)
 
 
-def supports(length: int, head_dim: int) -> bool:
-    """Whether the kernels take sequences of `length` tokens and heads of `head_dim` channels."""
-    return length >= MIN_LENGTH and head_dim == _HEAD_DIM
+def supports(length: int, head_dim: int, dtype) -> bool:
+    """Whether the kernels take `length` tokens and heads of `head_dim` channels of `dtype`."""
+    return length >= MIN_LENGTH and head_dim == _HEAD_DIM and dtype == jnp.bfloat16
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def hopper_attention(
-    q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, num_valid: int
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the first `num_valid` keys, with the softmax in float32.
+@jax.custom_vjp
+def hopper_attention(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v, with the softmax in float32.
 
     Args:
-      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], bfloat16 or float16; see `supports`. L is a multiple of
-        `MULTIPLE`.
-      num_valid: keys that are not padding, more than L - MULTIPLE.
+      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], bfloat16; see `supports`.
 
     Returns:
       [B, L, K, H] of q's dtype.
     """
-    return _forward(q_BLKH, k_BLKH, v_BLKH, num_valid)[0]
+    return _forward(q_BLKH, k_BLKH, v_BLKH)[0]
 
 
 # Each kernel is lowered once for all blocks of a network, in seconds: a function under jit is.
-@functools.partial(jax.jit, static_argnums=3)
-def _forward(q, k, v, num_valid):
-    dtype, scale = q.dtype, _scale(q)
-    last = pl.cdiv(q.shape[1], ROWS) - 1
+@jax.jit
+def _forward(q, k, v):
+    length, dtype, scale = q.shape[1], q.dtype, _scale(q)
+    tail = _tail(length)
+    head_rows = [*_tail_rows(k), *_tail_rows(v)]
+    bounded = length >= _BOUNDED_FROM
+    if bounded:
+        longest = jnp.square(k.astype(jnp.float32)).sum(axis=3).max(axis=1) * scale**2
+        head_rows.append(_head_row(longest))
 
-    def tile(first_row, tiles, tile_rows, stream):
-        def step(c, carry, is_last=False):
-            out, peak, total = carry
+    def tile(first_row, tiles, tile_rows, head_rows, stream):
+        (q_tile,) = tiles
+        queries = q_tile.astype(jnp.float32)
+        keys, values = head_rows[:tail], head_rows[tail : 2 * tail]
+        tail_scores = [(queries * _across(key)).sum(axis=1) * scale for key in keys]
+
+        def start(peak):
+            out, total = _full(_SQUARE, 0.0), _full((ROWS,), 0.0)
+            for score, value in zip(tail_scores, values, strict=True):
+                weight = jnp.exp2(score - peak)
+                out, total = out + _down(weight) * _across(value), total + weight
+            return out, total
+
+        def scores_of(c, is_last):
             stream.wait(c)
             k_chunk, v_chunk = stream.arrays(c)
-            (scores,) = _products_transposed((tiles[0], k_chunk))
+            (scores,) = _products_transposed((q_tile, k_chunk))
             if is_last:
-                scores = _where_key(c * ROWS, num_valid, scores, -jnp.inf)
-            # Powers of 2, whose scale joins the subtraction in one instruction.
-            new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
-            weights = jnp.exp2(scores * scale - _down(new_peak))
-            shrink = jnp.exp2(peak - new_peak)
-            total = total * shrink + weights.sum(axis=1)
-            (out,) = _add_products((out * _down(shrink), weights.astype(dtype), v_chunk))
-            stream.release(c)
-            return out, new_peak, total
+                scores = _where_key(c * ROWS, length, scores, -jnp.inf)
+            return scores, v_chunk
 
-        start = (_full(_SQUARE, 0.0), _full((ROWS,), -jnp.inf), _full((ROWS,), 0.0))
-        out, peak, total = step(last, lax.fori_loop(0, last, step, start), is_last=True)
+        def online():
+            def step(c, carry, is_last=False):
+                out, peak, total = carry
+                scores, v_chunk = scores_of(c, is_last)
+                # Powers of 2, whose scale joins the subtraction in one instruction.
+                new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
+                weights = jnp.exp2(scores * scale - _down(new_peak))
+                shrink = jnp.exp2(peak - new_peak)
+                total = total * shrink + weights.sum(axis=1)
+                (out,) = _add_products((out * _down(shrink), weights.astype(dtype), v_chunk))
+                stream.release(c)
+                return out, new_peak, total
+
+            peak = functools.reduce(jnp.maximum, tail_scores, _full((ROWS,), -jnp.inf))
+            out, total = start(peak)
+            return _over_chunks(length, step, (out, peak, total))
+
+        def without_peak():
+            def step(c, carry, is_last=False):
+                out, totals = carry
+                scores, v_chunk = scores_of(c, is_last)
+                weights = jnp.exp2(scores * scale)
+                (out,) = _add_products((out, weights.astype(dtype), v_chunk))
+                stream.release(c)
+                return out, totals + weights
+
+            out, total = start(0.0)
+            out, totals = _over_chunks(length, step, (out, _full(_SQUARE, 0.0)))
+            return out, _full((ROWS,), 0.0), total + totals.sum(axis=1)
+
+        if bounded:
+            largest = (queries * queries * _across(head_rows[-1])).sum(axis=1).max()
+            out, peak, total = lax.cond(largest < _MAX_SCORE**2, without_peak, online)
+        else:
+            out, peak, total = online()
         return [out / _down(total)], [peak + jnp.log(total) * _LOG2_E]
 
     out, lse = compute_tiles(
         tile,
         streamed=[k, v],
+        num_chunks=_num_chunks(length),
         tiled=[q],
+        head_rows=head_rows,
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
@@ -92,25 +137,26 @@ def _forward(q, k, v, num_valid):
     return out, (q, k, v, out, lse)
 
 
-def _backward(num_valid, kept, dout):
+def _backward(kept, dout):
     q, k, v, out, lse = kept
-    dq, delta = _backward_queries(q, k, v, out, dout, lse, num_valid)
-    return dq, *_backward_keys(q, k, v, dout, lse, delta, num_valid)
+    dq, delta = _backward_queries(q, k, v, out, dout, lse)
+    return dq, *_backward_keys(q, k, v, dout, lse, delta)
 
 
 hopper_attention.defvjp(_forward, _backward)
 
 
-@functools.partial(jax.jit, static_argnums=6)
-def _backward_queries(q, k, v, out, dout, lse, num_valid):
+@jax.jit
+def _backward_queries(q, k, v, out, dout, lse):
     """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights."""
-    scale = _scale(q)
-    last = pl.cdiv(q.shape[1], ROWS) - 1
+    length, scale = q.shape[1], _scale(q)
+    tail = _tail(length)
 
-    def tile(first_row, tiles, tile_rows, stream):
+    def tile(first_row, tiles, tile_rows, head_rows, stream):
         q_tile, out_tile, dout_tile = tiles
         (lse_tile,) = tile_rows
-        delta = (out_tile.astype(jnp.float32) * dout_tile.astype(jnp.float32)).sum(axis=1)
+        dout = dout_tile.astype(jnp.float32)
+        delta = (out_tile.astype(jnp.float32) * dout).sum(axis=1)
 
         def step(c, dq, is_last=False):
             stream.wait(c)
@@ -118,20 +164,28 @@ def _backward_queries(q, k, v, out, dout, lse, num_valid):
             scores, dweights = _products_transposed((q_tile, k_chunk), (dout_tile, v_chunk))
             weights = jnp.exp2(scores * scale - _down(lse_tile))
             if is_last:
-                weights = _where_key(c * ROWS, num_valid, weights, 0.0)
+                weights = _where_key(c * ROWS, length, weights, 0.0)
             dscores = weights * (dweights - _down(delta))
             (dq,) = _add_products((dq, dscores.astype(q.dtype), k_chunk))
             stream.release(c)
             return dq
 
-        dq = step(last, lax.fori_loop(0, last, step, _full(_SQUARE, 0.0)), is_last=True)
+        dq = _full(_SQUARE, 0.0)
+        for key, value in zip(head_rows[:tail], head_rows[tail:], strict=True):
+            score = (q_tile.astype(jnp.float32) * _across(key)).sum(axis=1)
+            dweight = (dout * _across(value)).sum(axis=1)
+            dscore = jnp.exp2(score * scale - lse_tile) * (dweight - delta)
+            dq = dq + _down(dscore) * _across(key)
+        dq = _over_chunks(length, step, dq)
         return [dq * _HEAD_DIM**-0.5], [delta]
 
     return compute_tiles(
         tile,
         streamed=[k, v],
+        num_chunks=_num_chunks(length),
         tiled=[q, out, dout],
         tiled_rows=[lse],
+        head_rows=[*_tail_rows(k), *_tail_rows(v)],
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
@@ -139,12 +193,16 @@ def _backward_queries(q, k, v, out, dout, lse, num_valid):
     )
 
 
-@functools.partial(jax.jit, static_argnums=6)
-def _backward_keys(q, k, v, dout, lse, delta, num_valid):
+@jax.jit
+def _backward_keys(q, k, v, dout, lse, delta):
     """dk and dv, from transposed scores: keys down, queries across."""
-    scale = _scale(q)
+    length, scale = q.shape[1], _scale(q)
+    tail = _tail(length)
+    head_rows = [*_tail_rows(q), *_tail_rows(dout)]
+    for x in (lse, delta):  # a 64th in each column, to be subtracted before the columns' sum
+        head_rows += [_head_row(x[:, :, length - 1 - i] / _HEAD_DIM) for i in range(tail)]
 
-    def tile(first_row, tiles, tile_rows, stream):
+    def tile(first_row, tiles, tile_rows, head_rows, stream):
         k_tile, v_tile = tiles
 
         def step(c, carry):
@@ -152,30 +210,65 @@ def _backward_keys(q, k, v, dout, lse, delta, num_valid):
             stream.wait(c)
             q_chunk, dout_chunk = stream.arrays(c)
             lse_chunk, delta_chunk = stream.rows(c)
-            scores, dweights = _products_transposed((k_tile, q_chunk), (v_tile, dout_chunk))
+            # The products start from -delta: one subtraction less.
+            scores, less_delta = _add_products(
+                (_full(_SQUARE, 0.0), k_tile, q_chunk.transpose((1, 0))),
+                (_across(-delta_chunk), v_tile, dout_chunk.transpose((1, 0))),
+            )
             weights = jnp.exp2(scores * scale - _across(lse_chunk))
-            dscores = weights * (dweights - _across(delta_chunk))
+            dscores = weights * less_delta
             dk, dv = _add_products(
                 (dk, dscores.astype(q.dtype), q_chunk), (dv, weights.astype(q.dtype), dout_chunk)
             )
             stream.release(c)
             return dk, dv
 
-        start = (_full(_SQUARE, 0.0), _full(_SQUARE, 0.0))
-        dk, dv = lax.fori_loop(0, pl.cdiv(q.shape[1], ROWS), step, start)
-        key = plgpu.broadcasted_iota(jnp.int32, _SQUARE, 0, layout=TILE_LAYOUT) + first_row
-        dk, dv = (jnp.where(key < num_valid, x, 0.0) for x in (dk, dv))
+        dk, dv = _full(_SQUARE, 0.0), _full(_SQUARE, 0.0)
+        keys, values = k_tile.astype(jnp.float32), v_tile.astype(jnp.float32)
+        for i in range(tail):
+            query, dout, lse, delta = (_across(x) for x in head_rows[i::tail])
+            weight = jnp.exp2((keys * query * scale - lse).sum(axis=1))
+            dscore = weight * (values * dout - delta).sum(axis=1)
+            dk, dv = dk + _down(dscore) * query, dv + _down(weight) * dout
+        dk, dv = lax.fori_loop(0, _num_chunks(length), step, (dk, dv))
         return [dk * _HEAD_DIM**-0.5, dv], []
 
     return compute_tiles(
         tile,
         streamed=[q, dout],
         streamed_rows=[lse, delta],
+        num_chunks=_num_chunks(length),
         tiled=[k, v],
+        head_rows=head_rows,
         num_outputs=2,
         num_workers=2,
         name="hopper_attention_backward_keys",
     )
+
+
+def _tail(length):
+    return length % ROWS if length % ROWS <= _MAX_TAIL else 0
+
+
+def _num_chunks(length):
+    return pl.cdiv(length - _tail(length), ROWS)
+
+
+def _over_chunks(length, step, carry):
+    """Loops over the chunks of keys; where the last is not full, its step masks the rest."""
+    full = (length - _tail(length)) // ROWS
+    carry = lax.fori_loop(0, full, step, carry)
+    return carry if full == _num_chunks(length) else step(full, carry, is_last=True)
+
+
+def _tail_rows(x_BLKH):
+    """Float32 [B, K, H] of each token of the tail, the last first."""
+    length = x_BLKH.shape[1]
+    return [x_BLKH[:, length - 1 - i].astype(jnp.float32) for i in range(_tail(length))]
+
+
+def _head_row(x_BK):
+    return lax.broadcast_in_dim(x_BK, (*x_BK.shape, _HEAD_DIM), (0, 1))
 
 
 def _scale(q):
@@ -203,10 +296,10 @@ def _add_products(*terms):
     return pl.run_state(multiply)(tuple(plgpu.ACC.init(start) for start, _, _ in terms))
 
 
-def _where_key(first_key, num_valid, x, otherwise):
-    """x, whose columns are keys, and `otherwise` where the key is padding."""
+def _where_key(first_key, length, x, otherwise):
+    """x, whose columns are keys, and `otherwise` beyond the last."""
     key = plgpu.broadcasted_iota(jnp.int32, _SQUARE, 1, layout=TILE_LAYOUT) + first_key
-    return jnp.where(key < num_valid, x, otherwise)
+    return jnp.where(key < length, x, otherwise)
 
 
 def _full(shape, value):

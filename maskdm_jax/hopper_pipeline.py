@@ -43,8 +43,10 @@ def compute_tiles(
     *,
     streamed: Sequence[jax.Array],
     streamed_rows: Sequence[jax.Array] = (),
+    num_chunks: int,
     tiled: Sequence[jax.Array],
     tiled_rows: Sequence[jax.Array] = (),
+    head_rows: Sequence[jax.Array] = (),
     num_outputs: int,
     num_row_outputs: int = 0,
     num_workers: int,
@@ -53,11 +55,13 @@ def compute_tiles(
     """Computes every tile of every head of every image.
 
     Args:
-      tile: (first_row, tiles, tile_rows, stream) -> (outputs, row outputs). `tiles` are
+      tile: (first_row, tiles, tile_rows, head_rows, stream) -> (outputs, row outputs). `tiles` are
         [ROWS, H] registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are
-        zero. Outputs are alike.
-      streamed, tiled: [B, L, K, H] of one dtype, L a multiple of 8, H = 64.
+        zero. `head_rows` are float32 [H], along the columns of a tile. Outputs are like the first.
+      streamed, tiled: [B, L, K, H] of one dtype of 16 bits, H = 64.
       streamed_rows, tiled_rows: float32 [B, K, at least L].
+      num_chunks: chunks of the stream that every tile is computed against.
+      head_rows: float32 [B, K, H], the same for all tiles of a head.
       num_outputs: outputs [B, L, K, H].
       num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
         last are what `tile` makes of zero rows, others arbitrary.
@@ -72,22 +76,24 @@ def compute_tiles(
     """
     batch, length, num_heads, head_dim = streamed[0].shape
     dtype = streamed[0].dtype
-    num_chunks = num_tiles = pl.cdiv(length, ROWS)
+    num_tiles = pl.cdiv(length, ROWS)
     if num_tiles < num_workers:
         raise ValueError(f"{length} tokens for {num_workers} workers; expected {ROWS} for each")
+    num_rows = len(tiled_rows) + len(head_rows)
     num_slots = _num_slots(
         num_chunks,
-        own=num_workers * _bytes(len(tiled) + num_outputs, len(tiled_rows), head_dim, dtype),
+        own=num_workers * _bytes(len(tiled) + num_outputs, num_rows, head_dim, dtype),
         slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
     )
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
     num_passes = pl.cdiv(num_tiles, pass_tiles)
-    plan = _Plan(num_heads, length, num_chunks, pass_tiles, num_passes, batch)
+    plan = _Plan(num_heads, length, num_chunks, num_tiles, pass_tiles, num_passes, batch)
     counts = (
         len(streamed),
         len(streamed_rows),
         len(tiled),
         len(tiled_rows),
+        len(head_rows),
         num_outputs,
         num_row_outputs,
     )
@@ -119,11 +125,11 @@ def compute_tiles(
             *[block(num_slots)] * len(streamed),
             *[plgpu.SMEM((num_slots, ROWS), jnp.float32)] * len(streamed_rows),
             *[block(num_workers)] * len(tiled),
-            *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * len(tiled_rows),
+            *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * num_rows,
             *[block(num_workers)] * num_outputs,
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
-            plgpu.Barrier(num_barriers=num_workers, num_arrivals=counts[2] + counts[3]),
+            plgpu.Barrier(num_barriers=num_workers, num_arrivals=len(tiled) + num_rows),
         ],
         grid=(min(plan.num_units, _NUM_BLOCKS),),
         grid_names=("block",),
@@ -135,7 +141,7 @@ def compute_tiles(
             reduction_scratch_bytes=512,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
         ),
-    )(*streamed, *streamed_rows, *tiled, *tiled_rows)
+    )(*streamed, *streamed_rows, *tiled, *tiled_rows, *head_rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +151,7 @@ class _Plan:
     num_heads: int
     length: int  # L
     num_chunks: int
+    num_tiles: int
     pass_tiles: int  # computed in one pass
     num_passes: int  # over each head
     batch: int
@@ -208,13 +215,13 @@ def _stream(num_slots, shared, ready, free, first_chunk, enters, leaves) -> Stre
     def rows(c):
         return [plgpu.layout_cast(x[slot(c)], TILE_LAYOUT.reduce(0)) for x in shared[1]]
 
-    return Stream(wait, lambda c: [x.at[slot(c)] for x in shared[0]], rows, release)
+    return Stream(wait, lambda c: [_tiled(x).at[slot(c)] for x in shared[0]], rows, release)
 
 
 def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
     """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
-    tiled, tiled_rows, outputs, row_outputs = arrays
-    own_tiles, own_rows, own_outputs = shared
+    tiled, tiled_rows, head_rows, outputs, row_outputs = arrays
+    own_tiles, own_rows, own_head_rows, own_outputs = shared
     num_tiles = plan.num_own_units() * plan.pass_tiles
 
     def locate(t):
@@ -226,6 +233,8 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
         _, image, head, first_row = locate(t)
         where = (image, head, pl.ds(first_row, ROWS))
         _copy_in((tiled, tiled_rows), (own_tiles, own_rows), where, worker, arrived)
+        for ref, own in zip(head_rows, own_head_rows, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[image, head], own.at[worker], arrived.at[worker])
 
     fetch(worker)
 
@@ -235,8 +244,9 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
         unit, image, head, first_row = locate(t)
         rows = pl.ds(first_row, ROWS)
         plgpu.barrier_wait(arrived.at[worker])
-        tiles = [plgpu.layout_cast(x[worker], TILE_LAYOUT) for x in own_tiles]
+        tiles = [plgpu.layout_cast(_tiled(x)[worker], TILE_LAYOUT) for x in own_tiles]
         tile_rows = [plgpu.layout_cast(x[worker], TILE_LAYOUT.reduce(1)) for x in own_rows]
+        of_head = [plgpu.layout_cast(x[worker], TILE_LAYOUT.reduce(0)) for x in own_head_rows]
 
         @pl.when(t + num_workers < num_tiles)
         def _():
@@ -250,17 +260,17 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
 
         @pl.when(first_row < plan.length)
         def _():
-            values, row_values = tile(first_row, tiles, tile_rows, stream)
+            values, row_values = tile(first_row, tiles, tile_rows, of_head, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
-            for ref, value in zip(own_outputs, values, strict=True):
-                ref[worker] = value.astype(ref.dtype)
+            for own, ref, value in zip(own_outputs, outputs, values, strict=True):
+                _tiled(own)[worker] = value.astype(ref.dtype)
             plgpu.commit_smem()
             for own, ref in zip(own_outputs, outputs, strict=True):
-                plgpu.copy_smem_to_gmem(own.at[worker], ref.at[image, rows, head])
+                plgpu.copy_smem_to_gmem(_plain(own).at[worker], ref.at[image, rows, head])
 
-        if plan.num_passes * plan.pass_tiles > plan.num_chunks:  # the last pass has too few tiles
+        if plan.num_passes * plan.pass_tiles > plan.num_tiles:  # the last pass has too few tiles
 
             @pl.when(first_row >= plan.length)
             def _():
@@ -276,7 +286,7 @@ def _copy_in(arrays, shared, where, slot, barrier):
     """Starts the copies of (blocks, rows) at (image, head, rows) into a slot of shared memory."""
     image, head, rows = where
     for ref, own in zip(arrays[0], shared[0], strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[image, rows, head], own.at[slot], barrier.at[slot])
+        plgpu.copy_gmem_to_smem(ref.at[image, rows, head], _plain(own).at[slot], barrier.at[slot])
     for ref, own in zip(arrays[1], shared[1], strict=True):
         plgpu.copy_gmem_to_smem(ref.at[image, head, rows], own.at[slot], barrier.at[slot])
 
@@ -291,9 +301,26 @@ def _bytes(num_blocks, num_rows, head_dim, dtype):
 
 
 def _shared_array(count, head_dim, dtype):
-    # Rows of 128 bytes, stored as the tensor cores read them without bank conflicts.
-    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((count, ROWS, head_dim), dtype, transforms=transforms)
+    """Blocks of shared memory, in rows of 128 bytes stored so that there are no bank conflicts.
+
+    They are two views of the same bytes. The tensor cores' is in tiles of 8 rows; as such, a copy
+    would only take lengths of whole tiles. Untiled, it takes any, and the order of the bytes is
+    the same, as a row of a tile is a row of the block.
+    """
+    swizzle = plgpu.SwizzleTransform(128)
+    shape = (count, ROWS, head_dim)
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((1, 64)), swizzle)),
+        plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, 64)), swizzle)),
+    )
+
+
+def _plain(blocks):
+    return blocks[0]
+
+
+def _tiled(blocks):
+    return blocks[1]
 
 
 def _split(refs, counts):
