@@ -20,6 +20,8 @@ from jax.sharding import Mesh
 from maskdm_jax import hopper_attention, long_attention, sharding, short_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "hopper", "splash")
+# Those that read q, k and v as one matmul makes them, and write their gradients so.
+_PACKED = ("pallas", "hopper")
 
 # JAX refuses odd lengths to cuDNN's backward pass.
 _CUDNN_MULTIPLE = 2
@@ -71,27 +73,35 @@ def attend(
     if chosen == "cudnn":
         return _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid)
 
+    if chosen in _PACKED:
+        qkv_BLTKH = jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2)
+        return attend_packed(qkv_BLTKH, chosen, num_valid=num_valid, mesh=mesh)
+
     def kernel(q, k, v):
-        if chosen == "pallas":
-            return short_attention.short_attention(jnp.stack([q, k, v], axis=2), num_valid)
-        if chosen == "hopper":
-            return _hopper(q, k, v, num_valid)
         return long_attention.long_attention(q, k, v, num_valid)
 
     return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
 
 
 def attend_packed(
-    qkv_BLTKH: jax.Array, *, num_valid: int | None = None, mesh: Mesh | None = None
+    qkv_BLTKH: jax.Array,
+    implementation: str = "auto",
+    *,
+    num_valid: int | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """`attend` of q, k and v that lie side by side, [B, L, 3, K, H], where `takes_packed` says so.
 
     Returns:
       [B, L, K, H] of the same dtype.
     """
-    num_valid = qkv_BLTKH.shape[1] if num_valid is None else num_valid
+    length, head_dim = qkv_BLTKH.shape[1], qkv_BLTKH.shape[4]
+    num_valid = length if num_valid is None else num_valid
+    chosen = choose(implementation, length, head_dim, qkv_BLTKH.dtype, mesh)
 
     def kernel(qkv):
+        if chosen == "hopper":
+            return _hopper(qkv, num_valid)
         return short_attention.short_attention(qkv, num_valid)
 
     return sharding.on_each_device(kernel, mesh, qkv_BLTKH.shape[0])(qkv_BLTKH)
@@ -100,8 +110,8 @@ def attend_packed(
 def takes_packed(
     implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None
 ) -> bool:
-    """Whether what `attend` would run reads q, k and v faster as one matmul makes them."""
-    return choose(implementation, length, head_dim, dtype, mesh) == "pallas"
+    """Whether what `attend` would run reads q, k and v as one matmul makes them."""
+    return choose(implementation, length, head_dim, dtype, mesh) in _PACKED
 
 
 def padding(
@@ -187,9 +197,9 @@ def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
     return out[:, :length]
 
 
-def _hopper(q_BLKH, k_BLKH, v_BLKH, num_valid):
-    out = hopper_attention.hopper_attention(*(x[:, :num_valid] for x in (q_BLKH, k_BLKH, v_BLKH)))
-    return jnp.pad(out, ((0, 0), (0, q_BLKH.shape[1] - num_valid), (0, 0), (0, 0)))
+def _hopper(qkv_BLTKH, num_valid):
+    out = hopper_attention.hopper_attention(qkv_BLTKH[:, :num_valid])
+    return jnp.pad(out, ((0, 0), (0, qkv_BLTKH.shape[1] - num_valid), (0, 0), (0, 0)))
 
 
 def _pad(x_BLKH, multiple):

@@ -42,28 +42,29 @@ def supports(length: int, head_dim: int, dtype) -> bool:
 
 
 @jax.custom_vjp
-def hopper_attention(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array) -> jax.Array:
+def hopper_attention(qkv_BLTKH: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(H)) v, with the softmax in float32.
 
     Args:
-      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], bfloat16; see `supports`.
+      qkv_BLTKH: q, k and v, [B, L, 3, K, H], bfloat16; see `supports`.
 
     Returns:
-      [B, L, K, H] of q's dtype.
+      [B, L, K, H] of the same dtype.
     """
-    return _forward(q_BLKH, k_BLKH, v_BLKH)[0]
+    return _forward(qkv_BLTKH)[0]
 
 
 # Each kernel is lowered once for all blocks of a network, in seconds: a function under jit is.
 @jax.jit
-def _forward(q, k, v):
-    length, dtype, scale = q.shape[1], q.dtype, _scale(q)
+def _forward(qkv):
+    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
+    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
     tail = _tail(length)
-    head_rows = [*_tail_rows(k), *_tail_rows(v)]
+    head_rows = [*_tail_rows(qkv[:, :, 1]), *_tail_rows(qkv[:, :, 2])]
     bounded = length >= _BOUNDED_FROM
     if bounded:
-        longest = jnp.square(k.astype(jnp.float32)).sum(axis=3).max(axis=1) * scale**2
-        head_rows.append(_head_row(longest))
+        squares = jnp.square(qkv[:, :, 1].astype(jnp.float32))
+        head_rows.append(_head_row(squares.sum(axis=3).max(axis=1) * scale**2))
 
     def tile(first_row, tiles, tile_rows, head_rows, stream):
         (q_tile,) = tiles
@@ -125,31 +126,33 @@ def _forward(q, k, v):
 
     out, lse = compute_tiles(
         tile,
-        streamed=[k, v],
+        num_heads=num_heads,
+        streamed=[(heads, num_heads), (heads, 2 * num_heads)],
         num_chunks=_num_chunks(length),
-        tiled=[q],
+        tiled=[(heads, 0)],
         head_rows=head_rows,
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
         name="hopper_attention_forward",
     )
-    return out, (q, k, v, out, lse)
+    return out, (qkv, out, lse)
 
 
 def _backward(kept, dout):
-    q, k, v, out, lse = kept
-    dq, delta = _backward_queries(q, k, v, out, dout, lse)
-    return dq, *_backward_keys(q, k, v, dout, lse, delta)
+    qkv, out, lse = kept
+    dq, delta = _backward_queries(qkv, out, dout, lse)
+    return (_backward_keys(qkv, dout, lse, delta, dq),)
 
 
 hopper_attention.defvjp(_forward, _backward)
 
 
 @jax.jit
-def _backward_queries(q, k, v, out, dout, lse):
+def _backward_queries(qkv, out, dout, lse):
     """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights."""
-    length, scale = q.shape[1], _scale(q)
+    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
+    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
     tail = _tail(length)
 
     def tile(first_row, tiles, tile_rows, head_rows, stream):
@@ -166,7 +169,7 @@ def _backward_queries(q, k, v, out, dout, lse):
             if is_last:
                 weights = _where_key(c * ROWS, length, weights, 0.0)
             dscores = weights * (dweights - _down(delta))
-            (dq,) = _add_products((dq, dscores.astype(q.dtype), k_chunk))
+            (dq,) = _add_products((dq, dscores.astype(dtype), k_chunk))
             stream.release(c)
             return dq
 
@@ -181,11 +184,12 @@ def _backward_queries(q, k, v, out, dout, lse):
 
     return compute_tiles(
         tile,
-        streamed=[k, v],
+        num_heads=num_heads,
+        streamed=[(heads, num_heads), (heads, 2 * num_heads)],
         num_chunks=_num_chunks(length),
-        tiled=[q, out, dout],
+        tiled=[(heads, 0), (out, 0), (dout, 0)],
         tiled_rows=[lse],
-        head_rows=[*_tail_rows(k), *_tail_rows(v)],
+        head_rows=[*_tail_rows(qkv[:, :, 1]), *_tail_rows(qkv[:, :, 2])],
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
@@ -194,11 +198,12 @@ def _backward_queries(q, k, v, out, dout, lse):
 
 
 @jax.jit
-def _backward_keys(q, k, v, dout, lse, delta):
-    """dk and dv, from transposed scores: keys down, queries across."""
-    length, scale = q.shape[1], _scale(q)
+def _backward_keys(qkv, dout, lse, delta, dq):
+    """The gradient of qkv: dq, and dk and dv from transposed scores: keys down, queries across."""
+    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
+    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
     tail = _tail(length)
-    head_rows = [*_tail_rows(q), *_tail_rows(dout)]
+    head_rows = [*_tail_rows(qkv[:, :, 0]), *_tail_rows(dout)]
     for x in (lse, delta):  # a 64th in each column, to be subtracted before the columns' sum
         head_rows += [_head_row(x[:, :, length - 1 - i] / _HEAD_DIM) for i in range(tail)]
 
@@ -218,7 +223,7 @@ def _backward_keys(q, k, v, dout, lse, delta):
             weights = jnp.exp2(scores * scale - _across(lse_chunk))
             dscores = weights * less_delta
             dk, dv = _add_products(
-                (dk, dscores.astype(q.dtype), q_chunk), (dv, weights.astype(q.dtype), dout_chunk)
+                (dk, dscores.astype(dtype), q_chunk), (dv, weights.astype(dtype), dout_chunk)
             )
             stream.release(c)
             return dk, dv
@@ -233,17 +238,20 @@ def _backward_keys(q, k, v, dout, lse, delta):
         dk, dv = lax.fori_loop(0, _num_chunks(length), step, (dk, dv))
         return [dk * _HEAD_DIM**-0.5, dv], []
 
-    return compute_tiles(
+    (dqkv,) = compute_tiles(
         tile,
-        streamed=[q, dout],
+        num_heads=num_heads,
+        streamed=[(heads, 0), (dout, 0)],
         streamed_rows=[lse, delta],
         num_chunks=_num_chunks(length),
-        tiled=[k, v],
+        tiled=[(heads, num_heads), (heads, 2 * num_heads)],
         head_rows=head_rows,
+        forwarded=[(dq, 0)],
         num_outputs=2,
         num_workers=2,
         name="hopper_attention_backward_keys",
     )
+    return dqkv.reshape(qkv.shape)
 
 
 def _tail(length):
@@ -271,8 +279,8 @@ def _head_row(x_BK):
     return lax.broadcast_in_dim(x_BK, (*x_BK.shape, _HEAD_DIM), (0, 1))
 
 
-def _scale(q):
-    return q.shape[-1] ** -0.5 * _LOG2_E
+def _scale(qkv):
+    return qkv.shape[-1] ** -0.5 * _LOG2_E
 
 
 def _products_transposed(*factors):

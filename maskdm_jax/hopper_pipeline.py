@@ -41,12 +41,14 @@ class Stream:
 def compute_tiles(
     tile: Callable,
     *,
-    streamed: Sequence[jax.Array],
+    num_heads: int,
+    streamed: Sequence[tuple[jax.Array, int]],
     streamed_rows: Sequence[jax.Array] = (),
     num_chunks: int,
-    tiled: Sequence[jax.Array],
+    tiled: Sequence[tuple[jax.Array, int]],
     tiled_rows: Sequence[jax.Array] = (),
     head_rows: Sequence[jax.Array] = (),
+    forwarded: Sequence[tuple[jax.Array, int]] = (),
     num_outputs: int,
     num_row_outputs: int = 0,
     num_workers: int,
@@ -58,31 +60,35 @@ def compute_tiles(
       tile: (first_row, tiles, tile_rows, head_rows, stream) -> (outputs, row outputs). `tiles` are
         [ROWS, H] registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are
         zero. `head_rows` are float32 [H], along the columns of a tile. Outputs are like the first.
-      streamed, tiled: [B, L, K, H] of one dtype of 16 bits, H = 64.
+      num_heads: K.
+      streamed, tiled: (array, i) stands for heads i, i + 1, ... i + K - 1 of an array
+        [B, L, K or more, H] of 16 bits, H = 64.
       streamed_rows, tiled_rows: float32 [B, K, at least L].
       num_chunks: chunks of the stream that every tile is computed against.
       head_rows: float32 [B, K, H], the same for all tiles of a head.
-      num_outputs: outputs [B, L, K, H].
+      forwarded: alike; they come first in the output, as they are.
+      num_outputs: what `tile` returns for the output.
       num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
         last are what `tile` makes of zero rows, others arbitrary.
       num_workers: 2 or 3; the more, the fewer registers each has.
       name: the kernel's, as a profile shows it.
 
     Returns:
-      The outputs, then the row outputs.
+      The output [B, L, (forwarded + num_outputs) * K, H], then the row outputs.
 
     Raises:
       ValueError: where a head has fewer tiles than there are workers: one would wait for ever.
     """
-    batch, length, num_heads, head_dim = streamed[0].shape
-    dtype = streamed[0].dtype
+    batch, length, _, head_dim = streamed[0][0].shape
+    dtype = streamed[0][0].dtype
     num_tiles = pl.cdiv(length, ROWS)
     if num_tiles < num_workers:
         raise ValueError(f"{length} tokens for {num_workers} workers; expected {ROWS} for each")
-    num_rows = len(tiled_rows) + len(head_rows)
+    num_rows, num_parts = len(tiled_rows) + len(head_rows), len(forwarded) + num_outputs
     num_slots = _num_slots(
         num_chunks,
-        own=num_workers * _bytes(len(tiled) + num_outputs, num_rows, head_dim, dtype),
+        own=num_workers
+        * _bytes(len(tiled) + 2 * len(forwarded) + num_outputs, num_rows, head_dim, dtype),
         slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
     )
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
@@ -94,14 +100,22 @@ def compute_tiles(
         len(tiled),
         len(tiled_rows),
         len(head_rows),
-        num_outputs,
-        num_row_outputs,
+        len(forwarded),
     )
 
+    def heads(ref, first):
+        return ref.at[:, :, pl.ds(first, num_heads)]
+
     def kernel(*refs):
-        arrays, scratch = _split(refs, counts)
-        # Those of the row outputs are written from registers, and have none in shared memory.
-        shared, (ready, free, arrived) = _split(scratch, counts[:-1])
+        arrays, (output, *rest) = _split(refs, counts)
+        for group, given in ((0, streamed), (2, tiled), (5, forwarded)):
+            firsts = [first for _, first in given]
+            arrays[group] = [heads(x, i) for x, i in zip(arrays[group], firsts, strict=True)]
+        parts = [heads(output, i * num_heads) for i in range(num_parts)]
+        row_outputs, scratch = rest[:num_row_outputs], rest[num_row_outputs:]
+        # Row outputs are written from registers, and have none in shared memory.
+        shared, rest = _split(scratch, counts)
+        own_outputs, (ready, free, arrived) = rest[:num_outputs], rest[num_outputs:]
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == num_workers)
@@ -113,23 +127,35 @@ def compute_tiles(
         def _():
             plgpu.set_max_registers(_REGISTERS[num_workers][0], action="increase")
             ring = functools.partial(_stream, num_slots, shared[:2], ready, free)
-            _work(plan, tile, worker, num_workers, ring, arrays[2:], shared[2:], arrived)
+            _work(
+                plan,
+                tile,
+                worker,
+                num_workers,
+                ring,
+                (*arrays[2:], parts, row_outputs),
+                (*shared[2:], own_outputs),
+                arrived,
+            )
 
     block = functools.partial(_shared_array, head_dim=head_dim, dtype=dtype)
     row_shape = (batch, num_heads, plan.num_passes * pass_tiles * ROWS)
     return plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(streamed[0].shape, dtype)] * num_outputs
+        out_type=[jax.ShapeDtypeStruct((batch, length, num_parts * num_heads, head_dim), dtype)]
         + [jax.ShapeDtypeStruct(row_shape, jnp.float32)] * num_row_outputs,
         scratch_types=[
             *[block(num_slots)] * len(streamed),
             *[plgpu.SMEM((num_slots, ROWS), jnp.float32)] * len(streamed_rows),
             *[block(num_workers)] * len(tiled),
             *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * num_rows,
+            *[block(2 * num_workers)] * len(forwarded),
             *[block(num_workers)] * num_outputs,
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
-            plgpu.Barrier(num_barriers=num_workers, num_arrivals=len(tiled) + num_rows),
+            plgpu.Barrier(
+                num_barriers=num_workers, num_arrivals=len(tiled) + num_rows + len(forwarded)
+            ),
         ],
         grid=(min(plan.num_units, _NUM_BLOCKS),),
         grid_names=("block",),
@@ -141,7 +167,14 @@ def compute_tiles(
             reduction_scratch_bytes=512,
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
         ),
-    )(*streamed, *streamed_rows, *tiled, *tiled_rows, *head_rows)
+    )(
+        *[x for x, _ in streamed],
+        *streamed_rows,
+        *[x for x, _ in tiled],
+        *tiled_rows,
+        *head_rows,
+        *[x for x, _ in forwarded],
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,8 +253,8 @@ def _stream(num_slots, shared, ready, free, first_chunk, enters, leaves) -> Stre
 
 def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
     """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
-    tiled, tiled_rows, head_rows, outputs, row_outputs = arrays
-    own_tiles, own_rows, own_head_rows, own_outputs = shared
+    tiled, tiled_rows, head_rows, forwarded, outputs, row_outputs = arrays
+    own_tiles, own_rows, own_head_rows, own_forwarded, own_outputs = shared
     num_tiles = plan.num_own_units() * plan.pass_tiles
 
     def locate(t):
@@ -229,14 +262,23 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
         image, head, first_tile = plan.place(unit)
         return unit, image, head, (first_tile + lax.rem(t, plan.pass_tiles)) * ROWS
 
-    def fetch(t):
-        _, image, head, first_row = locate(t)
+    def forward_slot(i):  # two, for what leaves may still be read when the next arrives
+        return 2 * worker + lax.rem(i, 2)
+
+    def fetch(i):
+        _, image, head, first_row = locate(worker + i * num_workers)
         where = (image, head, pl.ds(first_row, ROWS))
         _copy_in((tiled, tiled_rows), (own_tiles, own_rows), where, worker, arrived)
         for ref, own in zip(head_rows, own_head_rows, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[image, head], own.at[worker], arrived.at[worker])
+        for ref, own in zip(forwarded, own_forwarded, strict=True):
+            plgpu.copy_gmem_to_smem(
+                ref.at[image, where[2], head],
+                _plain(own).at[forward_slot(i)],
+                arrived.at[worker],
+            )
 
-    fetch(worker)
+    fetch(0)
 
     @pl.loop(0, lax.div(num_tiles - 1 - worker, num_workers) + 1)
     def _(i):
@@ -250,7 +292,7 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
 
         @pl.when(t + num_workers < num_tiles)
         def _():
-            fetch(t + num_workers)
+            fetch(i + 1)
 
         stream = ring(
             unit * plan.num_chunks,
@@ -260,14 +302,17 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
 
         @pl.when(first_row < plan.length)
         def _():
+            for own, ref in zip(own_forwarded, outputs, strict=False):
+                plgpu.copy_smem_to_gmem(_plain(own).at[forward_slot(i)], ref.at[image, rows, head])
             values, row_values = tile(first_row, tiles, tile_rows, of_head, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
-            for own, ref, value in zip(own_outputs, outputs, values, strict=True):
+            computed = outputs[len(forwarded) :]
+            for own, ref, value in zip(own_outputs, computed, values, strict=True):
                 _tiled(own)[worker] = value.astype(ref.dtype)
             plgpu.commit_smem()
-            for own, ref in zip(own_outputs, outputs, strict=True):
+            for own, ref in zip(own_outputs, computed, strict=True):
                 plgpu.copy_smem_to_gmem(_plain(own).at[worker], ref.at[image, rows, head])
 
         if plan.num_passes * plan.pass_tiles > plan.num_tiles:  # the last pass has too few tiles

@@ -261,7 +261,8 @@ class Block(nn.Module):
         given = dict(num_valid=self.num_valid, mesh=self.mesh)
         if attention.takes_packed(self.attention, length, heads[1], self.dtype, self.mesh):
             qkv_MN = layers.add_to_first(normed_MD @ kernel, q_bias)
-            return attention.attend_packed(qkv_MN.reshape(-1, length, 3, *heads), **given)
+            qkv_BLTKH = qkv_MN.reshape(-1, length, 3, *heads)
+            return attention.attend_packed(qkv_BLTKH, self.attention, **given)
         q_MD, k_MD, v_MD = (normed_MD @ part for part in jnp.split(kernel, 3, axis=1))
         q, k, v = (x.reshape(-1, length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
         return attention.attend(q, k, v, self.attention, **given)

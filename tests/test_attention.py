@@ -157,11 +157,12 @@ def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
         assert attention.choose("xla", 4097, 64, bf16, gpu) == "xla"
         assert attention.padding("auto", 29, 64, bf16, gpu) == 0
         assert attention.takes_packed("auto", 29, 64, bf16, gpu)
-        assert not attention.takes_packed("auto", 417, 64, bf16, gpu)
+        assert not attention.takes_packed("cudnn", 417, 64, bf16, gpu)
     assert attention.choose("auto", 4097, 64, bf16, a100) == "cudnn"
     assert attention.padding("auto", 4097, 64, bf16, a100) == 1
     assert attention.padding("auto", 418, 64, bf16, a100) == 0
     assert attention.choose("auto", 4097, 64, bf16, h200) == "hopper"
+    assert attention.takes_packed("auto", 4097, 64, bf16, h200)
     assert attention.choose("cudnn", 4097, 64, bf16, h200) == "cudnn"
     assert attention.padding("auto", 4097, 64, bf16, h200) == 0
 

@@ -99,7 +99,7 @@ def test_long_sequences_are_right_with_and_without_the_running_maximum(interpret
 
     q, k, v, dout = arrays
     k = k.at[1].multiply(40)  # the second image's exponentials would overflow as they are
-    out = hopper_attention.hopper_attention(q, k, v)
+    out = hopper_attention.hopper_attention(jnp.stack([q, k, v], axis=2))
     assert relative_error(out, exact_output_and_gradients(q, k, v, dout)[0]) < 4e-3
 
 
@@ -114,8 +114,10 @@ def test_padding_is_left_out_through_attend(interpreted, monkeypatch):
 
 
 def hopper_output_and_gradients(q, k, v, dout):
-    out, pullback = jax.vjp(hopper_attention.hopper_attention, q, k, v)
-    return out, *pullback(dout)
+    qkv = jnp.stack([q, k, v], axis=2)
+    out, pullback = jax.vjp(hopper_attention.hopper_attention, qkv)
+    (dqkv,) = pullback(dout)
+    return out, *jnp.unstack(dqkv, axis=2)
 
 
 def exact_output_and_gradients(*arrays):
@@ -126,7 +128,7 @@ def exact_output_and_gradients(*arrays):
 def test_fewer_tokens_than_the_workers_need_are_an_error():
     q, k, v, _ = inputs(128)
     with pytest.raises(ValueError, match="128 tokens for 3 workers"):
-        hopper_attention.hopper_attention(q, k, v)
+        hopper_attention.hopper_attention(jnp.stack([q, k, v], axis=2))
 
 
 @pytest.mark.parametrize("length", [129, 417, 4097])
