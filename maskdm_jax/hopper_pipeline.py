@@ -36,6 +36,7 @@ class Stream:
     arrays: Callable  # c -> shared memory [ROWS, H] of each streamed array
     rows: Callable  # c -> float32 [ROWS] of each streamed row array, along the columns of a tile
     release: Callable
+    turn: Callable  # float32 [ROWS] along the rows of a tile -> the same along its columns
 
 
 def compute_tiles(
@@ -88,7 +89,7 @@ def compute_tiles(
     num_slots = _num_slots(
         num_chunks,
         own=num_workers
-        * _bytes(len(tiled) + 2 * len(forwarded) + num_outputs, num_rows, head_dim, dtype),
+        * _bytes(len(tiled) + 2 * len(forwarded) + num_outputs, num_rows + 1, head_dim, dtype),
         slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
     )
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
@@ -115,7 +116,7 @@ def compute_tiles(
         row_outputs, scratch = rest[:num_row_outputs], rest[num_row_outputs:]
         # Row outputs are written from registers, and have none in shared memory.
         shared, rest = _split(scratch, counts)
-        own_outputs, (ready, free, arrived) = rest[:num_outputs], rest[num_outputs:]
+        own_outputs, (turned, ready, free, arrived) = rest[:num_outputs], rest[num_outputs:]
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == num_workers)
@@ -126,7 +127,8 @@ def compute_tiles(
         @pl.when(worker < num_workers)
         def _():
             plgpu.set_max_registers(_REGISTERS[num_workers][0], action="increase")
-            ring = functools.partial(_stream, num_slots, shared[:2], ready, free)
+            turn = functools.partial(_turn, turned, worker)
+            ring = functools.partial(_stream, num_slots, shared[:2], ready, free, turn)
             _work(
                 plan,
                 tile,
@@ -151,6 +153,7 @@ def compute_tiles(
             *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * num_rows,
             *[block(2 * num_workers)] * len(forwarded),
             *[block(num_workers)] * num_outputs,
+            plgpu.SMEM((num_workers, ROWS), jnp.float32),
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
             plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
             plgpu.Barrier(
@@ -225,7 +228,7 @@ def _load(plan, num_slots, arrays, shared, ready, free):
             _copy_in(arrays, shared, (image, head, rows), slot, ready)
 
 
-def _stream(num_slots, shared, ready, free, first_chunk, enters, leaves) -> Stream:
+def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -> Stream:
     """A worker's view of one pass, whose chunk 0 is the block's chunk `first_chunk`.
 
     All tiles that a worker computes in one pass read the same chunks: it waits for them at the
@@ -248,7 +251,20 @@ def _stream(num_slots, shared, ready, free, first_chunk, enters, leaves) -> Stre
     def rows(c):
         return [plgpu.layout_cast(x[slot(c)], TILE_LAYOUT.reduce(0)) for x in shared[1]]
 
-    return Stream(wait, lambda c: [_tiled(x).at[slot(c)] for x in shared[0]], rows, release)
+    def arrays(c):
+        return [_tiled(x).at[slot(c)] for x in shared[0]]
+
+    return Stream(wait, arrays, rows, release, turn)
+
+
+def _turn(turned, worker, x):
+    """So that all warps of a worker can agree on one number: each has some rows and all columns.
+
+    JAX's own way to reduce rows goes through memory that all workers would share.
+    """
+    turned[worker] = x
+    plgpu.commit_smem()
+    return plgpu.layout_cast(turned[worker], TILE_LAYOUT.reduce(0))
 
 
 def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
