@@ -74,8 +74,7 @@ def attend(
         return _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid)
 
     if chosen in _PACKED:
-        qkv_BLTKH = jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2)
-        return attend_packed(qkv_BLTKH, chosen, num_valid=num_valid, mesh=mesh)
+        return _packed(jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2), chosen, num_valid, mesh)
 
     def kernel(q, k, v):
         return long_attention.long_attention(q, k, v, num_valid)
@@ -90,15 +89,27 @@ def attend_packed(
     num_valid: int | None = None,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """`attend` of q, k and v that lie side by side, [B, L, 3, K, H], where `takes_packed` says so.
+    """`attend` of q, k and v that lie side by side, where `takes_packed` says so.
+
+    Args:
+      qkv_BLTKH: q, k and v, [B, L, 3, K, H].
+      implementation, num_valid, mesh: see `attend`.
 
     Returns:
       [B, L, K, H] of the same dtype.
+
+    Raises:
+      ValueError: where `takes_packed` does not say so.
     """
     length, head_dim = qkv_BLTKH.shape[1], qkv_BLTKH.shape[4]
     num_valid = length if num_valid is None else num_valid
     chosen = choose(implementation, length, head_dim, qkv_BLTKH.dtype, mesh)
+    if chosen not in _PACKED:
+        raise ValueError(f"{chosen} attention takes q, k and v apart; expected one of {_PACKED}")
+    return _packed(qkv_BLTKH, chosen, num_valid, mesh)
 
+
+def _packed(qkv_BLTKH, chosen, num_valid, mesh):
     def kernel(qkv):
         if chosen == "hopper":
             return _hopper(qkv, num_valid)
@@ -141,13 +152,13 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
         raise ValueError(
             f"attention implementation {implementation!r}; expected one of {IMPLEMENTATIONS}"
         )
-    device = sharding.first_device(mesh)
+    device, dtype = sharding.first_device(mesh), jnp.dtype(dtype)
     kernel = implementation
     if kernel == "auto":
         kernel = _fastest(device, length, head_dim, dtype)
     if kernel == "xla":
         return "xla"
-    missing = _misses(device, kernel, length, head_dim, jnp.dtype(dtype))
+    missing = _misses(device, kernel, length, head_dim, dtype)
     if missing and implementation != "auto":
         _warn_once(f"model.attention is {kernel!r}, but {missing}; XLA's attention runs instead")
     return "xla" if missing else kernel

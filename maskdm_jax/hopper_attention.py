@@ -12,8 +12,8 @@ that a whole image has beyond a multiple of 64 are met as vectors, before the lo
 beyond the last are zero and need no mask, but for the keys: those are masked.
 
 For long sequences there is a second loop, which leaves out the running maximum of softmax: by the
-inequality of Cauchy and Schwarz, the longest query of a tile and the longest key bound its scores,
-and mostly so well that no exponential overflows and no sum vanishes.
+inequality of Cauchy and Schwarz, the longest query of a tile and the longest key bound its scores.
+Where that lets an exponential overflow or a sum vanish, the tile takes the loop with the maximum.
 """
 
 import functools
@@ -35,8 +35,9 @@ _HEAD_DIM = 64
 _MAX_TAIL = 2
 # From here on, what `_forward` saves without the running maximum pays for a look at all keys.
 _BOUNDED_FROM = 1024
-# Scores are powers of two. Of a row whose scores all lie in [-96, 96], the sum of 2^15 exponentials
-# is less than 2^111, and what float32 rounds to zero is too little to matter in it.
+# Scores are in log2: a weight is 2^score. Of a row whose scores all lie in [-96, 96], the sum of
+# 2^15 weights is less than 2^111, and what float32 rounds to zero is too little to matter in it.
+# float16 has too few exponents for such weights.
 _MAX_SCORE = 96.0
 
 _LOG2_E = math.log2(math.e)
@@ -57,6 +58,9 @@ def hopper_attention(qkv_BLTKH: jax.Array) -> jax.Array:
 
     Returns:
       [B, L, K, H] of the same dtype.
+
+    Raises:
+      ValueError: for fewer tokens than `MIN_LENGTH`.
     """
     return _forward(qkv_BLTKH)[0]
 
@@ -73,7 +77,7 @@ def _forward(qkv):
         squares = jnp.square(qkv[:, :, 1].astype(jnp.float32))
         head_rows.append(_head_row(squares.sum(axis=3).max(axis=1) * scale**2))
 
-    def tile(first_row, tiles, tile_rows, head_rows, stream):
+    def tile(tiles, tile_rows, head_rows, stream):
         (q_tile,) = tiles
         queries = q_tile.astype(jnp.float32)
         keys, values = head_rows[:tail], head_rows[tail : 2 * tail]
@@ -163,7 +167,7 @@ def _backward_queries(qkv, out, dout, lse):
     heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
     tail = _tail(length)
 
-    def tile(first_row, tiles, tile_rows, head_rows, stream):
+    def tile(tiles, tile_rows, head_rows, stream):
         q_tile, out_tile, dout_tile = tiles
         (lse_tile,) = tile_rows
         dout = dout_tile.astype(jnp.float32)
@@ -215,7 +219,7 @@ def _backward_keys(qkv, dout, lse, delta, dq):
     for x in (lse, delta):  # a 64th in each column, to be subtracted before the columns' sum
         head_rows += [_head_row(x[:, :, length - 1 - i] / _HEAD_DIM) for i in range(tail)]
 
-    def tile(first_row, tiles, tile_rows, head_rows, stream):
+    def tile(tiles, tile_rows, head_rows, stream):
         k_tile, v_tile = tiles
 
         def step(c, carry):

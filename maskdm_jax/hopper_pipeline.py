@@ -58,17 +58,18 @@ def compute_tiles(
     """Computes every tile of every head of every image.
 
     Args:
-      tile: (first_row, tiles, tile_rows, head_rows, stream) -> (outputs, row outputs). `tiles` are
-        [ROWS, H] registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are
-        zero. `head_rows` are float32 [H], along the columns of a tile. Outputs are like the first.
+      tile: (tiles, tile_rows, head_rows, stream) -> (outputs, row outputs). `tiles` are [ROWS, H]
+        registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are zero.
+        `head_rows` are float32 [H], along the columns of a tile. Outputs are [ROWS, H], row outputs
+        float32 [ROWS].
       num_heads: K.
       streamed, tiled: (array, i) stands for heads i, i + 1, ... i + K - 1 of an array
         [B, L, K or more, H] of 16 bits, H = 64.
       streamed_rows, tiled_rows: float32 [B, K, at least L].
       num_chunks: chunks of the stream that every tile is computed against.
       head_rows: float32 [B, K, H], the same for all tiles of a head.
-      forwarded: alike; they come first in the output, as they are.
-      num_outputs: what `tile` returns for the output.
+      forwarded: (array, i) as in `streamed`, copied to the first heads of the output.
+      num_outputs: how many outputs `tile` returns; they are the heads that follow.
       num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
         last are what `tile` makes of zero rows, others arbitrary.
       num_workers: 2 or 3; the more, the fewer registers each has.
@@ -167,7 +168,7 @@ def compute_tiles(
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=512,
+            reduction_scratch_bytes=0,  # the workers would share them; see `_turn`
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
         ),
     )(
@@ -258,9 +259,10 @@ def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -
 
 
 def _turn(turned, worker, x):
-    """So that all warps of a worker can agree on one number: each has some rows and all columns.
+    """`Stream.turn`: lets all warps of a worker agree on one number about its rows.
 
-    JAX's own way to reduce rows goes through memory that all workers would share.
+    A warp has some rows and all columns. JAX's own reduction over rows goes through memory that
+    all workers would share.
     """
     turned[worker] = x
     plgpu.commit_smem()
@@ -320,10 +322,11 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
         def _():
             for own, ref in zip(own_forwarded, outputs, strict=False):
                 plgpu.copy_smem_to_gmem(_plain(own).at[forward_slot(i)], ref.at[image, rows, head])
-            values, row_values = tile(first_row, tiles, tile_rows, of_head, stream)
+            values, row_values = tile(tiles, tile_rows, of_head, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before
+            # The results of the tile before have left, and what is forwarded of this one.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             computed = outputs[len(forwarded) :]
             for own, ref, value in zip(own_outputs, computed, values, strict=True):
                 _tiled(own)[worker] = value.astype(ref.dtype)
@@ -365,8 +368,9 @@ def _shared_array(count, head_dim, dtype):
     """Blocks of shared memory, in rows of 128 bytes stored so that there are no bank conflicts.
 
     They are two views of the same bytes. The tensor cores' is in tiles of 8 rows; as such, a copy
-    would only take lengths of whole tiles. Untiled, it takes any, and the order of the bytes is
-    the same, as a row of a tile is a row of the block.
+    would only take lengths of whole tiles. In tiles of one row it takes any, and the order of the
+    bytes is the same, as a row of a tile is a row of the block. JAX does not promise that views of
+    a `RefUnion` start at the same byte; they do, and the tests on a GPU would fail otherwise.
     """
     swizzle = plgpu.SwizzleTransform(128)
     shape = (count, ROWS, head_dim)

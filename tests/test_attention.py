@@ -180,6 +180,11 @@ def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():
     assert attention.padding("auto", 29, 64, bf16, v5e) == 0
 
 
+def test_packed_arguments_are_refused_where_no_kernel_takes_them():
+    with pytest.raises(ValueError, match="xla attention takes q, k and v apart"):
+        attention.attend_packed(jnp.zeros((1, 2, 3, 1, 4)), "xla")
+
+
 def test_an_unknown_implementation_is_named():
     x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(ValueError, match="'flashy'"):
