@@ -2,9 +2,10 @@
 
     python -m benchmarks.attention [--lengths 29 417 4097] [--seconds 0.5]
 
-Forward and backward in bfloat16, heads of 64 channels, each length at its recipe's batch. The rate
-counts what training's FLOPs count: 3 x the forward pass's two matmuls. Prints one JSON line each;
-`ratio` is the rate over this machine's plain XLA attention.
+Forward and backward in bfloat16, heads of 64 channels, each length at its recipe's batch; q, k and
+v lie as the implementation reads them in the network. The rate counts what training's FLOPs count:
+3 x the forward pass's two matmuls. Prints one JSON line each; `ratio` is the rate over this
+machine's plain XLA attention.
 """
 
 import argparse
@@ -25,23 +26,25 @@ def bench(length: int, implementation: str, seconds: float) -> dict:
     """Milliseconds of one forward and backward pass, and what really ran."""
     batch, heads = _SHAPES[length]
     extra = attention.padding(implementation, length, _HEAD_DIM, jnp.bfloat16)
-    shape = (batch, length + extra, heads, _HEAD_DIM)
-    q, k, v, dout = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4))
+    padded = length + extra
+    packed = attention.takes_packed(implementation, padded, _HEAD_DIM, jnp.bfloat16)
+    shape = (batch, padded, heads, _HEAD_DIM)
+    qkv = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
+    arrays = [jnp.stack(qkv, axis=2)] if packed else qkv
+    dout = jax.random.normal(jax.random.key(3), shape, jnp.bfloat16)
 
     @jax.jit
-    def both(q, k, v):
-        def attend(q, k, v):
-            return attention.attend(q, k, v, implementation, num_valid=length)
-
-        out, pullback = jax.vjp(attend, q, k, v)
+    def both(*arrays):
+        attend = attention.attend_packed if packed else attention.attend
+        out, pullback = jax.vjp(lambda *x: attend(*x, implementation, num_valid=length), *arrays)
         return out, pullback(dout)
 
-    call_s = measure.seconds_per_call(lambda i: both(q, k, v), seconds)
+    call_s = measure.seconds_per_call(lambda i: both(*arrays), seconds)
     flops = 3 * 4 * batch * heads * length**2 * _HEAD_DIM
     return {
         "length": length,
         "implementation": implementation,
-        "runs": attention.choose(implementation, length + extra, _HEAD_DIM, jnp.bfloat16),
+        "runs": attention.choose(implementation, padded, _HEAD_DIM, jnp.bfloat16),
         "padded_by": extra,
         "batch": batch,
         "ms": call_s * 1e3,
