@@ -41,6 +41,7 @@ _BOUNDED_FROM = 1024
 _MAX_SCORE = 96.0
 
 _LOG2_E = math.log2(math.e)
+_SCALE = _HEAD_DIM**-0.5 * _LOG2_E  # of products, to scores in log2
 _SQUARE = (ROWS, ROWS)
 
 
@@ -68,20 +69,20 @@ def hopper_attention(qkv_BLTKH: jax.Array) -> jax.Array:
 # Each kernel is lowered once for all blocks of a network, in seconds: a function under jit is.
 @jax.jit
 def _forward(qkv):
-    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
-    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
+    length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
+    heads = _heads(qkv)
     tail = _tail(length)
     head_rows = [*_tail_rows(qkv[:, :, 1]), *_tail_rows(qkv[:, :, 2])]
     bounded = length >= _BOUNDED_FROM
     if bounded:
         squares = jnp.square(qkv[:, :, 1].astype(jnp.float32))
-        head_rows.append(_head_row(squares.sum(axis=3).max(axis=1) * scale**2))
+        head_rows.append(_head_row(squares.sum(axis=3).max(axis=1) * _SCALE**2))
 
     def tile(tiles, tile_rows, head_rows, stream):
         (q_tile,) = tiles
         queries = q_tile.astype(jnp.float32)
         keys, values = head_rows[:tail], head_rows[tail : 2 * tail]
-        tail_scores = [(queries * _across(key)).sum(axis=1) * scale for key in keys]
+        tail_scores = [(queries * _across(key)).sum(axis=1) * _SCALE for key in keys]
 
         def start(peak):
             out, total = _full(_SQUARE, 0.0), _full((ROWS,), 0.0)
@@ -103,8 +104,8 @@ def _forward(qkv):
                 out, peak, total = carry
                 scores, v_chunk = scores_of(c, is_last)
                 # Powers of 2, whose scale joins the subtraction in one instruction.
-                new_peak = jnp.maximum(peak, scores.max(axis=1) * scale)
-                weights = jnp.exp2(scores * scale - _down(new_peak))
+                new_peak = jnp.maximum(peak, scores.max(axis=1) * _SCALE)
+                weights = jnp.exp2(scores * _SCALE - _down(new_peak))
                 shrink = jnp.exp2(peak - new_peak)
                 total = total * shrink + weights.sum(axis=1)
                 (out,) = _add_products((out * _down(shrink), weights.astype(dtype), v_chunk))
@@ -119,7 +120,7 @@ def _forward(qkv):
             def step(c, carry, is_last=False):
                 out, totals = carry
                 scores, v_chunk = scores_of(c, is_last)
-                weights = jnp.exp2(scores * scale)
+                weights = jnp.exp2(scores * _SCALE)
                 (out,) = _add_products((out, weights.astype(dtype), v_chunk))
                 stream.release(c)
                 return out, totals + weights
@@ -163,8 +164,8 @@ hopper_attention.defvjp(_forward, _backward)
 @jax.jit
 def _backward_queries(qkv, out, dout, lse):
     """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights."""
-    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
-    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
+    length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
+    heads = _heads(qkv)
     tail = _tail(length)
 
     def tile(tiles, tile_rows, head_rows, stream):
@@ -177,7 +178,7 @@ def _backward_queries(qkv, out, dout, lse):
             stream.wait(c)
             k_chunk, v_chunk = stream.arrays(c)
             scores, dweights = _products_transposed((q_tile, k_chunk), (dout_tile, v_chunk))
-            weights = jnp.exp2(scores * scale - _down(lse_tile))
+            weights = jnp.exp2(scores * _SCALE - _down(lse_tile))
             if is_last:
                 weights = _where_key(c * ROWS, length, weights, 0.0)
             dscores = weights * (dweights - _down(delta))
@@ -189,7 +190,7 @@ def _backward_queries(qkv, out, dout, lse):
         for key, value in zip(head_rows[:tail], head_rows[tail:], strict=True):
             score = (q_tile.astype(jnp.float32) * _across(key)).sum(axis=1)
             dweight = (dout * _across(value)).sum(axis=1)
-            dscore = jnp.exp2(score * scale - lse_tile) * (dweight - delta)
+            dscore = jnp.exp2(score * _SCALE - lse_tile) * (dweight - delta)
             dq = dq + _down(dscore) * _across(key)
         dq = _over_chunks(length, step, dq)
         return [dq * _HEAD_DIM**-0.5], [delta]
@@ -212,8 +213,8 @@ def _backward_queries(qkv, out, dout, lse):
 @jax.jit
 def _backward_keys(qkv, dout, lse, delta, dq):
     """The gradient of qkv: dq, and dk and dv from transposed scores: keys down, queries across."""
-    (batch, length, _, num_heads, _), dtype, scale = qkv.shape, qkv.dtype, _scale(qkv)
-    heads = qkv.reshape(batch, length, 3 * num_heads, _HEAD_DIM)
+    length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
+    heads = _heads(qkv)
     tail = _tail(length)
     head_rows = [*_tail_rows(qkv[:, :, 0]), *_tail_rows(dout)]
     for x in (lse, delta):  # a 64th in each column, to be subtracted before the columns' sum
@@ -232,7 +233,7 @@ def _backward_keys(qkv, dout, lse, delta, dq):
                 (_full(_SQUARE, 0.0), k_tile, q_chunk.transpose((1, 0))),
                 (_across(-delta_chunk), v_tile, dout_chunk.transpose((1, 0))),
             )
-            weights = jnp.exp2(scores * scale - _across(lse_chunk))
+            weights = jnp.exp2(scores * _SCALE - _across(lse_chunk))
             dscores = weights * less_delta
             dk, dv = _add_products(
                 (dk, dscores.astype(dtype), q_chunk), (dv, weights.astype(dtype), dout_chunk)
@@ -244,7 +245,7 @@ def _backward_keys(qkv, dout, lse, delta, dq):
         keys, values = k_tile.astype(jnp.float32), v_tile.astype(jnp.float32)
         for i in range(tail):
             query, dout, lse, delta = (_across(x) for x in head_rows[i::tail])
-            weight = jnp.exp2((keys * query * scale - lse).sum(axis=1))
+            weight = jnp.exp2((keys * query * _SCALE - lse).sum(axis=1))
             dscore = weight * (values * dout - delta).sum(axis=1)
             dk, dv = dk + _down(dscore) * query, dv + _down(weight) * dout
         dk, dv = lax.fori_loop(0, _num_chunks(length), step, (dk, dv))
@@ -264,6 +265,12 @@ def _backward_keys(qkv, dout, lse, delta, dq):
         name="hopper_attention_backward_keys",
     )
     return dqkv.reshape(qkv.shape)
+
+
+def _heads(qkv_BLTKH):
+    """[B, L, 3 K, H]: heads of q, then of k, then of v."""
+    batch, length, _, num_heads, head_dim = qkv_BLTKH.shape
+    return qkv_BLTKH.reshape(batch, length, 3 * num_heads, head_dim)
 
 
 def _tail(length):
@@ -289,10 +296,6 @@ def _tail_rows(x_BLKH):
 
 def _head_row(x_BK):
     return lax.broadcast_in_dim(x_BK, (*x_BK.shape, _HEAD_DIM), (0, 1))
-
-
-def _scale(qkv):
-    return qkv.shape[-1] ** -0.5 * _LOG2_E
 
 
 def _products_transposed(*factors):

@@ -11,6 +11,7 @@ while it computes the next.
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -96,50 +97,43 @@ def compute_tiles(
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
     num_passes = pl.cdiv(num_tiles, pass_tiles)
     plan = _Plan(num_heads, length, num_chunks, num_tiles, pass_tiles, num_passes, batch)
-    counts = (
-        len(streamed),
-        len(streamed_rows),
-        len(tiled),
-        len(tiled_rows),
-        len(head_rows),
-        len(forwarded),
-    )
+    given = _Inputs(streamed, streamed_rows, tiled, tiled_rows, head_rows, forwarded)
+    counts = [len(group) for group in given]
 
     def heads(ref, first):
         return ref.at[:, :, pl.ds(first, num_heads)]
 
+    def views(group, refs):
+        return [heads(ref, first) for ref, (_, first) in zip(refs, group, strict=True)]
+
     def kernel(*refs):
-        arrays, (output, *rest) = _split(refs, counts)
-        for group, given in ((0, streamed), (2, tiled), (5, forwarded)):
-            firsts = [first for _, first in given]
-            arrays[group] = [heads(x, i) for x, i in zip(arrays[group], firsts, strict=True)]
+        groups, (output, *rest) = _split(refs, counts)
+        arrays = _Inputs(*groups)
+        arrays = arrays._replace(
+            streamed=views(streamed, arrays.streamed),
+            tiled=views(tiled, arrays.tiled),
+            forwarded=views(forwarded, arrays.forwarded),
+        )
         parts = [heads(output, i * num_heads) for i in range(num_parts)]
         row_outputs, scratch = rest[:num_row_outputs], rest[num_row_outputs:]
         # Row outputs are written from registers, and have none in shared memory.
-        shared, rest = _split(scratch, counts)
+        groups, rest = _split(scratch, counts)
         own_outputs, (turned, ready, free, arrived) = rest[:num_outputs], rest[num_outputs:]
+        shared = _Inputs(*groups)
         worker = lax.axis_index("warpgroup")
 
         @pl.when(worker == num_workers)
         def _():
             plgpu.set_max_registers(_REGISTERS[num_workers][1], action="decrease")
-            _load(plan, num_slots, arrays[:2], shared[:2], ready, free)
+            _load(plan, num_slots, arrays, shared, ready, free)
 
         @pl.when(worker < num_workers)
         def _():
             plgpu.set_max_registers(_REGISTERS[num_workers][0], action="increase")
             turn = functools.partial(_turn, turned, worker)
-            ring = functools.partial(_stream, num_slots, shared[:2], ready, free, turn)
-            _work(
-                plan,
-                tile,
-                worker,
-                num_workers,
-                ring,
-                (*arrays[2:], parts, row_outputs),
-                (*shared[2:], own_outputs),
-                arrived,
-            )
+            ring = functools.partial(_stream, num_slots, shared, ready, free, turn)
+            outputs = (parts, row_outputs, own_outputs)
+            _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrived)
 
     block = functools.partial(_shared_array, head_dim=head_dim, dtype=dtype)
     row_shape = (batch, num_heads, plan.num_passes * pass_tiles * ROWS)
@@ -179,6 +173,17 @@ def compute_tiles(
         *head_rows,
         *[x for x, _ in forwarded],
     )
+
+
+class _Inputs(NamedTuple):
+    """One of each argument of `compute_tiles`, their references, or their shared memory."""
+
+    streamed: Sequence
+    streamed_rows: Sequence
+    tiled: Sequence
+    tiled_rows: Sequence
+    head_rows: Sequence
+    forwarded: Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +231,9 @@ def _load(plan, num_slots, arrays, shared, ready, free):
         def _():
             image, head, _ = plan.place(lax.div(i, plan.num_chunks))
             rows = pl.ds(lax.rem(i, plan.num_chunks) * ROWS, ROWS)
-            _copy_in(arrays, shared, (image, head, rows), slot, ready)
+            where = (image, head, rows)
+            _copy_blocks(arrays.streamed, shared.streamed, where, slot, ready.at[slot])
+            _copy_rows(arrays.streamed_rows, shared.streamed_rows, where, slot, ready.at[slot])
 
 
 def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -> Stream:
@@ -250,10 +257,10 @@ def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -
             plgpu.barrier_arrive(free.at[slot(c)])
 
     def rows(c):
-        return [plgpu.layout_cast(x[slot(c)], TILE_LAYOUT.reduce(0)) for x in shared[1]]
+        return [plgpu.layout_cast(x[slot(c)], TILE_LAYOUT.reduce(0)) for x in shared.streamed_rows]
 
     def arrays(c):
-        return [_tiled(x).at[slot(c)] for x in shared[0]]
+        return [_tiled(x).at[slot(c)] for x in shared.streamed]
 
     return Stream(wait, arrays, rows, release, turn)
 
@@ -269,10 +276,10 @@ def _turn(turned, worker, x):
     return plgpu.layout_cast(turned[worker], TILE_LAYOUT.reduce(0))
 
 
-def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
+def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrived):
     """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
-    tiled, tiled_rows, head_rows, forwarded, outputs, row_outputs = arrays
-    own_tiles, own_rows, own_head_rows, own_forwarded, own_outputs = shared
+    parts, row_outputs, own_outputs = outputs
+    num_forwarded = len(shared.forwarded)
     num_tiles = plan.num_own_units() * plan.pass_tiles
 
     def locate(t):
@@ -285,16 +292,12 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
 
     def fetch(i):
         _, image, head, first_row = locate(worker + i * num_workers)
-        where = (image, head, pl.ds(first_row, ROWS))
-        _copy_in((tiled, tiled_rows), (own_tiles, own_rows), where, worker, arrived)
-        for ref, own in zip(head_rows, own_head_rows, strict=True):
-            plgpu.copy_gmem_to_smem(ref.at[image, head], own.at[worker], arrived.at[worker])
-        for ref, own in zip(forwarded, own_forwarded, strict=True):
-            plgpu.copy_gmem_to_smem(
-                ref.at[image, where[2], head],
-                _plain(own).at[forward_slot(i)],
-                arrived.at[worker],
-            )
+        where, barrier = (image, head, pl.ds(first_row, ROWS)), arrived.at[worker]
+        _copy_blocks(arrays.tiled, shared.tiled, where, worker, barrier)
+        _copy_rows(arrays.tiled_rows, shared.tiled_rows, where, worker, barrier)
+        for ref, own in zip(arrays.head_rows, shared.head_rows, strict=True):
+            plgpu.copy_gmem_to_smem(ref.at[image, head], own.at[worker], barrier)
+        _copy_blocks(arrays.forwarded, shared.forwarded, where, forward_slot(i), barrier)
 
     fetch(0)
 
@@ -304,9 +307,10 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
         unit, image, head, first_row = locate(t)
         rows = pl.ds(first_row, ROWS)
         plgpu.barrier_wait(arrived.at[worker])
-        tiles = [plgpu.layout_cast(_tiled(x)[worker], TILE_LAYOUT) for x in own_tiles]
-        tile_rows = [plgpu.layout_cast(x[worker], TILE_LAYOUT.reduce(1)) for x in own_rows]
-        of_head = [plgpu.layout_cast(x[worker], TILE_LAYOUT.reduce(0)) for x in own_head_rows]
+        tiles = [plgpu.layout_cast(_tiled(x)[worker], TILE_LAYOUT) for x in shared.tiled]
+        down, across = TILE_LAYOUT.reduce(1), TILE_LAYOUT.reduce(0)
+        tile_rows = [plgpu.layout_cast(x[worker], down) for x in shared.tiled_rows]
+        head_rows = [plgpu.layout_cast(x[worker], across) for x in shared.head_rows]
 
         @pl.when(t + num_workers < num_tiles)
         def _():
@@ -320,14 +324,14 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
 
         @pl.when(first_row < plan.length)
         def _():
-            for own, ref in zip(own_forwarded, outputs, strict=False):
+            for own, ref in zip(shared.forwarded, parts[:num_forwarded], strict=True):
                 plgpu.copy_smem_to_gmem(_plain(own).at[forward_slot(i)], ref.at[image, rows, head])
-            values, row_values = tile(tiles, tile_rows, of_head, stream)
+            values, row_values = tile(tiles, tile_rows, head_rows, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
             # The results of the tile before have left, and what is forwarded of this one.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            computed = outputs[len(forwarded) :]
+            computed = parts[num_forwarded:]
             for own, ref, value in zip(own_outputs, computed, values, strict=True):
                 _tiled(own)[worker] = value.astype(ref.dtype)
             plgpu.commit_smem()
@@ -346,13 +350,18 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, arrived):
     plgpu.wait_smem_to_gmem(0)
 
 
-def _copy_in(arrays, shared, where, slot, barrier):
-    """Starts the copies of (blocks, rows) at (image, head, rows) into a slot of shared memory."""
+def _copy_blocks(refs, shared, where, slot, barrier):
+    """Starts the copy of the block of each array at (image, head, rows) into shared memory."""
     image, head, rows = where
-    for ref, own in zip(arrays[0], shared[0], strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[image, rows, head], _plain(own).at[slot], barrier.at[slot])
-    for ref, own in zip(arrays[1], shared[1], strict=True):
-        plgpu.copy_gmem_to_smem(ref.at[image, head, rows], own.at[slot], barrier.at[slot])
+    for ref, own in zip(refs, shared, strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[image, rows, head], _plain(own).at[slot], barrier)
+
+
+def _copy_rows(refs, shared, where, slot, barrier):
+    """The same of row arrays."""
+    image, head, rows = where
+    for ref, own in zip(refs, shared, strict=True):
+        plgpu.copy_gmem_to_smem(ref.at[image, head, rows], own.at[slot], barrier)
 
 
 def _num_slots(num_chunks, own, slot):
