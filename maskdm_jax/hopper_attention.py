@@ -144,6 +144,7 @@ def _forward(qkv):
         num_chunks=_num_chunks(length),
         tiled=[(heads, 0)],
         head_rows=head_rows,
+        output=(_like(heads, num_heads), 0),
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
@@ -154,8 +155,9 @@ def _forward(qkv):
 
 def _backward(kept, dout):
     qkv, out, lse = kept
-    dq, delta = _backward_queries(qkv, out, dout, lse)
-    return (_backward_keys(qkv, dout, lse, delta, dq),)
+    dqkv, delta = _backward_queries(qkv, out, dout, lse)
+    dqkv = _backward_keys(qkv, dout, lse, delta, dqkv)
+    return (dqkv.reshape(qkv.shape),)
 
 
 hopper_attention.defvjp(_forward, _backward)
@@ -163,7 +165,10 @@ hopper_attention.defvjp(_forward, _backward)
 
 @jax.jit
 def _backward_queries(qkv, out, dout, lse):
-    """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights."""
+    """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights.
+
+    dq are the first K heads of an array that has 3 K, as `_heads` does: the others are arbitrary.
+    """
     length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
     heads = _heads(qkv)
     tail = _tail(length)
@@ -203,6 +208,7 @@ def _backward_queries(qkv, out, dout, lse):
         tiled=[(heads, 0), (out, 0), (dout, 0)],
         tiled_rows=[lse],
         head_rows=[*_tail_rows(qkv[:, :, 1]), *_tail_rows(qkv[:, :, 2])],
+        output=(_like(heads, 3 * num_heads), 0),
         num_outputs=1,
         num_row_outputs=1,
         num_workers=3,
@@ -211,8 +217,8 @@ def _backward_queries(qkv, out, dout, lse):
 
 
 @jax.jit
-def _backward_keys(qkv, dout, lse, delta, dq):
-    """The gradient of qkv: dq, and dk and dv from transposed scores: keys down, queries across."""
+def _backward_keys(qkv, dout, lse, delta, dqkv):
+    """dqkv with its heads for k and v, from transposed scores: keys down, queries across."""
     length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
     heads = _heads(qkv)
     tail = _tail(length)
@@ -259,18 +265,24 @@ def _backward_keys(qkv, dout, lse, delta, dq):
         num_chunks=_num_chunks(length),
         tiled=[(heads, num_heads), (heads, 2 * num_heads)],
         head_rows=head_rows,
-        forwarded=[(dq, 0)],
+        output=(dqkv, num_heads),
         num_outputs=2,
         num_workers=2,
         name="hopper_attention_backward_keys",
     )
-    return dqkv.reshape(qkv.shape)
+    return dqkv
 
 
 def _heads(qkv_BLTKH):
     """[B, L, 3 K, H]: heads of q, then of k, then of v."""
     batch, length, _, num_heads, head_dim = qkv_BLTKH.shape
     return qkv_BLTKH.reshape(batch, length, 3 * num_heads, head_dim)
+
+
+def _like(heads, count):
+    """The shape of an array of other heads."""
+    batch, length, _, head_dim = heads.shape
+    return jax.ShapeDtypeStruct((batch, length, count, head_dim), heads.dtype)
 
 
 def _tail(length):

@@ -50,7 +50,7 @@ def compute_tiles(
     tiled: Sequence[tuple[jax.Array, int]],
     tiled_rows: Sequence[jax.Array] = (),
     head_rows: Sequence[jax.Array] = (),
-    forwarded: Sequence[tuple[jax.Array, int]] = (),
+    output: tuple[jax.Array | jax.ShapeDtypeStruct, int],
     num_outputs: int,
     num_row_outputs: int = 0,
     num_workers: int,
@@ -69,15 +69,17 @@ def compute_tiles(
       streamed_rows, tiled_rows: float32 [B, K, at least L].
       num_chunks: chunks of the stream that every tile is computed against.
       head_rows: float32 [B, K, H], the same for all tiles of a head.
-      forwarded: (array, i) as in `streamed`, copied to the first heads of the output.
-      num_outputs: how many outputs `tile` returns; they are the heads that follow.
+      output: (array, i) as in `streamed`, where outputs go: K heads for each, from i on. A given
+        array keeps its other heads, and its memory where nothing else reads it. Of the shape of one
+        a new array is made, whose other heads are arbitrary.
+      num_outputs: how many outputs `tile` returns.
       num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
         last are what `tile` makes of zero rows, others arbitrary.
       num_workers: 2 or 3; the more, the fewer registers each has.
-      name: the kernel's, as a profile shows it.
+      name: the kernel's, as a profile shows it (not JAX 0.10's, where the output is given).
 
     Returns:
-      The output [B, L, (forwarded + num_outputs) * K, H], then the row outputs.
+      The array of the outputs, then the row outputs.
 
     Raises:
       ValueError: where a head has fewer tiles than there are workers: one would wait for ever.
@@ -87,17 +89,17 @@ def compute_tiles(
     num_tiles = pl.cdiv(length, ROWS)
     if num_tiles < num_workers:
         raise ValueError(f"{length} tokens for {num_workers} workers; expected {ROWS} for each")
-    num_rows, num_parts = len(tiled_rows) + len(head_rows), len(forwarded) + num_outputs
+    num_rows = len(tiled_rows) + len(head_rows) + 1
     num_slots = _num_slots(
         num_chunks,
-        own=num_workers
-        * _bytes(len(tiled) + 2 * len(forwarded) + num_outputs, num_rows + 1, head_dim, dtype),
+        own=num_workers * _bytes(len(tiled) + num_outputs, num_rows, head_dim, dtype),
         slot=_bytes(len(streamed), len(streamed_rows), head_dim, dtype),
     )
     pass_tiles = num_tiles if num_slots >= num_chunks else num_workers
     num_passes = pl.cdiv(num_tiles, pass_tiles)
     plan = _Plan(num_heads, length, num_chunks, num_tiles, pass_tiles, num_passes, batch)
-    given = _Inputs(streamed, streamed_rows, tiled, tiled_rows, head_rows, forwarded)
+    stacked = [jnp.stack(head_rows, axis=2)] if head_rows else []  # to be copied at once
+    given = _Inputs(streamed, streamed_rows, tiled, tiled_rows, stacked)
     counts = [len(group) for group in given]
 
     def heads(ref, first):
@@ -107,14 +109,12 @@ def compute_tiles(
         return [heads(ref, first) for ref, (_, first) in zip(refs, group, strict=True)]
 
     def kernel(*refs):
-        groups, (output, *rest) = _split(refs, counts)
+        groups, (output_ref, *rest) = _split(refs, counts)
         arrays = _Inputs(*groups)
         arrays = arrays._replace(
-            streamed=views(streamed, arrays.streamed),
-            tiled=views(tiled, arrays.tiled),
-            forwarded=views(forwarded, arrays.forwarded),
+            streamed=views(streamed, arrays.streamed), tiled=views(tiled, arrays.tiled)
         )
-        parts = [heads(output, i * num_heads) for i in range(num_parts)]
+        parts = [heads(output_ref, output[1] + i * num_heads) for i in range(num_outputs)]
         row_outputs, scratch = rest[:num_row_outputs], rest[num_row_outputs:]
         # Row outputs are written from registers, and have none in shared memory.
         groups, rest = _split(scratch, counts)
@@ -136,43 +136,53 @@ def compute_tiles(
             _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrived)
 
     block = functools.partial(_shared_array, head_dim=head_dim, dtype=dtype)
+    scratch = [
+        *[block(num_slots)] * len(streamed),
+        *[plgpu.SMEM((num_slots, ROWS), jnp.float32)] * len(streamed_rows),
+        *[block(num_workers)] * len(tiled),
+        *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * len(tiled_rows),
+        *[plgpu.SMEM((num_workers, len(head_rows), head_dim), jnp.float32)] * len(stacked),
+        *[block(num_workers)] * num_outputs,
+        plgpu.SMEM((num_workers, ROWS), jnp.float32),
+        plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
+        plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
+        plgpu.Barrier(num_barriers=num_workers, num_arrivals=sum(counts[2:])),
+    ]
+    array, _ = output
+    is_given = not isinstance(array, jax.ShapeDtypeStruct)
     row_shape = (batch, num_heads, plan.num_passes * pass_tiles * ROWS)
-    return plgpu.kernel(
-        kernel,
-        out_type=[jax.ShapeDtypeStruct((batch, length, num_parts * num_heads, head_dim), dtype)]
-        + [jax.ShapeDtypeStruct(row_shape, jnp.float32)] * num_row_outputs,
-        scratch_types=[
-            *[block(num_slots)] * len(streamed),
-            *[plgpu.SMEM((num_slots, ROWS), jnp.float32)] * len(streamed_rows),
-            *[block(num_workers)] * len(tiled),
-            *[plgpu.SMEM((num_workers, ROWS), jnp.float32)] * num_rows,
-            *[block(2 * num_workers)] * len(forwarded),
-            *[block(num_workers)] * num_outputs,
-            plgpu.SMEM((num_workers, ROWS), jnp.float32),
-            plgpu.Barrier(num_barriers=num_slots, num_arrivals=counts[0] + counts[1]),
-            plgpu.Barrier(num_barriers=num_slots, num_arrivals=num_workers),
-            plgpu.Barrier(
-                num_barriers=num_workers, num_arrivals=len(tiled) + num_rows + len(forwarded)
-            ),
-        ],
-        grid=(min(plan.num_units, _NUM_BLOCKS),),
-        grid_names=("block",),
-        num_threads=num_workers + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
+    row_types = [jax.ShapeDtypeStruct(row_shape, jnp.float32)] * num_row_outputs
+    # Not `plgpu.kernel`, which is this in fewer words: JAX 0.10's does not take references.
+    run = pl.kernel(
+        lambda *refs: pl.run_scoped(
+            functools.partial(kernel, *refs), *scratch, collective_axes="warpgroup"
+        ),
+        out_type=row_types if is_given else [array, *row_types],
+        mesh=plgpu.Mesh(
+            grid=(min(plan.num_units, _NUM_BLOCKS),),
+            grid_names=("block",),
+            num_threads=num_workers + 1,
+            thread_name="warpgroup",
+        ),
+        name=name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,  # the workers would share them; see `_turn`
             lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
         ),
-    )(
+    )
+    operands = [
         *[x for x, _ in streamed],
         *streamed_rows,
         *[x for x, _ in tiled],
         *tiled_rows,
-        *head_rows,
-        *[x for x, _ in forwarded],
-    )
+        *stacked,
+    ]
+    if not is_given:
+        return run(*operands)
+    ref = jax.new_ref(array)
+    row_outputs = run(*operands, ref)
+    return [jax.freeze(ref), *row_outputs]
 
 
 class _Inputs(NamedTuple):
@@ -182,8 +192,7 @@ class _Inputs(NamedTuple):
     streamed_rows: Sequence
     tiled: Sequence
     tiled_rows: Sequence
-    head_rows: Sequence
-    forwarded: Sequence
+    head_rows: Sequence  # stacked, in one array or none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,16 +288,12 @@ def _turn(turned, worker, x):
 def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrived):
     """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
     parts, row_outputs, own_outputs = outputs
-    num_forwarded = len(shared.forwarded)
     num_tiles = plan.num_own_units() * plan.pass_tiles
 
     def locate(t):
         unit = lax.div(t, plan.pass_tiles)
         image, head, first_tile = plan.place(unit)
         return unit, image, head, (first_tile + lax.rem(t, plan.pass_tiles)) * ROWS
-
-    def forward_slot(i):  # two, for what leaves may still be read when the next arrives
-        return 2 * worker + lax.rem(i, 2)
 
     def fetch(i):
         _, image, head, first_row = locate(worker + i * num_workers)
@@ -297,7 +302,6 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrive
         _copy_rows(arrays.tiled_rows, shared.tiled_rows, where, worker, barrier)
         for ref, own in zip(arrays.head_rows, shared.head_rows, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[image, head], own.at[worker], barrier)
-        _copy_blocks(arrays.forwarded, shared.forwarded, where, forward_slot(i), barrier)
 
     fetch(0)
 
@@ -310,7 +314,11 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrive
         tiles = [plgpu.layout_cast(_tiled(x)[worker], TILE_LAYOUT) for x in shared.tiled]
         down, across = TILE_LAYOUT.reduce(1), TILE_LAYOUT.reduce(0)
         tile_rows = [plgpu.layout_cast(x[worker], down) for x in shared.tiled_rows]
-        head_rows = [plgpu.layout_cast(x[worker], across) for x in shared.head_rows]
+        head_rows = [
+            plgpu.layout_cast(x[worker, n], across)
+            for x in shared.head_rows
+            for n in range(x.shape[1])
+        ]
 
         @pl.when(t + num_workers < num_tiles)
         def _():
@@ -324,18 +332,14 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrive
 
         @pl.when(first_row < plan.length)
         def _():
-            for own, ref in zip(shared.forwarded, parts[:num_forwarded], strict=True):
-                plgpu.copy_smem_to_gmem(_plain(own).at[forward_slot(i)], ref.at[image, rows, head])
             values, row_values = tile(tiles, tile_rows, head_rows, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
-            # The results of the tile before have left, and what is forwarded of this one.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            computed = parts[num_forwarded:]
-            for own, ref, value in zip(own_outputs, computed, values, strict=True):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+            for own, ref, value in zip(own_outputs, parts, values, strict=True):
                 _tiled(own)[worker] = value.astype(ref.dtype)
             plgpu.commit_smem()
-            for own, ref in zip(own_outputs, computed, strict=True):
+            for own, ref in zip(own_outputs, parts, strict=True):
                 plgpu.copy_smem_to_gmem(_plain(own).at[worker], ref.at[image, rows, head])
 
         if plan.num_passes * plan.pass_tiles > plan.num_tiles:  # the last pass has too few tiles

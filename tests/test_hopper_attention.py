@@ -150,8 +150,7 @@ def test_the_kernels_lower_for_a_gpu(length):
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    for kernel in ("forward", "backward_queries", "backward_keys"):
-        assert f"hopper_attention_{kernel}" in lowered
+    assert lowered.count("@mosaic_gpu") == 3  # forward, and backward for queries and for keys
 
 
 def test_what_the_kernels_do_not_take_is_known():
