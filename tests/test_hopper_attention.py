@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from maskdm_jax import attention, hopper_attention, hopper_pipeline
+from maskdm_jax import attention, hopper_attention, hopper_pipeline, sharding
 from maskdm_jax.attention import attend
 
 needs_hopper = pytest.mark.skipif(
@@ -151,6 +151,15 @@ def test_the_kernels_lower_for_a_gpu(length):
         .as_text()
     )
     assert lowered.count("@mosaic_gpu") == 3  # forward, and backward for queries and for keys
+
+
+def test_the_kernels_lower_on_a_mesh_with_activations_recomputed(tiny_config):
+    mesh = sharding.make_mesh(tiny_config)
+    qkv = jax.ShapeDtypeStruct((mesh.size, 130, 3, 1, 64), jnp.bfloat16)
+    kernel = sharding.on_each_device(hopper_attention.hopper_attention, mesh, mesh.size)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jax.checkpoint(kernel)(x), dtype=jnp.float32)))
+    lowered = gradient.trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
+    assert lowered.count("@mosaic_gpu") == 3
 
 
 def test_what_the_kernels_do_not_take_is_known():
