@@ -150,7 +150,9 @@ def test_the_kernels_lower_for_a_gpu(length):
         .lower(lowering_platforms=("cuda",))
         .as_text()
     )
-    assert lowered.count("@mosaic_gpu") == 3  # forward, and backward for queries and for keys
+    for kernel in ("forward", "backward_queries"):  # JAX 0.10 has another name for the third
+        assert f"hopper_attention_{kernel}" in lowered
+    assert lowered.count("@mosaic_gpu") == 3
 
 
 def test_the_kernels_lower_on_a_mesh_with_activations_recomputed(tiny_config):
