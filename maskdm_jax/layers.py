@@ -5,11 +5,13 @@ every token again to sum the gradients of LayerNorm's scale and bias. benchmarks
 these rules save.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maskdm_jax import gelu_kernel, sharding
+from maskdm_jax import gelu_kernel, norm_kernel, sharding
 
 _EPSILON = 1e-5
 
@@ -55,6 +57,45 @@ def _normalize_backward(x, dnormed):
 normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
+def add_normalize(
+    x_MD: jax.Array, y_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """x + y + bias, and `normalize` of it.
+
+    Args:
+      x_MD, y_MD: [M, D], of one float dtype.
+      bias_D: float32 [D].
+      mesh: the devices that the rows are split over; None: this process's first device.
+
+    Returns:
+      Both [M, D] of x's dtype.
+    """
+    if _takes(norm_kernel, x_MD, mesh):
+        return _add_normalize(x_MD, y_MD, bias_D, mesh)
+    sum_MD = x_MD + (y_MD + bias_D.astype(x_MD.dtype))
+    return sum_MD, normalize(sum_MD)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _add_normalize(x_MD, y_MD, bias_D, mesh):
+    return _add_normalize_forward(x_MD, y_MD, bias_D, mesh)[0]
+
+
+def _add_normalize_forward(x_MD, y_MD, bias_D, mesh):
+    sum_MD = x_MD + (y_MD + bias_D.astype(x_MD.dtype))
+    return (sum_MD, normalize(sum_MD)), sum_MD
+
+
+def _add_normalize_backward(mesh, sum_MD, gradients):
+    kernel = functools.partial(norm_kernel.add_normalize_gradient, epsilon=_EPSILON)
+    run = sharding.on_each_device(kernel, mesh, sum_MD.shape[0])
+    dx_MD, sums = run(sum_MD, *gradients)
+    return dx_MD, dx_MD, jnp.sum(sums, 0)
+
+
+_add_normalize.defvjp(_add_normalize_forward, _add_normalize_backward)
+
+
 @jax.custom_vjp
 def add_to_first(x_MN: jax.Array, bias_D: jax.Array) -> jax.Array:
     """x with the bias added to its first D channels. Its gradient is summed over those only."""
@@ -79,8 +120,7 @@ def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> j
     Returns:
       [M, D] of x's dtype.
     """
-    fits = gelu_kernel.supports(x_MD.shape[1], x_MD.dtype)
-    if fits and not sharding.unfit_for_gpu_kernels(sharding.first_device(mesh)):
+    if _takes(gelu_kernel, x_MD, mesh):
         kernel = sharding.on_each_device(gelu_kernel.bias_gelu, mesh, x_MD.shape[0], num_whole=1)
         return kernel(x_MD, bias_D)
     return _bias_gelu(x_MD, bias_D)
@@ -111,3 +151,8 @@ def _cdf(y):
 
 
 _bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
+
+
+def _takes(kernel, x_MD, mesh):
+    fits = kernel.supports(x_MD.shape[1], x_MD.dtype)
+    return fits and not sharding.unfit_for_gpu_kernels(sharding.first_device(mesh))

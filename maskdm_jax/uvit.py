@@ -231,7 +231,10 @@ class Block(nn.Module):
         if skip_MD is not None:
             kernel, bias = Linear(2 * width, width, name="skip")()
             kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
-            x_MD = x_MD @ kernel_x + skip_MD @ kernel_skip + bias.astype(dtype)
+            projected = x_MD @ kernel_x, skip_MD @ kernel_skip
+            x_MD, normed_MD = layers.add_normalize(*projected, bias, self.mesh)
+        else:
+            normed_MD = layers.normalize(x_MD)
 
         scale, shift = Affine(width, name="norm_attention")()
         (kernel,) = Linear(width, 3 * width, use_bias=False, name="qkv")()
@@ -239,17 +242,17 @@ class Block(nn.Module):
         if self.qkv_bias:  # on q and v only, as the official code has it
             q_bias += self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
-        normed_MD = layers.normalize(x_MD)
         out_BLKH = self._attend(normed_MD, _scaled(scale, kernel, dtype), q_bias.astype(dtype))
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
-        out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype) + bias.astype(dtype)
-        x_MD += drop(out_MD)
+        out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype)
+        if self.dropout:
+            out_MD, bias = drop(out_MD + bias.astype(dtype)), jnp.zeros_like(bias)
+        x_MD, normed_MD = layers.add_normalize(x_MD, out_MD, bias, self.mesh)
 
         hidden_width = int(self.mlp_ratio * width)
         scale, shift = Affine(width, name="norm_mlp")()
         kernel, bias = Linear(width, hidden_width, name="mlp_in")()
-        normed_MD = layers.normalize(x_MD)
         hidden = normed_MD @ _scaled(scale, kernel, dtype)
         hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel), self.mesh))
         kernel, bias = Linear(hidden_width, width, name="mlp_out")()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import gelu_kernel, layers, sharding
+from maskdm_jax import gelu_kernel, layers, norm_kernel, sharding
 
 
 def textbook_norm(x):
@@ -71,3 +71,39 @@ def test_the_gelu_kernel_runs_on_each_device_of_a_mesh(tiny_config):
     np.testing.assert_allclose(value, expected, atol=2e-6)
     for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)
+
+
+def textbook_add_normalize(x, y, bias):
+    total = x + y + bias
+    return total, textbook_norm(total)
+
+
+def interpreted(x, y, bias, mesh, monkeypatch):
+    kernel = partial(norm_kernel.add_normalize_gradient, interpret=True)
+    monkeypatch.setattr(norm_kernel, "add_normalize_gradient", kernel)
+    return layers._add_normalize(x, y, bias, mesh)
+
+
+@pytest.mark.parametrize(
+    "shape, on_mesh, kernel",
+    [
+        ((15, 16), False, False),
+        ((128, 512), False, True),
+        ((70, 256), False, True),
+        ((8 * 70, 256), True, True),
+    ],
+    ids=["plain", "kernel", "kernel-part-of-a-tile", "kernel-on-a-mesh"],
+)
+def test_add_normalize_and_its_gradients(shape, on_mesh, kernel, tiny_config, monkeypatch):
+    x, y, bias = inputs(shape, shape, shape[1:])
+    gradients = tuple(inputs(shape, shape))
+    mesh = sharding.make_mesh(tiny_config) if on_mesh else None
+    if on_mesh:
+        x, y, gradients = jax.device_put((x, y, gradients), sharding.batch_sharding(mesh))
+    ours = partial(interpreted, monkeypatch=monkeypatch) if kernel else layers.add_normalize
+    values, pullback = jax.vjp(lambda *given: ours(*given, mesh), x, y, bias)
+    expected, expected_pullback = jax.vjp(textbook_add_normalize, x, y, bias)
+    for got, wanted in zip(values, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, atol=2e-6)
+    for got, wanted in zip(pullback(gradients), expected_pullback(gradients), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-5)
