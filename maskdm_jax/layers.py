@@ -72,18 +72,22 @@ def add_normalize(
     """
     if _takes(norm_kernel, x_MD, mesh):
         return _add_normalize(x_MD, y_MD, bias_D, mesh)
+    return _sum_and_normed(x_MD, y_MD, bias_D)
+
+
+def _sum_and_normed(x_MD, y_MD, bias_D):
     sum_MD = x_MD + (y_MD + bias_D.astype(x_MD.dtype))
     return sum_MD, normalize(sum_MD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _add_normalize(x_MD, y_MD, bias_D, mesh):
-    return _add_normalize_forward(x_MD, y_MD, bias_D, mesh)[0]
+    return _sum_and_normed(x_MD, y_MD, bias_D)
 
 
 def _add_normalize_forward(x_MD, y_MD, bias_D, mesh):
-    sum_MD = x_MD + (y_MD + bias_D.astype(x_MD.dtype))
-    return (sum_MD, normalize(sum_MD)), sum_MD
+    sum_MD, normed_MD = _sum_and_normed(x_MD, y_MD, bias_D)
+    return (sum_MD, normed_MD), sum_MD
 
 
 def _add_normalize_backward(mesh, sum_MD, gradients):
@@ -153,6 +157,6 @@ def _cdf(y):
 _bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
 
 
-def _takes(kernel, x_MD, mesh):
-    fits = kernel.supports(x_MD.shape[1], x_MD.dtype)
+def _takes(kernel_module, x_MD, mesh):
+    fits = kernel_module.supports(x_MD.shape[1], x_MD.dtype)
     return fits and not sharding.unfit_for_gpu_kernels(sharding.first_device(mesh))

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-# A program computes _ROWS rows, in turns of one for each warp.
+# A program computes _ROWS rows, in turns of _WARPS, one a warp. Of the sizes in
+# benchmarks/RESULTS.md's last rows, these are the fastest at widths 512 and 768.
 _ROWS, _COLUMNS, _WARPS = 64, 256, 8
+_MAX_WIDTH = 1792  # of wider rows, a thread's part spills from its registers
 
 
 def supports(width: int, dtype) -> bool:
     """Whether the kernel takes `width` channels of `dtype`."""
-    return width % _COLUMNS == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
+    fits = width % _COLUMNS == 0 and width <= _MAX_WIDTH
+    return fits and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 def add_normalize_gradient(
@@ -38,7 +41,8 @@ def add_normalize_gradient(
       interpret: run the kernel on the CPU, slowly, for tests.
 
     Returns:
-      The gradient [M, D] of x's dtype, and sums of its rows, float32 [any, D], to be added up.
+      The gradient [M, D] of x's dtype; and, for the caller to add up, the sum of each 64 rows of
+      it, float32 [ceil(M / 64), D].
     """
     num_rows, width = x_MD.shape
     num_programs = pl.cdiv(num_rows, _ROWS)
@@ -65,11 +69,12 @@ def _kernel(x_ref, dx_ref, dnormed_ref, out_ref, sums_ref, *, num_rows, epsilon)
     columns = [pl.ds(start, _COLUMNS) for start in range(0, width, _COLUMNS)]
     row = jax.lax.broadcasted_iota(jnp.int32, (_WARPS, _COLUMNS), 0)
 
-    def valid(i):
-        return None if num_rows % _ROWS == 0 else first_row + i * _WARPS + row < num_rows
+    def rows_and_mask(i):
+        mask = None if num_rows % _ROWS == 0 else first_row + i * _WARPS + row < num_rows
+        return pl.ds(i * _WARPS, _WARPS), mask
 
     def load(i):
-        rows, mask = pl.ds(i * _WARPS, _WARPS), valid(i)
+        rows, mask = rows_and_mask(i)
         other = None if mask is None else 0.0
         return [
             [triton.load(ref.at[rows, c], mask=mask, other=other) for c in columns]
@@ -94,9 +99,9 @@ def _kernel(x_ref, dx_ref, dnormed_ref, out_ref, sums_ref, *, num_rows, epsilon)
             direct + rstd * (d - dnormed_mean - n * projection)
             for direct, d, n in zip(dx, dnormed, normed, strict=True)
         ]
+        rows, mask = rows_and_mask(i)
         for c, part in zip(columns, out, strict=True):
-            rows = pl.ds(i * _WARPS, _WARPS)
-            triton.store(out_ref.at[rows, c], part.astype(out_ref.dtype), mask=valid(i))
+            triton.store(out_ref.at[rows, c], part.astype(out_ref.dtype), mask=mask)
         return following, [total + part for total, part in zip(totals, out, strict=True)]
 
     totals = [jnp.zeros((_WARPS, _COLUMNS), jnp.float32) for _ in columns]

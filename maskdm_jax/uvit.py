@@ -231,8 +231,9 @@ class Block(nn.Module):
         if skip_MD is not None:
             kernel, bias = Linear(2 * width, width, name="skip")()
             kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
-            projected = x_MD @ kernel_x, skip_MD @ kernel_skip
-            x_MD, normed_MD = layers.add_normalize(*projected, bias, self.mesh)
+            x_MD, normed_MD = layers.add_normalize(
+                x_MD @ kernel_x, skip_MD @ kernel_skip, bias, self.mesh
+            )
         else:
             normed_MD = layers.normalize(x_MD)
 
@@ -246,8 +247,9 @@ class Block(nn.Module):
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
         out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype)
-        if self.dropout:
-            out_MD, bias = drop(out_MD + bias.astype(dtype)), jnp.zeros_like(bias)
+        if self.dropout:  # which falls on the bias too, so it cannot be added later
+            out_MD = drop(out_MD + bias.astype(dtype))
+            bias = jnp.zeros_like(bias)
         x_MD, normed_MD = layers.add_normalize(x_MD, out_MD, bias, self.mesh)
 
         hidden_width = int(self.mlp_ratio * width)

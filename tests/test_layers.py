@@ -78,7 +78,7 @@ def textbook_add_normalize(x, y, bias):
     return total, textbook_norm(total)
 
 
-def interpreted(x, y, bias, mesh, monkeypatch):
+def add_normalize_by_kernel(x, y, bias, mesh, monkeypatch):
     kernel = partial(norm_kernel.add_normalize_gradient, interpret=True)
     monkeypatch.setattr(norm_kernel, "add_normalize_gradient", kernel)
     return layers._add_normalize(x, y, bias, mesh)
@@ -100,10 +100,21 @@ def test_add_normalize_and_its_gradients(shape, on_mesh, kernel, tiny_config, mo
     mesh = sharding.make_mesh(tiny_config) if on_mesh else None
     if on_mesh:
         x, y, gradients = jax.device_put((x, y, gradients), sharding.batch_sharding(mesh))
-    ours = partial(interpreted, monkeypatch=monkeypatch) if kernel else layers.add_normalize
+    by_kernel = partial(add_normalize_by_kernel, monkeypatch=monkeypatch)
+    ours = by_kernel if kernel else layers.add_normalize
     values, pullback = jax.vjp(lambda *given: ours(*given, mesh), x, y, bias)
     expected, expected_pullback = jax.vjp(textbook_add_normalize, x, y, bias)
     for got, wanted in zip(values, expected, strict=True):
         np.testing.assert_allclose(got, wanted, atol=2e-6)
     for got, wanted in zip(pullback(gradients), expected_pullback(gradients), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-5)
+
+
+def test_the_norm_kernel_rounds_bfloat16_once():
+    x, dx, dnormed = inputs((70, 256), (70, 256), (70, 256), dtype=jnp.bfloat16)
+    kernel = partial(norm_kernel.add_normalize_gradient, epsilon=1e-5, interpret=True)
+    got, sums = kernel(x, dx, dnormed)
+    wanted, wanted_sums = kernel(*(a.astype(jnp.float32) for a in (x, dx, dnormed)))
+    assert got.dtype == jnp.bfloat16 and sums.dtype == jnp.float32 and sums.shape == (2, 256)
+    np.testing.assert_array_equal(got, wanted.astype(jnp.bfloat16))
+    np.testing.assert_allclose(sums, wanted_sums, rtol=1e-6)
