@@ -25,7 +25,8 @@ from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
-from maskdm_jax import diffusion, masking, patches, sampler, uvit  # noqa: E402
+from maskdm_jax import diffusion, masking, patches, sampler  # noqa: E402
+from maskdm_jax.model.sizes import dimensions, grid_shape  # noqa: E402
 
 # A single kernel for scaled_dot_product_attention to run; None: its own choice.
 _FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
@@ -114,10 +115,10 @@ def make_model(config) -> UViT:
     refused += ["optim.accumulate_steps"] * (config.optim.accumulate_steps > 1)
     if refused:
         raise ValueError(f"the PyTorch peer is without {', '.join(refused)}; unset what is set")
-    rows, cols = patches.grid_shape(config.data.image_size, config.model.patch_size)
+    rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
     patch_dim = config.model.patch_size**2 * config.data.channels
-    dimensions = uvit.dimensions(config.model)
-    return UViT(rows * cols, patch_dim, *dimensions, mlp_ratio=config.model.mlp_ratio)
+    sizes = dimensions(config.model)
+    return UViT(rows * cols, patch_dim, *sizes, mlp_ratio=config.model.mlp_ratio)
 
 
 def draw_visible_ids(batch, mask, grid, device):
@@ -140,7 +141,7 @@ def make_loss(config, model: UViT, device: torch.device, low_precision: bool):
     signal_T = torch.tensor(np.sqrt(abar), dtype=torch.float32, device=device)
     noise_T = torch.tensor(np.sqrt(1 - abar), dtype=torch.float32, device=device)
     mask, size, prediction = config.mask, config.model.patch_size, config.diffusion.prediction
-    grid = patches.grid_shape(config.data.image_size, size)
+    grid = grid_shape(config.data.image_size, size)
     norm = nn.MSELoss() if config.diffusion.loss == "l2" else nn.L1Loss()
 
     def loss(image_BHWC):

@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 import time
-import traceback
 
 # Before JAX is imported: this machine computes nothing, and libtpu must look for no TPU, let other
 # processes compile too, and leave no logs.
@@ -32,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
-from absl import app, flags, logging  # noqa: E402
+from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
 from maskdm_jax import (  # noqa: E402
@@ -48,8 +47,10 @@ from maskdm_jax import (  # noqa: E402
     slices,
     uvit,
 )
-from maskdm_jax.config import ConfigError, validate, validate_devices  # noqa: E402
+from maskdm_jax.config import validate, validate_devices  # noqa: E402
 from maskdm_jax.data import loader  # noqa: E402
+from maskdm_jax.errors import ConfigError  # noqa: E402
+from maskdm_jax.model.sizes import dimensions  # noqa: E402
 from maskdm_jax.state import create_state  # noqa: E402
 from maskdm_jax.step import jit_train_step  # noqa: E402
 
@@ -71,8 +72,6 @@ _NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
 
 
 def main(argv):
-    if len(argv) > 1:
-        raise ConfigError(f"unexpected argument {argv[1]!r}; expected --flag=value")
     config, mode = _CONFIG.value, _MODE.value
     tpu = slices.parse(_TOPOLOGY.value)
     validate(config)
@@ -194,7 +193,7 @@ def _splash_flops(config, mode, mesh):
     if mode == "sample":
         whole.mask.kind = "none"
     length = flops.tokens_per_image(whole)
-    width, depth, heads = uvit.dimensions(config.model)
+    width, depth, heads = dimensions(config.model)
     dtype = config.model.dtype
     if attention.choose(config.model.attention, length, width // heads, dtype, mesh) != "splash":
         return 0
@@ -268,20 +267,11 @@ def _mb(size):
     return f"{size / 1e6:,.1f} MB"
 
 
-def _parse(argv):
-    example = (
-        "python launch/compile_check.py --config=configs/pretrain_celebahq.py --topology=v5e:16x16"
-    )
-    return command_line.parse(argv, required=("config", "topology"), example=example)
-
-
 if __name__ == "__main__":
-    logging.set_verbosity(logging.ERROR)
-    try:
-        app.run(main, flags_parser=_parse)
-    except ConfigError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(3)  # Python's own 1 would say that it does not fit
+    command_line.run(
+        main,
+        required=("config", "topology"),
+        example="python launch/compile_check.py --config=configs/pretrain_celebahq.py "
+        "--topology=v5e:16x16",
+        unexpected=3,  # 1, Python's own, means that the program does not fit
+    )

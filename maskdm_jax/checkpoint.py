@@ -21,8 +21,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maskdm_jax import distributed, faults
-from maskdm_jax.config import ConfigError, from_dict
+from maskdm_jax import command_line, distributed, faults
+from maskdm_jax.config import from_dict
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.progress import remark
 
 _ITEMS = ("params", "ema", "opt_state")
@@ -292,13 +293,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
     mute_late_tracebacks()
-    try:
-        step, sha = digest(args.workdir, args.step)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"step {step} sha256 {sha}")
-    return 0
+    return command_line.exit_code(
+        lambda: print("step {} sha256 {}".format(*digest(args.workdir, args.step)))
+    )
 
 
 if __name__ == "__main__":

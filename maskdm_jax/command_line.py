@@ -1,28 +1,66 @@
-"""Flags on the command line: a bad one is one sentence."""
+"""How the programs of this project start and end: flags, one-sentence errors, exit codes."""
 
-from absl import flags
+import sys
+import traceback
+from collections.abc import Callable
 
-from maskdm_jax.config import ConfigError
+from absl import app, flags, logging
+
+from maskdm_jax.errors import ConfigError, RunError, StartError
+
+INTERRUPTED = 130  # what shells report after Ctrl-C
+UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h: another attempt may succeed
 
 
-def parse(argv: list[str], required: tuple[str, ...], example: str) -> list[str]:
-    """Parses the flags, among them a `--config`; for `app.run`.
+def run(
+    main: Callable[[list[str]], int | None],
+    required: tuple[str, ...],
+    example: str,
+    unexpected: int = UNEXPECTED,
+) -> None:
+    """Parses the absl flags, among them a `--config`, runs `main`, and exits.
 
     Args:
-      argv: the command line.
+      main: what to run, given the positional arguments; returns the exit code, None for 0.
       required: flags that must be given.
       example: a command that has them.
-
-    Returns:
-      What is left of `argv`.
-
-    Raises:
-      ConfigError: for a bad flag, or a config that cannot be loaded.
+      unexpected: the exit code of an error that nobody expected.
     """
+    # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
+    # raised anyway.
+    logging.set_verbosity(logging.FATAL)
+    try:
+        app.run(main, flags_parser=lambda argv: _parse(argv, required, example))
+    except (Exception, KeyboardInterrupt) as error:
+        sys.exit(report(error, unexpected))
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Runs `work` and returns the program's exit code; an expected error is one sentence."""
+    try:
+        work()
+    except (ConfigError, RunError, KeyboardInterrupt) as error:
+        return report(error)
+    return 0
+
+
+def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
+    """Prints why the program ends, and returns its exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print("stopped; the same command resumes", file=sys.stderr)
+        return INTERRUPTED
+    if isinstance(error, (ConfigError, RunError, StartError)):
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    traceback.print_exception(error)
+    return unexpected
+
+
+def _parse(argv, required, example):
     try:
         left = flags.FLAGS(argv)
         if flags.FLAGS.config is not None:
-            flags.FLAGS.config["seed"]  # a file that failed to load says so here
+            flags.FLAGS.config["seed"]  # loads the file, or raises what kept it from loading
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     except (OSError, SyntaxError, ImportError) as error:
@@ -40,4 +78,6 @@ def parse(argv: list[str], required: tuple[str, ...], example: str) -> list[str]
     for flag in required:
         if not flags.FLAGS[flag].value:
             raise ConfigError(f"--{flag} is missing; type: {example}")
+    if len(left) > 1:
+        raise ConfigError(f"unexpected argument {left[1]!r}; expected --flag=value")
     return left

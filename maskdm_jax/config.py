@@ -10,16 +10,8 @@ import pathlib
 
 from ml_collections import config_dict
 
-from maskdm_jax.patches import grid_shape
-from maskdm_jax.uvit import dimensions
-
-
-class ConfigError(ValueError):
-    """Bad input: one sentence that says what was given, what is expected, and what to type."""
-
-
-class RunError(RuntimeError):
-    """What stops a run that began well: one sentence, with the way out for a person to take."""
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.model.sizes import dimensions, grid_shape
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -40,7 +32,7 @@ def default_config() -> config_dict.ConfigDict:
     data.num_threads = 16  # decoding threads where nothing is cached
 
     config.model = model = config_dict.ConfigDict()
-    model.size = "B"  # S, B, L or H; see uvit.SIZES
+    model.size = "B"  # S, B, L or H; see model/sizes.py
     model.width = 0  # 0: as the size says; likewise the next two
     model.depth = 0  # blocks; 12 and 13 both build 6 + 1 + 6
     model.num_heads = 0

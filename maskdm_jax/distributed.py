@@ -4,6 +4,7 @@ Every process runs the same program on its own devices; process 0 alone writes w
 JAX's coordination service, which process 0 hosts, notices one that died and ends the others.
 """
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -13,24 +14,20 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax import progress
-from maskdm_jax.config import ConfigError
+from maskdm_jax import command_line, progress
+from maskdm_jax.errors import ConfigError, StartError
 
-EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h: an error that may not come again, or another's end
 _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended
 _SHUTDOWN_S = 60  # the first to finish waits so long for the last
 _SHARED_S = 60  # network file systems show others' new files after their caches' time
-_LINGER_S = 5  # see `leave`
-
-
-class StartError(RuntimeError):
-    """The processes cannot start, which they may the next time: one sentence."""
+_LINGER_S = 5  # see `errors_end_all_processes`
 
 
 def start(
@@ -116,20 +113,25 @@ def several() -> bool:
     return jax.distributed.is_initialized()
 
 
-def leave(status: int) -> None:
-    """Ends this process, after an error that it has told, where others run beside it.
+@contextlib.contextmanager
+def errors_end_all_processes() -> Iterator[None]:
+    """Reports an error of the block and ends this process at once, where others run beside it.
 
     An ordinary exit would wait for the others, which wait for this one in a collective.
     """
-    if not several():
-        return
-    # The others lose the coordinator with process 0, and are aborted; where the same error struck
-    # them all, each shall be able to tell it first.
-    if is_main():
-        time.sleep(_LINGER_S)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        yield
+    except Exception as error:
+        if not several():
+            raise
+        status = command_line.report(error)
+        # The other processes abort when process 0, their coordinator, is gone. Where the same
+        # error struck all of them, this leaves each the time to report it first.
+        if is_main():
+            time.sleep(_LINGER_S)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def _check(given):
@@ -176,7 +178,7 @@ def _initialize(arguments, where):
             file=sys.stderr,
             flush=True,
         )
-        os._exit(EXIT_CODE)
+        os._exit(StartError.exit_code)
 
     watch = threading.Timer(_START_S, give_up)
     watch.daemon = True

@@ -6,7 +6,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-from maskdm_jax.config import RunError
+from maskdm_jax.errors import RunError
 
 # A full disk, a used-up quota, a file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

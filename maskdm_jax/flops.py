@@ -6,9 +6,8 @@ Counts are 2 per multiply-add, matmuls and attention only, with no remat and no 
 
 import jax
 
-from maskdm_jax import uvit
 from maskdm_jax.masking import num_visible
-from maskdm_jax.patches import grid_shape
+from maskdm_jax.model.sizes import dimensions, grid_shape
 
 # Dense bf16 TFLOP/s by the vendors' datasheets, by a part of `device.device_kind`.
 PEAK_TFLOPS = {
@@ -33,7 +32,7 @@ def tokens_per_image(config) -> int:
 
 def forward_flops(config) -> float:
     """FLOPs of one forward pass for one image."""
-    width, depth, _ = uvit.dimensions(config.model)
+    width, depth, _ = dimensions(config.model)
     length = tokens_per_image(config)
     patch_dim = config.model.patch_size**2 * config.data.channels
     skips = depth // 2

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 import jax
 
 from maskdm_jax import optim, sharding, uvit
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import loader
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.progress import say
 from maskdm_jax.state import create_state
 from maskdm_jax.step import jit_train_step

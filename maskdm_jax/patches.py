@@ -7,11 +7,7 @@ A patch is `patch_size` x `patch_size` pixels. Its P = patch_size * patch_size *
 import einops
 import jax
 
-
-def grid_shape(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """The patch grid (rows, columns) of an image of `image_size` (height, width) pixels."""
-    height, width = image_size
-    return height // patch_size, width // patch_size
+from maskdm_jax.model.sizes import grid_shape
 
 
 def patchify(image_BHWC: jax.Array, patch_size: int) -> jax.Array:

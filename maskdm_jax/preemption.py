@@ -5,27 +5,47 @@ with EXIT_CODE, which says "start me again"; a second SIGTERM changes nothing. W
 runs, JAX catches the signal on whichever host gets it, and has all hosts agree on one step.
 """
 
+import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 import jax
 from jax.experimental import multihost_utils
 
-from maskdm_jax import checkpoint
+from maskdm_jax.command_line import INTERRUPTED
 from maskdm_jax.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
-INTERRUPTED_EXIT_CODE = 130  # what shells report for Ctrl-C
 
 
 class Preempted(Exception):
     """The run has saved and stopped because it was asked to."""
 
 
+@contextlib.contextmanager
+def watched(saved_steps: Callable[[], list[int]]) -> Iterator[Callable[[int], bool]]:
+    """Yields `Watch.reached`; ends the process with EXIT_CODE on Preempted, with 130 on Ctrl-C.
+
+    Enter it after jax.distributed has started.
+
+    Args:
+      saved_steps: () -> steps of the run's checkpoints, ascending.
+    """
+    watch = Watch()
+    try:
+        yield watch.reached
+    except Preempted as stop:
+        say(str(stop))
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        watch.interrupted(saved_steps)
+
+
 class Watch:
-    """Knows whether this run was asked to stop. Make it after jax.distributed has started."""
+    """Knows whether this run was asked to stop."""
 
     def __init__(self):
         self.step = None  # the boundary that was reached last
@@ -48,15 +68,15 @@ class Watch:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._noticed
 
-    def interrupted(self, workdir: str) -> NoReturn:
-        """Says where the run stands, and ends the process whatever its threads are doing."""
+    def interrupted(self, saved_steps: Callable[[], list[int]]) -> NoReturn:
+        """Prints where the run stands, and ends the process whatever its threads are doing."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
         where = f"at step {self.step}" if self.step is not None else "before the first step"
-        kept = checkpoint.steps(workdir)
+        kept = saved_steps()
         newest = f"the newest checkpoint is step {kept[-1]}" if kept else "there is no checkpoint"
-        say(f"stopped {where}; {newest}; the same command goes on")
+        say(f"stopped {where}; {newest}; the same command resumes")
         sys.stderr.flush()
-        os._exit(INTERRUPTED_EXIT_CODE)
+        os._exit(INTERRUPTED)
 
     def _interrupt(self, signum, frame):
         raise KeyboardInterrupt

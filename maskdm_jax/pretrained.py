@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from maskdm_jax import checkpoint, torch_io
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 def load_params(init, expected, make_fresh):

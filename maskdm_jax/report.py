@@ -13,8 +13,9 @@ import sys
 
 import numpy as np
 
-from maskdm_jax import flops
-from maskdm_jax.config import ConfigError, load_json
+from maskdm_jax import command_line, flops
+from maskdm_jax.config import load_json
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.telemetry import read_metrics
 
 _PRETRAIN = "masked pre-training"
@@ -95,8 +96,12 @@ def _row(name, config, records):
 
 
 def _plot(stages, path):
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "the report needs matplotlib; type: pip install 'maskdm_jax[demo]'"
+        ) from error
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
@@ -115,12 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--finetune", required=True, help="workdir of stage 2, with samples")
     parser.add_argument("--out", required=True, help="folder for report.md and its pictures")
     args = parser.parse_args(argv)
-    try:
+
+    def write():
         print(f"report: {write_report(args.pretrain, args.finetune, args.out)}")
-    except (ConfigError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return command_line.exit_code(write)
 
 
 if __name__ == "__main__":

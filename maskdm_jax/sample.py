@@ -25,7 +25,8 @@ from maskdm_jax import (
     sharding,
     uvit,
 )
-from maskdm_jax.config import ConfigError, check_same_architecture
+from maskdm_jax.config import check_same_architecture
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.progress import say
 
 

@@ -11,7 +11,7 @@ import re
 import jax
 from jax.experimental import topologies
 
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

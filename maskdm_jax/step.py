@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from maskdm_jax import diffusion, masking, objective, optim, patches, rng, sharding, uvit
+from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.state import TrainState
 
 
@@ -153,7 +154,7 @@ def draw_examples(config, batch: dict, step: jax.Array) -> dict:
         dropped = jax.random.bernoulli(key("class_dropout"), config.model.class_dropout, (size,))
         examples["label"] = jnp.where(dropped, config.model.num_classes, batch["label"])
 
-    grid = patches.grid_shape(config.data.image_size, config.model.patch_size)
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
     visible_BV = masking.draw_visible_ids(key("mask"), size, config.mask, grid)
     if visible_BV is not None:
         examples["visible"] = visible_BV

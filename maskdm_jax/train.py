@@ -24,8 +24,10 @@ from maskdm_jax import (
     sharding,
     uvit,
 )
-from maskdm_jax.config import ConfigError, check_same_architecture, differences, to_json
+from maskdm_jax.config import check_same_architecture, differences, to_json
 from maskdm_jax.data import loader, sources
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.progress import say
 from maskdm_jax.state import create_state
 from maskdm_jax.step import jit_train_step
@@ -199,7 +201,7 @@ def _draw_preview(config, preview, ema, workdir, step):
 
 def _say_start(config, source, mesh, abstract_params):
     say(parameter_overview.get_parameter_overview(abstract_params, include_stats=False))
-    width, depth, heads = uvit.dimensions(config.model)
+    width, depth, heads = dimensions(config.model)
     say(
         f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
         f"{flops.tokens_per_image(config)} tokens and "

@@ -11,18 +11,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maskdm_jax import attention, layers
-from maskdm_jax.patches import grid_shape
-
-# size: (width D, blocks, heads K). An even count of blocks builds one more: n/2 + 1 + n/2.
-SIZES = {"S": (512, 13, 8), "B": (768, 13, 12), "L": (1024, 21, 16), "H": (1152, 29, 16)}
+from maskdm_jax.model.sizes import dimensions, grid_shape
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
-
-
-def dimensions(model) -> tuple[int, int, int]:
-    """(width, depth, num_heads) of `config.model`; a field that is 0 is the size's own."""
-    width, depth, num_heads = SIZES[model.size]
-    return model.width or width, model.depth or depth, model.num_heads or num_heads
 
 
 def make_model(config, mesh: Mesh | None = None) -> "UViT":

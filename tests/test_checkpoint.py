@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from maskdm_jax import checkpoint, optim, sharding, uvit
-from maskdm_jax.config import ConfigError, default_config
+from maskdm_jax.config import default_config
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.state import create_state
 
 

@@ -1,7 +1,8 @@
 import pytest
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.config import ConfigError, default_config, validate, validate_devices
+from maskdm_jax.config import default_config, validate, validate_devices
+from maskdm_jax.errors import ConfigError
 
 
 def changed(**fields):

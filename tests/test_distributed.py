@@ -18,9 +18,9 @@ import pytest
 from conftest import xla_flags
 from sklearn.datasets import load_digits
 
-from maskdm_jax import checkpoint, distributed, preemption
-from maskdm_jax.config import ConfigError
+from maskdm_jax import checkpoint, distributed, errors, preemption
 from maskdm_jax.data.loader import Order
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.telemetry import read_metrics
 
 _CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "GCE_", "CUDA_VISIBLE_DEVICES")
@@ -142,7 +142,7 @@ def test_processes_that_do_not_come_together_say_so(process_id):
         f"distributed.start('127.0.0.1:{free_port()}', 2, {process_id})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == distributed.EXIT_CODE == 70
+    assert result.returncode == errors.StartError.exit_code == 70
     assert result.stderr.count("\n") == 1 and "error: the coordinator 127.0.0.1" in result.stderr
 
 
@@ -249,7 +249,7 @@ def kill(processes, index, workdir):
         raise
     ended(processes)
     # 1 and 2 would say that a person has to act.
-    assert processes[1 - index].returncode in (distributed.EXIT_CODE, -signal.SIGABRT)
+    assert processes[1 - index].returncode in (errors.StartError.exit_code, -signal.SIGABRT)
     assert 10 <= checkpoint.steps(workdir)[-1] < 40
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from maskdm_jax import checkpoint, faults, train
-from maskdm_jax.config import ConfigError, RunError, default_config, validate
+from maskdm_jax.config import default_config, validate
 from maskdm_jax.data import loader
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.state import TrainState
 from maskdm_jax.telemetry import Telemetry, read_metrics
 

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 
 from maskdm_jax import sharding
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import sources
 from maskdm_jax.data.loader import Loader, Order
+from maskdm_jax.errors import ConfigError
 
 
 def test_every_epoch_reads_every_example_once():

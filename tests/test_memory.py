@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from maskdm_jax import memory, train
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 def gigabyte_of_four_images(batch):

@@ -8,7 +8,7 @@ import pytest
 from conftest import DATA
 
 from maskdm_jax import checkpoint, optim, pretrained, uvit
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.state import create_state
 
 

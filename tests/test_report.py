@@ -6,7 +6,7 @@ import pytest
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import config as config_lib
 from maskdm_jax import images, report
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 def fake_run(workdir, config, losses):

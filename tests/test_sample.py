@@ -6,7 +6,7 @@ from conftest import TINY
 
 from configs import pretrain_digits
 from maskdm_jax import images, sample, train
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 @pytest.fixture(scope="module")

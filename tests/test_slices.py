@@ -1,7 +1,7 @@
 import pytest
 
 from maskdm_jax import slices
-from maskdm_jax.config import ConfigError
+from maskdm_jax.errors import ConfigError
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import pytest
 
 from maskdm_jax import attention, objective, patches, torch_io, uvit
 from maskdm_jax.config import default_config
+from maskdm_jax.model.sizes import SIZES
 
 
 def nhwc(array):
@@ -45,7 +46,7 @@ def test_large_sizes_divide_into_heads_and_blocks(size):
     model = uvit.make_model(config)
     abstract = jax.eval_shape(lambda: uvit.init_params(model, jax.random.key(0)))
     blocks = [name for name in abstract if "block" in name]
-    assert len(blocks) == uvit.SIZES[size][1]
+    assert len(blocks) == SIZES[size].depth
     assert model.width % model.num_heads == 0
 
 

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from configs import pretrain_digits
 from maskdm_jax import distributed
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import loader, sources
 
 STEP = 3
@@ -53,8 +52,5 @@ distributed._SHARED_S = 1
 distributed.check_shared(pathlib.Path(out))
 own = pathlib.Path(out) / str(process_id)
 own.mkdir()
-try:
+with distributed.errors_end_all_processes():
     distributed.check_shared(own)
-except ConfigError as error:
-    print(error)
-    distributed.leave(2)

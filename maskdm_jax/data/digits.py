@@ -10,8 +10,8 @@ import pathlib
 import numpy as np
 from PIL import Image
 
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import writer
+from maskdm_jax.errors import ConfigError
 
 NAME = "digits"
 

@@ -20,9 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import progress, sharding
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import lock
 from maskdm_jax.data.sources import Source
+from maskdm_jax.errors import ConfigError
 
 _PREFETCH_BATCHES = 4
 

@@ -19,9 +19,9 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-from maskdm_jax import progress
-from maskdm_jax.config import ConfigError
+from maskdm_jax import command_line, progress
 from maskdm_jax.data import writer
+from maskdm_jax.errors import ConfigError
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 _MAX_UNREADABLE_SHARE = 0.01
@@ -200,12 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=95, help="of JPEG")
     parser.add_argument("--num_processes", type=_positive, help="default: one per core")
     args = vars(parser.parse_args(argv))
-    try:
-        prepare(**args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command_line.exit_code(lambda: prepare(**args))
 
 
 if __name__ == "__main__":

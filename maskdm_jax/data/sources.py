@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from maskdm_jax.config import ConfigError
 from maskdm_jax.data import digits, lock, writer
+from maskdm_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,6 @@ import contextlib
 import pathlib
 from collections.abc import Iterable
 
-import tensorflow_datasets as tfds
 from absl import logging
 
 VERSION = "1.0.0"
@@ -35,6 +34,8 @@ def write(
     Returns:
       The set's folder.
     """
+    import tensorflow_datasets as tfds  # slow, and `prepare`'s workers load this module too
+
     features = tfds.features.FeaturesDict(
         {
             "image": tfds.features.Image(shape=image_shape),
@@ -64,7 +65,7 @@ def write(
                 yield index, {"image": image, "label": label, "id": identity}
 
     Builder.name = name
-    with _quiet():
+    with _quiet(tfds):
         builder = Builder(data_dir=str(data_dir), file_format="array_record")
         builder.download_and_prepare()
     return pathlib.Path(builder.data_dir)
@@ -76,8 +77,8 @@ def exists(name: str, data_dir: str | pathlib.Path) -> bool:
 
 
 @contextlib.contextmanager
-def _quiet():
-    """TFDS's own bars and remarks off: the caller shows progress over the whole job."""
+def _quiet(tfds):
+    """Switches off TFDS's own progress bars and remarks: the caller shows progress."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()

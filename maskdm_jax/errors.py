@@ -1,0 +1,19 @@
+"""The errors that end a program with one sentence instead of a stack trace, and its exit codes."""
+
+
+class ConfigError(ValueError):
+    """Bad input, found before any work: what was given, what is expected, what to type."""
+
+    exit_code = 2
+
+
+class RunError(RuntimeError):
+    """A run that began well must stop: one sentence, with what a person can do about it."""
+
+    exit_code = 1
+
+
+class StartError(RuntimeError):
+    """The processes of a run cannot find each other; the next attempt may succeed."""
+
+    exit_code = 70  # EX_SOFTWARE of sysexits.h
