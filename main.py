@@ -49,7 +49,7 @@ def _run(config, mode, workdir):
     try:
         with memory.explained(config, mode):
             if mode == "sample":
-                sample.sample(config, workdir)
+                sample.write_samples(config, workdir)
                 return
             with preemption.watched(lambda: checkpoint.steps(workdir)) as preempted:
                 train.train(config, workdir, preempted)

@@ -8,7 +8,8 @@ from PIL import Image
 
 from maskdm_jax import sharding
 from maskdm_jax.config import default_config
-from maskdm_jax.data import loader, sources
+from maskdm_jax.data import batch as batch_lib
+from maskdm_jax.data import sources
 
 # name: (config, batch)
 CASES = {
@@ -75,5 +76,5 @@ def load_images(config) -> np.ndarray:
 def device_arrays(config, mesh) -> dict:
     """The images and labels as the device cache of `data.loader` holds them."""
     images = load_images(config)
-    arrays = loader.flat({"image": images, "label": np.zeros(len(images), np.int32)})
+    arrays = batch_lib.flat({"image": images, "label": np.zeros(len(images), np.int32)})
     return jax.device_put(arrays, sharding.replicated(mesh))

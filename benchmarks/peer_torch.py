@@ -25,7 +25,10 @@ from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
-from maskdm_jax import diffusion, masking, patches, sampler  # noqa: E402
+from maskdm_jax import masking  # noqa: E402
+from maskdm_jax.diffusion import ddpm, make_process, samplers  # noqa: E402
+from maskdm_jax.diffusion.process import invert  # noqa: E402
+from maskdm_jax.model import patches  # noqa: E402
 from maskdm_jax.model.sizes import dimensions, grid_shape  # noqa: E402
 
 # A single kernel for scaled_dot_product_attention to run; None: its own choice.
@@ -116,9 +119,8 @@ def make_model(config) -> UViT:
     if refused:
         raise ValueError(f"the PyTorch peer is without {', '.join(refused)}; unset what is set")
     rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
-    patch_dim = config.model.patch_size**2 * config.data.channels
-    sizes = dimensions(config.model)
-    return UViT(rows * cols, patch_dim, *sizes, mlp_ratio=config.model.mlp_ratio)
+    patch_dim = patches.patch_dim(config.model.patch_size, config.data.channels)
+    return UViT(rows * cols, patch_dim, *dimensions(config.model), mlp_ratio=config.model.mlp_ratio)
 
 
 def draw_visible_ids(batch, mask, grid, device):
@@ -137,10 +139,10 @@ def draw_visible_ids(batch, mask, grid, device):
 
 def make_loss(config, model: UViT, device: torch.device, low_precision: bool):
     """(uint8 images [B, H, W, C]) -> the loss, with t, masks and noise drawn on the device."""
-    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+    abar = ddpm.make_alphas_cumprod(config.diffusion, config.data.image_size)
     signal_T = torch.tensor(np.sqrt(abar), dtype=torch.float32, device=device)
     noise_T = torch.tensor(np.sqrt(1 - abar), dtype=torch.float32, device=device)
-    mask, size, prediction = config.mask, config.model.patch_size, config.diffusion.prediction
+    mask, size = config.mask, config.model.patch_size
     grid = grid_shape(config.data.image_size, size)
     norm = nn.MSELoss() if config.diffusion.loss == "l2" else nn.L1Loss()
 
@@ -154,10 +156,11 @@ def make_loss(config, model: UViT, device: torch.device, low_precision: bool):
         eps_BVP = torch.randn_like(x0_BVP)
         t_B = torch.randint(len(signal_T), (batch,), device=device)
         signal, noise = signal_T[t_B, None, None], noise_T[t_B, None, None]
-        x_t = diffusion.q_sample(x0_BVP, eps_BVP, signal, noise)
+        x_t = signal * x0_BVP + noise * eps_BVP
+        targets = {"eps": eps_BVP, "x0": x0_BVP, "v": signal * eps_BVP - noise * x0_BVP}
         with torch.autocast(device.type, torch.bfloat16, enabled=low_precision):
             output = model(x_t, t_B, visible_BV)
-        return norm(output, diffusion.target(prediction, x0_BVP, eps_BVP, signal, noise))
+        return norm(output, targets[config.diffusion.prediction])
 
     return loss
 
@@ -229,16 +232,11 @@ def ddim_table(config) -> np.ndarray:
 
     Columns: t; x0 = a x_t + b output; eps = a x_t + b output; x_s = a x0 + b eps + c z.
     """
-    walk = sampler.timesteps(config.diffusion.num_timesteps, config.sample.steps)
-    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    abar = np.append(abar, 1.0)[walk]  # t = -1 is the image itself
-    now, then = abar[:-1], abar[1:]
-    variance = (1 - now / then) * (1 - then) / (1 - now)
-    to_x0 = diffusion.x0_coefficients(config.diffusion.prediction, now)
-    to_eps = diffusion.eps_coefficients(config.diffusion.prediction, now)
-    squared = [then, np.maximum(1 - then - variance, 0), variance]
-    columns = [walk[:-1], *to_x0, *to_eps, *np.sqrt(squared)]
-    return np.stack(columns, axis=1).astype(np.float32)
+    process = make_process(config.diffusion, config.data.image_size)
+    levels = process.ladder(config.sample.steps, "timestep")
+    inverse, table = invert(levels), samplers.ddim(levels, eta=1.0)
+    columns = [levels.time, *inverse.x0, *inverse.eps, *(table[k] for k in ("x0", "eps", "noise"))]
+    return np.stack(np.broadcast_arrays(*columns), axis=1).astype(np.float32)
 
 
 def _setup(config):

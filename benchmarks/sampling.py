@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import flops, memory, sample, sharding, uvit
+from maskdm_jax import draw, flops, memory, sharding, state
 
 _STEPS = 25
 
@@ -22,19 +22,13 @@ _STEPS = 25
 def bench(config, seconds: float) -> dict:
     """Rates of the sampler, beside the time to compile it."""
     mesh = sharding.make_mesh(config)
-    model = uvit.make_model(config, mesh)
-    abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    params = jax.jit(lambda: uvit.init_params(model, jax.random.key(0)), out_shardings=shardings)()
-    by_batch = sharding.batch_sharding(mesh)
+    params = state.init_state(config, mesh).params
     batch = config.sample.batch_size
-    index_B = jax.device_put(np.arange(batch, dtype=np.int32), by_batch)
+    index_B = jax.device_put(np.arange(batch, dtype=np.int32), sharding.batch_sharding(mesh))
     start = time.perf_counter()
-    draw = (
-        sample.jit_sampler(config, mesh, model, by_batch, _STEPS).lower(params, index_B).compile()
-    )
+    draw_images = draw.lower_draw(config, mesh, _STEPS).compile()
     set_up_s = time.perf_counter() - start
-    call_s = measure.seconds_per_call(lambda i: draw(params, index_B), seconds, warm_up=1)
+    call_s = measure.seconds_per_call(lambda i: draw_images(params, index_B), seconds, warm_up=1)
     evaluations_per_s = batch * _STEPS / call_s
     peak = measure.matmul_tflops()
     tflops = evaluations_per_s * flops.forward_flops(config) / 1e12

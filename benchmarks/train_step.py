@@ -8,7 +8,6 @@ noise, loss, gradient, clipping, AdamW, EMA. --profile adds where the time goes,
 
 import argparse
 import collections
-import functools
 import json
 import pathlib
 import re
@@ -19,10 +18,10 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import flops, memory, optim, sharding, uvit
+from maskdm_jax import flops, memory, sharding
 from maskdm_jax.data import loader
-from maskdm_jax.state import create_state
-from maskdm_jax.step import jit_train_step
+from maskdm_jax.state import init_state
+from maskdm_jax.step import lower_train_step
 
 # Kinds of kernels, by their names in a trace; the first that matches counts.
 _KINDS = (
@@ -39,14 +38,7 @@ _KINDS = (
 def compile_step(config):
     """The compiled step. Nothing is put on the device, so several can be compiled side by side."""
     mesh = sharding.make_mesh(config)
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
-    state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
-    num_examples = len(cases.open_source(config))
-    arrays, examples = loader.abstract_inputs(config, num_examples, mesh)
-    step = jit_train_step(
-        config, mesh, model, optimizer, state, functools.partial(loader.materialize, config)
-    )
-    return step.lower(state, arrays, examples).compile()
+    return lower_train_step(config, mesh, len(cases.open_source(config))).compile()
 
 
 def start(config, compiled):
@@ -58,10 +50,7 @@ def start(config, compiled):
     ready = [
         {"ids": jax.device_put(order.ids(step).astype(np.int32), by_batch)} for step in range(8)
     ]
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
-    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
+    state = init_state(config, mesh)
 
     def call(i):
         nonlocal state

@@ -10,7 +10,6 @@ memory, 1 it does not, 2 bad input, 3 any other error, with its stack trace. doc
 the figures are and are not.
 """
 
-import functools
 import importlib.util
 import os
 import pathlib
@@ -30,7 +29,6 @@ os.environ.update(
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
@@ -38,21 +36,18 @@ from maskdm_jax import (  # noqa: E402
     attention,
     collectives,
     command_line,
+    draw,
     flops,
     long_attention,
     memory,
-    optim,
-    sample,
     sharding,
     slices,
-    uvit,
+    step,
 )
 from maskdm_jax.config import validate, validate_devices  # noqa: E402
-from maskdm_jax.data import loader  # noqa: E402
+from maskdm_jax.diffusion import samplers  # noqa: E402
 from maskdm_jax.errors import ConfigError  # noqa: E402
 from maskdm_jax.model.sizes import dimensions  # noqa: E402
-from maskdm_jax.state import create_state  # noqa: E402
-from maskdm_jax.step import jit_train_step  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
@@ -113,13 +108,8 @@ def _round_batch_up(config, mode, num_chips):
 
 def _lower(config, mode, mesh):
     """The program that main.py would compile, from shapes alone."""
-    model = uvit.make_model(config, mesh)
     if mode == "sample":
-        params = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
-        by_batch = sharding.batch_sharding(mesh)
-        shape = (config.sample.batch_size,)
-        index_B = jax.ShapeDtypeStruct(shape, np.int32, sharding=by_batch)
-        return sample.jit_sampler(config, mesh, model, by_batch).lower(params, index_B)
+        return draw.lower_draw(config, mesh)
     num_examples = 0
     if config.data.cache == "device":
         num_examples = _NUM_EXAMPLES.value or _NUM_EXAMPLES_OF.get(config.data.name)
@@ -128,13 +118,7 @@ def _lower(config, mode, mesh):
                 f"data.cache is 'device', and how many images {config.data.name!r} has is not "
                 "known here; type --num_examples=N, or --config.data.cache=host"
             )
-    optimizer = optim.make_optimizer(config)
-    state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
-    arrays, batch = loader.abstract_inputs(config, num_examples, mesh)
-    step = jit_train_step(
-        config, mesh, model, optimizer, state, functools.partial(loader.materialize, config)
-    )
-    return step.lower(state, arrays, batch)
+    return step.lower_train_step(config, mesh, num_examples)
 
 
 def _figures(config, mode, mesh, tpu, compiled):
@@ -180,11 +164,16 @@ def _model_flops(config, mode):
     """Of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    guided = 2 if config.sample.guidance_scale != 1 else 1
     # What is drawn is whole, whatever the config hides in training.
     whole = config.copy_and_resolve_references()
     whole.mask.kind = "none"
-    return config.sample.batch_size * config.sample.steps * guided * flops.forward_flops(whole)
+    return config.sample.batch_size * _evaluations(config) * flops.forward_flops(whole)
+
+
+def _evaluations(config):
+    """Of the network, for one image that is drawn."""
+    guided = 2 if config.sample.guidance_scale != 1 else 1
+    return guided * samplers.evaluations(config.sample.sampler, config.sample.steps)
 
 
 def _splash_flops(config, mode, mesh):
@@ -200,7 +189,7 @@ def _splash_flops(config, mode, mesh):
     # Forward two matmuls; backward three for dq and four for dk and dv.
     matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1
     if mode == "sample":
-        matmuls, calls = 2, config.sample.steps * (2 if config.sample.guidance_scale != 1 else 1)
+        matmuls, calls = 2, _evaluations(config)
     images = _batch(config, mode) * calls / mesh.size
     padded = long_attention.padded_length(length)
     return images * (2 * (depth // 2) + 1) * matmuls * 2 * padded**2 * width

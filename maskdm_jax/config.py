@@ -99,6 +99,7 @@ def default_config() -> config_dict.ConfigDict:
     sample.seed = 0  # image i depends on (seed, i) alone
     sample.sampler = "ddim"  # or "ddpm"
     sample.steps = 250  # network evaluations, 1 to diffusion.num_timesteps
+    sample.spacing = "timestep"  # of the levels: even in "timestep" (the official), or "log_snr"
     sample.eta = 1.0  # DDIM's noise: 0 deterministic, 1 as much as DDPM
     sample.guidance_scale = 1.0  # 1: none
     sample.label = -1  # the class to draw; -1: image i has class i mod num_classes
@@ -121,6 +122,7 @@ _CHOICES = {
     "optim.lr_schedule": ("constant", "cosine"),
     "init.weights": ("raw", "ema"),
     "sample.sampler": ("ddim", "ddpm"),
+    "sample.spacing": ("timestep", "log_snr"),
     "sample.weights": ("raw", "ema"),
 }
 

@@ -7,6 +7,7 @@ Counts are 2 per multiply-add, matmuls and attention only, with no remat and no 
 import jax
 
 from maskdm_jax.masking import num_visible
+from maskdm_jax.model import patches
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
 # Dense bf16 TFLOP/s by the vendors' datasheets, by a part of `device.device_kind`.
@@ -34,7 +35,7 @@ def forward_flops(config) -> float:
     """FLOPs of one forward pass for one image."""
     width, depth, _ = dimensions(config.model)
     length = tokens_per_image(config)
-    patch_dim = config.model.patch_size**2 * config.data.channels
+    patch_dim = patches.patch_dim(config.model.patch_size, config.data.channels)
     skips = depth // 2
     block = 2 * length * width**2 * (4 + 2 * config.model.mlp_ratio) + 4 * length**2 * width
     skip = 2 * length * 2 * width * width

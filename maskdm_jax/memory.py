@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator
 
 import jax
 
-from maskdm_jax import optim, sharding, uvit
-from maskdm_jax.data import loader
+from maskdm_jax import sharding
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.progress import say
-from maskdm_jax.state import create_state
-from maskdm_jax.step import jit_train_step
+from maskdm_jax.step import lower_train_step
 
 # Of a GPU's memory, what JAX takes at its start; the rest is for cuDNN's and NCCL's workspaces.
 GPU_MEMORY_FRACTION = "0.92"
@@ -54,19 +52,13 @@ def dry_run(config, num_examples: int) -> None:
       num_examples: images of the data set, for `data.cache = "device"`.
     """
     mesh = sharding.make_mesh(config)
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
-    state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
     device = jax.devices()[0].device_kind
 
     @functools.cache
     def needs(batch):
         tried = config.copy_and_resolve_references()
         tried.train.batch_size = batch
-        arrays, examples = loader.abstract_inputs(tried, num_examples, mesh)
-        step = jit_train_step(
-            tried, mesh, model, optimizer, state, functools.partial(loader.materialize, tried)
-        )
-        size = bytes_needed(step.lower(state, arrays, examples).compile())
+        size = bytes_needed(lower_train_step(tried, mesh, num_examples).compile())
         say(f"batch {batch:6,}: {size / 1e9:7.2f} GB on each {device}")
         return size
 

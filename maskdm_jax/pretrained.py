@@ -14,22 +14,23 @@ from maskdm_jax import checkpoint, torch_io
 from maskdm_jax.errors import ConfigError
 
 
-def load_params(init, expected, make_fresh):
+def load_params(init, make_fresh):
     """Parameters from `config.init`.
 
     Args:
       init: path (a workdir, or an official .pt file), weights ("raw" or "ema"), ignore (regular
         expressions, each matched against whole names such as "mid_block/qkv/kernel").
-      expected: shapes of the new model's parameters.
-      make_fresh: () -> fresh parameters; called only where `ignore` leaves some fresh.
+      make_fresh: () -> fresh parameters, whose shapes are expected; run only where `ignore` leaves
+        some fresh.
 
     Returns:
-      (params with `expected`'s structure, one sentence that says what was loaded from where).
+      (params with that structure, one sentence that says what was loaded from where).
 
     Raises:
       ConfigError: naming every weight that does not fit, or a path that holds no weights.
     """
     loaded, source = _read(init)
+    expected = jax.eval_shape(make_fresh)
     ours = _flatten(expected)
     theirs = _flatten(loaded)
 

@@ -1,92 +1,22 @@
-"""Drawing images from a checkpoint.
+"""`--mode=sample`: draws images from a checkpoint into numbered files.
 
-Image i depends on (seed, i) alone: its noise comes from its own key. So a run that was interrupted
-goes on where it stopped, and another batch size or number of devices gives the same image i.
+Image i depends on (seed, i) alone, so an interrupted run resumes with the images that are missing.
 """
 
 import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
-from maskdm_jax import (
-    checkpoint,
-    diffusion,
-    distributed,
-    images,
-    patches,
-    progress,
-    rng,
-    sampler,
-    sharding,
-    uvit,
-)
+from maskdm_jax import checkpoint, distributed, draw, images, progress, sharding
 from maskdm_jax.config import check_same_architecture
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.progress import say
 
 
-def jit_sampler(config, mesh: Mesh, model: uvit.UViT, out_sharding, steps: int | None = None):
-    """`make_sampler` under jit on `mesh`; the images come back laid out as `out_sharding`."""
-    return jax.jit(
-        make_sampler(config, model, steps),
-        out_shardings=out_sharding,
-        compiler_options=sharding.compiler_options(mesh),
-    )
-
-
-def make_sampler(config, model: uvit.UViT, steps: int | None = None):
-    """(params, index_B) -> uint8 images [B, H, W, C] with those indices, to be jitted.
-
-    Args:
-      config: its `sample` and `diffusion` fields.
-      model: from `uvit.make_model`.
-      steps: network evaluations; default `config.sample.steps`.
-    """
-    settings = config.sample
-    shape = (*config.data.image_size, config.data.channels)
-    patch_size = config.model.patch_size
-    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    num_classes = config.model.num_classes
-
-    def draw(params, index_B):
-        keys = jax.vmap(lambda i: rng.stream(settings.seed, "sample", i))(index_B)
-
-        def normal(i):  # 0 is x_T, i + 1 the noise of step i
-            return jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape))(keys)
-
-        def predict_label(x_BHWC, t_B, label_B):
-            x_BNP = patches.patchify(x_BHWC, patch_size)
-            out_BNP = uvit.apply(model, params, x_BNP, t_B, label_B=label_B)
-            return patches.unpatchify(out_BNP, patch_size, config.data.image_size)
-
-        if num_classes:
-            label_B = index_B % num_classes
-            if settings.label >= 0:
-                label_B = jnp.full_like(index_B, settings.label)
-            predict = sampler.guided(predict_label, label_B, num_classes, settings.guidance_scale)
-        else:
-            predict = lambda x, t: predict_label(x, t, None)  # noqa: E731
-        image = sampler.sample(
-            predict,
-            normal(0),
-            lambda i: normal(i + 1),
-            alphas_cumprod,
-            sampler=settings.sampler,
-            steps=steps or settings.steps,
-            eta=settings.eta,
-            prediction=config.diffusion.prediction,
-        )
-        return jnp.clip(jnp.rint((image + 1) * 127.5), 0, 255).astype(jnp.uint8)
-
-    return draw
-
-
-def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
+def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """Draws `config.sample.num` images from the newest checkpoint of `workdir`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
@@ -133,12 +63,10 @@ def sample(config, workdir: str | pathlib.Path) -> pathlib.Path:
 
 def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
-    model = uvit.make_model(config, mesh)
-    abstract = sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
     item = "ema" if config.sample.weights == "ema" else "params"
-    params = checkpoint.restore_item(workdir, step, item, abstract)
+    params = checkpoint.restore_item(workdir, step, item, draw.abstract_params(config, mesh))
     by_batch = sharding.batch_sharding(mesh)
-    draw = jit_sampler(config, mesh, model, by_batch)
+    jitted = draw.jit_draw(config, mesh, by_batch)
 
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
@@ -148,7 +76,7 @@ def _draw_missing(config, workdir, step, folder, todo):
         # The last batch is filled up, so that one shape is compiled.
         index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
         index_B = jax.make_array_from_callback((size,), by_batch, index_B.__getitem__)
-        drawn = multihost_utils.process_allgather(draw(params, index_B), tiled=True)
+        drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
         if distributed.is_main():
             for i, image in zip(batch, drawn, strict=False):
                 images.save_png(_path(folder, i), image)
@@ -158,6 +86,8 @@ def _folder_name(config, step):
     """Images that differ in anything but their index lie in different folders."""
     s = config.sample
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
+    if s.spacing != "timestep":
+        name += f"_{s.spacing}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
     if s.guidance_scale != 1:

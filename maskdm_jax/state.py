@@ -5,9 +5,9 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+from jax.sharding import Mesh
 
-from maskdm_jax import rng, uvit
+from maskdm_jax import optim, rng, sharding, uvit
 
 
 @flax.struct.dataclass
@@ -20,16 +20,28 @@ class TrainState:
     opt_state: Any
 
 
-def create_state(
-    config, model: uvit.UViT, optimizer: optax.GradientTransformation, params=None
-) -> TrainState:
-    """A state at step 0, with fresh parameters unless some are given; call it under jit."""
-    if params is None:
-        params = uvit.init_params(model, rng.stream(config.seed, "init"))
+def abstract_state(config, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings on `mesh` of a run's state; nothing is computed."""
+    return sharding.abstract(lambda: _create(config, mesh), mesh)
+
+
+def init_state(config, mesh: Mesh, params=None) -> TrainState:
+    """A state at step 0 on the devices of `mesh`, with fresh parameters unless some are given."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
+    return jax.jit(lambda given: _create(config, mesh, given), out_shardings=shardings)(params)
+
+
+def fresh_params(config, mesh: Mesh):
+    """The parameters that a run starts with where no others are given."""
+    return uvit.init_params(uvit.make_model(config, mesh), rng.stream(config.seed, "init"))
+
+
+def _create(config, mesh, params=None):
+    params = fresh_params(config, mesh) if params is None else params
     # The EMA is a copy of its own: the step donates its input, and donates no buffer twice.
     return TrainState(
         step=jnp.int32(0),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
+        opt_state=optim.make_optimizer(config).init(params),
     )

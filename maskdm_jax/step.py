@@ -8,95 +8,79 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from maskdm_jax import diffusion, masking, objective, optim, patches, rng, sharding, uvit
+from maskdm_jax import masking, optim, rng, sharding, uvit
+from maskdm_jax import state as state_lib
+from maskdm_jax.data import batch as batch_lib
+from maskdm_jax.diffusion import make_process
+from maskdm_jax.diffusion.objective import denoising_loss
+from maskdm_jax.model import patches
 from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.state import TrainState
 
 
-def jit_train_step(
-    config,
-    mesh: Mesh,
-    model: uvit.UViT,
-    optimizer: optax.GradientTransformation,
-    abstract_state: TrainState,
-    materialize: Callable[[dict, dict], dict],
-):
-    """`make_train_step` under jit on `mesh`: what main.py runs, to be lowered and compiled.
+def jit_train_step(config, mesh: Mesh):
+    """The update under jit on `mesh`: what main.py runs.
 
-    The state is donated, and comes back laid out as `abstract_state` says.
+    Returns:
+      (state, arrays, batch) -> (state, metrics), see `make_train_step`; arrays and batch are those
+      of `data.batch`. The state is donated, and comes back laid out as it was.
     """
-    alphas_cumprod = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state)
+    abstract = state_lib.abstract_state(config, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        make_train_step(config, model, optimizer, alphas_cumprod, materialize),
+        make_train_step(config, mesh),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=sharding.compiler_options(mesh),
     )
 
 
+def lower_train_step(config, mesh: Mesh, num_examples: int):
+    """`jit_train_step` lowered from shapes alone, for a set of `num_examples` images."""
+    arrays, batch = batch_lib.abstract_inputs(config, num_examples, mesh)
+    state = state_lib.abstract_state(config, mesh)
+    return jit_train_step(config, mesh).lower(state, arrays, batch)
+
+
 def make_train_step(
-    config,
-    model: uvit.UViT,
-    optimizer: optax.GradientTransformation,
-    alphas_cumprod: np.ndarray,
-    materialize: Callable[[dict, dict], dict],
+    config, mesh: Mesh
 ) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict]]:
     """The update of one step, to be jitted.
 
-    Args:
-      config: the run's config.
-      model: from `uvit.make_model`.
-      optimizer: from `optim.make_optimizer`.
-      alphas_cumprod: float64 [T].
-      materialize: (arrays, batch) -> {"image": uint8 [B, H, W, C], "label": int32 [B]}.
-
     Returns:
       (state, arrays, batch) -> (state, metrics): float32 scalars "loss", "grad_norm" (before
-      clipping), "lr", and "skipped": 1 where the loss or the norm is not finite. Of such an update
-      only `step` goes on, since all draws and the order of the data follow from it.
+      clipping), "lr", and "skipped": 1 where the loss or the norm is not finite. A skipped update
+      still advances `step`, which the random draws and the data order depend on.
     """
+    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
+    process = make_process(config.diffusion, config.data.image_size)
     schedule = optim.learning_rate(config)
-    micro = config.optim.accumulate_steps
 
     def loss(params, examples, dropout_key):
-        return objective.denoising_loss(
-            model,
-            params,
-            examples["x0"],
-            examples["eps"],
-            examples["t"],
-            alphas_cumprod,
-            prediction=config.diffusion.prediction,
-            norm=config.diffusion.loss,
-            visible_BV=examples.get("visible"),
-            label_B=examples.get("label"),
-            dropout_key=dropout_key if config.model.dropout else None,
-        )
+        def predict(x_BVP, time_B):
+            return uvit.apply(
+                model,
+                params,
+                x_BVP,
+                time_B,
+                visible_BV=examples.get("visible"),
+                label_B=examples.get("label"),
+                dropout_key=dropout_key if config.model.dropout else None,
+            )
 
-    def gradients(params, examples, dropout_key):
-        if micro == 1:
-            return jax.value_and_grad(loss)(params, examples, dropout_key)
-
-        def accumulate(total, i_and_part):
-            i, part = i_and_part
-            value = jax.value_and_grad(loss)(params, part, jax.random.fold_in(dropout_key, i))
-            return jax.tree.map(jnp.add, total, value), None
-
-        # Microbatch i takes every micro-th example, so that each device keeps its own examples.
-        parts = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]).swapaxes(0, 1), examples)
-        zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(accumulate, zero, (jnp.arange(micro), parts))
-        return jax.tree.map(lambda x: x / micro, total)
+        given = examples["x0"], examples["eps"], examples["t"]
+        return jnp.mean(denoising_loss(predict, process, *given, config.diffusion.loss))
 
     def train_step(state, arrays, batch):
-        examples = draw_examples(config, materialize(arrays, batch), state.step)
+        batch = batch_lib.materialize(config, arrays, batch)
+        examples = draw_examples(config, process, batch, state.step)
         dropout_key = rng.stream(config.seed, "dropout", state.step)
-        value, grads = gradients(state.params, examples, dropout_key)
+        value, grads = value_and_gradient(
+            loss, state.params, examples, dropout_key, config.optim.accumulate_steps
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optim.global_norm(grads)
@@ -121,22 +105,49 @@ def make_train_step(
     return train_step
 
 
+def value_and_gradient(loss, params, examples: dict, key: jax.Array, num_parts: int):
+    """The loss and its gradient, with the batch cut into `num_parts` that are added up in turn.
+
+    Args:
+      loss: (params, examples, key) -> the mean over the examples.
+      params: what the gradient is of.
+      examples: arrays [B, ...], and `num_parts` divides B.
+      key: for what `loss` draws; each part has its own.
+      num_parts: 1 is the whole batch at once.
+    """
+    gradient = jax.value_and_grad(loss)
+    if num_parts == 1:
+        return gradient(params, examples, key)
+
+    def accumulate(total, i_and_part):
+        i, part = i_and_part
+        value = gradient(params, part, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, total, value), None
+
+    # Part i takes every num_parts-th example, so that each device keeps its own examples.
+    parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), examples)
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(accumulate, zero, (jnp.arange(num_parts), parts))
+    return jax.tree.map(lambda x: x / num_parts, total)
+
+
 def is_finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
     """Whether an update can be applied: bool scalar. One bad gradient makes the norm bad too."""
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
 
-def draw_examples(config, batch: dict, step: jax.Array) -> dict:
+def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
     """All that a batch's loss needs, drawn from (seed, name, step).
 
     Args:
       config: the run's config.
+      process: its noise process.
       batch: "image" uint8 [B, H, W, C] and "label" int32 [B].
       step: completed updates, int32 scalar.
 
     Returns:
-      "x0" and "eps" float32 [B, V, P], "t" int32 [B]; "visible" int32 [B, V] where patches are
-      hidden, and "label" int32 [B] where the model has classes.
+      "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] where patches are hidden,
+      and "label" int32 [B] where the model has classes.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]
@@ -144,12 +155,10 @@ def draw_examples(config, batch: dict, step: jax.Array) -> dict:
     def key(name):
         return rng.stream(config.seed, name, step)
 
-    examples = {
-        "t": jax.random.randint(key("time"), (size,), 0, config.diffusion.num_timesteps),
-    }
+    examples = {"t": process.draw(key("time"), size)}
     if config.data.flip:
-        mirrored = jax.random.bernoulli(key("flip"), 0.5, (size, 1, 1, 1))
-        image_BHWC = jnp.where(mirrored, image_BHWC[:, :, ::-1], image_BHWC)
+        flipped = jax.random.bernoulli(key("flip"), 0.5, (size, 1, 1, 1))
+        image_BHWC = jnp.where(flipped, image_BHWC[:, :, ::-1], image_BHWC)
     if config.model.num_classes:
         dropped = jax.random.bernoulli(key("class_dropout"), config.model.class_dropout, (size,))
         examples["label"] = jnp.where(dropped, config.model.num_classes, batch["label"])
@@ -158,9 +167,6 @@ def draw_examples(config, batch: dict, step: jax.Array) -> dict:
     visible_BV = masking.draw_visible_ids(key("mask"), size, config.mask, grid)
     if visible_BV is not None:
         examples["visible"] = visible_BV
-    # Gathered as uint8, scaled after: the hidden patches are never converted.
-    patch_BNP = patches.patchify(image_BHWC, config.model.patch_size)
-    patch_BVP = objective.gather_visible(patch_BNP, visible_BV)
-    examples["x0"] = patch_BVP.astype(jnp.float32) / 127.5 - 1
-    examples["eps"] = jax.random.normal(key("noise"), patch_BVP.shape)
+    examples["x0"] = patches.cut(image_BHWC, config.model.patch_size, visible_BV)
+    examples["eps"] = jax.random.normal(key("noise"), examples["x0"].shape)
     return examples

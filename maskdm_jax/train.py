@@ -13,23 +13,21 @@ from clu import parameter_overview
 from maskdm_jax import (
     checkpoint,
     distributed,
+    draw,
     faults,
     flops,
     images,
     memory,
-    optim,
     preemption,
     pretrained,
-    sample,
     sharding,
-    uvit,
 )
 from maskdm_jax.config import check_same_architecture, differences, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.progress import say
-from maskdm_jax.state import create_state
+from maskdm_jax.state import abstract_state, fresh_params, init_state
 from maskdm_jax.step import jit_train_step
 from maskdm_jax.telemetry import Telemetry
 
@@ -84,53 +82,38 @@ def train(
         memory.dry_run(config, len(source))
         return
     mesh = sharding.make_mesh(config)
-    model = uvit.make_model(config, mesh)
-    optimizer = optim.make_optimizer(config)
     # Own checkpoint, else other weights, else fresh ones.
     params = None
     if config.init.path and own_step is None:
-
-        def make_fresh():
-            return create_state(config, model, optimizer).params
-
-        expected = jax.eval_shape(make_fresh)
-        params, note = pretrained.load_params(config.init, expected, make_fresh)
+        params, note = pretrained.load_params(config.init, lambda: fresh_params(config, mesh))
         say(note)
 
     # ------------------------------------------------------------------------------- state
-    abstract = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     _make_folder(workdir)
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
     if own_step is not None:
-        state = checkpoints.restore(own_step, abstract)
+        state = checkpoints.restore(own_step, abstract_state(config, mesh))
         say(f"going on from step {own_step} of {workdir}")
     else:
-        create = jax.jit(
-            lambda given: create_state(config, model, optimizer, given), out_shardings=shardings
-        )
-        state = create(params)
+        state = init_state(config, mesh, params)
     if distributed.is_main():
         _write_whole(workdir / "config.json", to_json(config))
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
-    _say_start(config, source, mesh, abstract.params)
+    _say_start(config, source, mesh, state.params)
 
     # ------------------------------------------------------- compile, before the first step
-    train_step = jit_train_step(config, mesh, model, optimizer, abstract, batches.materialize)
     feed = batches.batches(step)
     batch = next(feed)
     say("compiling the step ...")
     compile_start = time.perf_counter()
-    compiled = train_step.lower(state, batches.arrays, batch).compile()
+    compiled = jit_train_step(config, mesh).lower(state, batches.arrays, batch).compile()
     say(
         f"compiled in {time.perf_counter() - compile_start:.1f} s; "
         f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB a device"
     )
-    preview = sample.jit_sampler(
-        config, mesh, model, sharding.replicated(mesh), config.sample.preview_steps
-    )
+    preview = draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
 
     # ----------------------------------------------------------------------------- the loop
     peak = flops.peak_tflops(jax.devices()[0])
@@ -199,8 +182,8 @@ def _draw_preview(config, preview, ema, workdir, step):
     say(f"samples of step {step} in {folder}")
 
 
-def _say_start(config, source, mesh, abstract_params):
-    say(parameter_overview.get_parameter_overview(abstract_params, include_stats=False))
+def _say_start(config, source, mesh, params):
+    say(parameter_overview.get_parameter_overview(params, include_stats=False))
     width, depth, heads = dimensions(config.model)
     say(
         f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maskdm_jax import attention, layers
+from maskdm_jax.model import patches
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
 _kernel_init = nn.initializers.truncated_normal(0.02)
@@ -22,7 +23,7 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
     width, depth, num_heads = dimensions(config.model)
     return UViT(
         num_patches=rows * cols,
-        patch_dim=config.model.patch_size**2 * config.data.channels,
+        patch_dim=patches.patch_dim(config.model.patch_size, config.data.channels),
         width=width,
         depth=depth,
         num_heads=num_heads,
@@ -62,7 +63,7 @@ def apply(
       model: from `make_model`.
       params: from `init_params`.
       x_BVP: noisy patches [B, V, P], float32.
-      t_B: timesteps [B], int32 in 0 .. T - 1.
+      t_B: times [B], int32 or float32; DDPM's are 0 .. T - 1.
       visible_BV: ids of those patches [B, V], int32; None where all N are given in order.
       label_B: classes [B], int32; `num_classes` means "no class". None for an unconditional model.
       dropout_key: training with dropout; None switches dropout off.

@@ -6,17 +6,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import checkpoint, optim, sharding, uvit
+from maskdm_jax import checkpoint, sharding
 from maskdm_jax.config import default_config
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.state import create_state
+from maskdm_jax.state import init_state
 
 
 def tiny_state(seed=0):
     config = default_config()
     config.seed = seed
-    model = uvit.UViT(num_patches=4, patch_dim=4, width=8, depth=3, num_heads=2)
-    return create_state(config, model, optim.make_optimizer(config))
+    config.data.update(image_size=(4, 4), channels=1)
+    config.model.update(width=8, depth=3, num_heads=2, patch_size=2)
+    return init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
 
 
 def saved(workdir, steps, seed=0, **fields):

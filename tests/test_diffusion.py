@@ -1,20 +1,26 @@
 import types
 
+import jax
 import numpy as np
 import pytest
 
-from maskdm_jax import diffusion, sampler
+from maskdm_jax.diffusion import ddpm, make_process, process, samplers
 
 SIZE = (64, 64)
 
 
+def settings(schedule="cosine", num_timesteps=1000, prediction="eps"):
+    return types.SimpleNamespace(
+        schedule=schedule, num_timesteps=num_timesteps, prediction=prediction
+    )
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_schedules_equal_the_official_ones(golden_schedules, schedule):
-    betas = diffusion.make_betas(schedule, 1000, SIZE)
+    betas = ddpm.make_betas(schedule, 1000, SIZE)
     np.testing.assert_allclose(betas, golden_schedules[f"{schedule}_betas"], rtol=0, atol=1e-15)
-    given = types.SimpleNamespace(schedule=schedule, num_timesteps=1000)
     np.testing.assert_allclose(
-        diffusion.make_alphas_cumprod(given, SIZE),
+        ddpm.make_alphas_cumprod(settings(schedule), SIZE),
         golden_schedules[f"{schedule}_alphas_cumprod"],
         rtol=0,
         atol=1e-14,
@@ -22,51 +28,84 @@ def test_schedules_equal_the_official_ones(golden_schedules, schedule):
 
 
 def test_shifted_cosine_equals_the_official_one_at_256(golden_schedules):
-    betas = diffusion.make_betas("shifted_cosine", 1000, (256, 256))
+    betas = ddpm.make_betas("shifted_cosine", 1000, (256, 256))
     expected = golden_schedules["shifted_cosine_256_betas"]
     np.testing.assert_allclose(betas, expected, rtol=0, atol=1e-14)
 
 
 def test_shifted_cosine_is_the_cosine_at_64_pixels():
-    shifted = diffusion.make_betas("shifted_cosine", 1000, (64, 64))
-    np.testing.assert_allclose(shifted, diffusion.make_betas("cosine", 1000, SIZE), atol=1e-12)
+    shifted = ddpm.make_betas("shifted_cosine", 1000, (64, 64))
+    np.testing.assert_allclose(shifted, ddpm.make_betas("cosine", 1000, SIZE), atol=1e-12)
 
 
 def test_ancestral_posterior_equals_the_official_one(golden_schedules):
-    abar = np.append(golden_schedules["cosine_alphas_cumprod"][::-1], 1.0)
-    ours = sampler._ddpm(abar)
+    # A walk of all 1000 steps, so that the posteriors are those of single steps.
+    ours = samplers.ancestral(make_process(settings(), SIZE).ladder(1000, "timestep"))
     for name, expected in (
         ("x0", "cosine_posterior_mean_coef1"),
         ("x_t", "cosine_posterior_mean_coef2"),
     ):
         np.testing.assert_allclose(ours[name][::-1], golden_schedules[expected], rtol=1e-5)
     variance = golden_schedules["cosine_posterior_variance"]
-    np.testing.assert_allclose(ours["sigma"][::-1] ** 2, variance, rtol=1e-5, atol=1e-12)
+    np.testing.assert_allclose(ours["noise"][::-1] ** 2, variance, rtol=1e-5, atol=1e-12)
 
 
 def test_noising_equals_the_official_code(golden):
-    given = types.SimpleNamespace(schedule="cosine", num_timesteps=1000)
-    abar = diffusion.make_alphas_cumprod(given, (32, 32))
-    signal, noise = diffusion.signal_and_noise(abar, golden["t"], 4)
-    x_t = diffusion.q_sample(2 * golden["image"] - 1, golden["noise"], signal, noise)
+    level = make_process(settings(), (32, 32)).at(golden["t"])
+    x_t = process.noised(level, 2 * golden["image"] - 1, golden["noise"])
     np.testing.assert_allclose(x_t, golden["x_t"], atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 def test_the_true_output_gives_back_x0_and_eps(prediction):
-    generator = np.random.default_rng(0)
-    x0, eps = generator.normal(size=(2, 5, 7))
-    abar = np.array([0.9, 0.7, 0.5, 0.3, 0.1])
-    signal, noise = np.sqrt(abar)[:, None], np.sqrt(1 - abar)[:, None]
-    x_t = diffusion.q_sample(x0, eps, signal, noise)
-    output = diffusion.target(prediction, x0, eps, signal, noise)
-    for make, expected in ((diffusion.x0_coefficients, x0), (diffusion.eps_coefficients, eps)):
-        a, b = make(prediction, abar)
-        np.testing.assert_allclose(a[:, None] * x_t + b[:, None] * output, expected, atol=1e-12)
+    x0, eps = np.random.default_rng(0).normal(size=(2, 5))
+    level = make_process(settings(prediction=prediction), SIZE).ladder(5, "timestep")
+    x_t = process.noised(level, x0, eps)
+    output = process.target(level, x0, eps)
+    back = process.x0_and_eps(process.invert(level), x_t, output)
+    np.testing.assert_allclose(back[0], x0, rtol=1e-6)
+    np.testing.assert_allclose(back[1], eps, rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction, expected", [("eps", "eps"), ("x0", "x0"), ("v", "v")])
+def test_each_prediction_is_trained_towards_its_own_target(prediction, expected):
+    x0, eps = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    level = make_process(settings(prediction=prediction), SIZE).at(np.array([0, 500, 999]))
+    v = level.signal[:, None] * eps - level.noise[:, None] * x0
+    target = process.target(level, x0, eps)
+    np.testing.assert_allclose(target, {"eps": eps, "x0": x0, "v": v}[expected], rtol=1e-5)
+
+
+def test_training_draws_every_timestep_alike():
+    t = np.asarray(make_process(settings(num_timesteps=50), SIZE).draw(jax.random.key(0), 50_000))
+    counts = np.bincount(t, minlength=50)
+    assert len(counts) == 50 and np.abs(counts - 1000).max() < 5 * 1000**0.5
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "shifted_cosine"])
 def test_schedules_of_other_lengths_end_in_noise(schedule):
-    abar = np.cumprod(1 - diffusion.make_betas(schedule, 250, (128, 128)))
+    abar = np.cumprod(1 - ddpm.make_betas(schedule, 250, (128, 128)))
     assert len(abar) == 250 and (np.diff(abar) < 0).all()
     assert abar[0] > 0.99 and abar[-1] < 1e-3
+
+
+def test_the_official_walk_ends_at_the_clean_image():
+    np.testing.assert_array_equal(
+        ddpm.timesteps(1000, 10), [999, 899, 799, 699, 599, 499, 399, 299, 199, 99, -1]
+    )
+    np.testing.assert_array_equal(ddpm.timesteps(20, 20), np.arange(19, -2, -1))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "shifted_cosine"])
+@pytest.mark.parametrize("steps", [1, 10, 300])
+def test_a_log_snr_ladder_is_even_in_log_snr_between_the_same_ends(schedule, steps):
+    made = make_process(settings(schedule), (128, 128))
+    levels, ends = made.ladder(steps, "log_snr"), made.ladder(1000, "timestep")
+    log_snr = np.log(levels.signal / levels.noise)
+    assert len(log_snr) == len(levels.time) == steps
+    np.testing.assert_allclose(log_snr[0], np.log(ends.signal[0] / ends.noise[0]), rtol=1e-6)
+    np.testing.assert_allclose(levels.signal**2 + levels.noise**2, 1, rtol=1e-12)
+    if steps > 1:
+        np.testing.assert_allclose(np.diff(log_snr), np.diff(log_snr)[0], rtol=1e-6)
+        assert levels.time[0] == 999 and abs(levels.time[-1]) < 1e-9
+        assert (np.diff(levels.time) < 0).all()

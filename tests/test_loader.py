@@ -4,6 +4,7 @@ import pytest
 
 from maskdm_jax import sharding
 from maskdm_jax.data import sources
+from maskdm_jax.data.batch import materialize
 from maskdm_jax.data.loader import Loader, Order
 from maskdm_jax.errors import ConfigError
 
@@ -28,7 +29,7 @@ def read(config, step, count=2):
     mesh = sharding.make_mesh(config)
     loader = Loader(config, sources.open_source(config), mesh)
     feed = loader.batches(step)
-    return [jax.device_get(loader.materialize(loader.arrays, next(feed))) for _ in range(count)]
+    return [jax.device_get(materialize(config, loader.arrays, next(feed))) for _ in range(count)]
 
 
 def test_all_caches_give_the_same_batches_from_any_step(tiny_config):

@@ -5,10 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import diffusion, objective, patches, uvit
+from maskdm_jax import uvit
+from maskdm_jax.diffusion import make_process, objective
+from maskdm_jax.model import patches
 
-COSINE = types.SimpleNamespace(schedule="cosine", num_timesteps=1000)
-ABAR = diffusion.make_alphas_cumprod(COSINE, (32, 32))
+
+def ddpm(prediction="eps"):
+    settings = types.SimpleNamespace(schedule="cosine", num_timesteps=1000, prediction=prediction)
+    return make_process(settings, (32, 32))
+
+
+def loss_of(model, params, x0, eps, t, visible_BV=None, process=None, norm="l2"):
+    def predict(x_BVP, time_B):
+        return uvit.apply(model, params, x_BVP, time_B, visible_BV=visible_BV)
+
+    return objective.denoising_loss(predict, process or ddpm(), x0, eps, t, norm)
 
 
 @pytest.mark.parametrize("kind", ["block", "patch", "crop", "full"])
@@ -21,10 +32,11 @@ def test_losses_equal_the_official_ones(golden, official_model, kind):
     visible, expected = None, golden["loss_full_paper_mean"]
     if kind != "full":
         visible = np.stack([np.flatnonzero(~row) for row in golden[f"mask_{kind}"]])
-        x0, eps = (objective.gather_visible(x, visible) for x in (x0, eps))
+        x0, eps = (patches.gather(x, visible) for x in (x0, eps))
         expected = golden[f"loss_{kind}"]
-    loss = objective.denoising_loss(model, params, x0, eps, golden["t"], ABAR, visible_BV=visible)
-    np.testing.assert_allclose(loss, expected, atol=1e-5)
+    loss_B = loss_of(model, params, x0, eps, golden["t"], visible)
+    assert loss_B.shape == golden["t"].shape
+    np.testing.assert_allclose(loss_B.mean(), expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +53,8 @@ def test_hidden_patches_get_zero_gradient(small):
     visible = jnp.asarray([[0, 3], [1, 2], [6, 7]])
 
     def loss(x0):
-        return objective.denoising_loss(
-            model,
-            params,
-            objective.gather_visible(x0, visible),
-            objective.gather_visible(eps, visible),
-            t,
-            ABAR,
-            visible_BV=visible,
-        )
+        given = (patches.gather(x, visible) for x in (x0, eps))
+        return loss_of(model, params, *given, t, visible).mean()
 
     gradient = np.asarray(jax.grad(loss)(jnp.asarray(x0)))
     shown = np.zeros((3, 8), bool)
@@ -59,23 +64,38 @@ def test_hidden_patches_get_zero_gradient(small):
 
 
 def test_masked_loss_with_nothing_hidden_is_the_full_loss(small):
-    model, params, x0, eps, t = small
     ids = jnp.tile(jnp.arange(8), (3, 1))
-    masked = objective.denoising_loss(model, params, x0, eps, t, ABAR, visible_BV=ids)
-    full = objective.denoising_loss(model, params, x0, eps, t, ABAR)
-    np.testing.assert_allclose(masked, full, rtol=1e-6)
+    np.testing.assert_allclose(loss_of(*small, visible_BV=ids), loss_of(*small), rtol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize("norm", ["l2", "l1"])
 def test_the_loss_compares_the_output_with_the_chosen_target(small, prediction, norm):
     model, params, x0, eps, t = small
-    signal, noise = diffusion.signal_and_noise(ABAR, t, 3)
-    output = uvit.apply(model, params, diffusion.q_sample(x0, eps, signal, noise), t)
+    level = ddpm(prediction).at(t)
+    signal, noise = (x[:, None, None] for x in (level.signal, level.noise))
+    output = uvit.apply(model, params, signal * x0 + noise * eps, t)
     targets = {"eps": eps, "x0": x0, "v": signal * eps - noise * x0}
     error = np.asarray(output - targets[prediction])
-    expected = (error**2).mean() if norm == "l2" else np.abs(error).mean()
-    loss = objective.denoising_loss(
-        model, params, x0, eps, t, ABAR, prediction=prediction, norm=norm
+    expected = (error**2 if norm == "l2" else np.abs(error)).mean((1, 2))
+    loss_B = loss_of(*small, process=ddpm(prediction), norm=norm)
+    np.testing.assert_allclose(loss_B, expected, rtol=1e-5)
+
+
+def test_the_plain_loss_of_another_framework_is_its_own_weighted_one(small):
+    from test_samplers import edm
+
+    model, params, x0, eps, _ = small
+    sigma = jnp.asarray([0.02, 0.5, 20.0])
+    level = edm().at(sigma)
+    output = uvit.apply(
+        model, params, level.scale[:, None, None] * (x0 + sigma[:, None, None] * eps), level.time
     )
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    # Karras et al. 2022, equation 7, with sigma_data 0.5: denoiser, then weight.
+    s = sigma[:, None, None]
+    skip, out = 0.25 / (s**2 + 0.25), s * 0.5 / (s**2 + 0.25) ** 0.5
+    denoised = skip * (x0 + s * eps) + out * output
+    weight = (s**2 + 0.25) / (s * 0.5) ** 2
+    expected = (weight * (denoised - x0) ** 2).mean((1, 2))
+    loss_B = loss_of(model, params, x0, eps, sigma, process=edm())
+    np.testing.assert_allclose(loss_B, expected, rtol=1e-4)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import patches
+from maskdm_jax.model import patches
 
 
 @pytest.mark.parametrize("channels", [1, 3, 12])

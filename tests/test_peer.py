@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain_celeba64
-from maskdm_jax import masking, sampler, uvit
+from maskdm_jax import masking, uvit
+from maskdm_jax.diffusion import make_process
 
 torch = pytest.importorskip("torch")
 
@@ -85,12 +86,15 @@ def test_the_peer_hides_whole_blocks_and_as_many_as_we_do(config, kind):
 def test_the_peers_ddim_step_has_our_coefficients(config):
     config.sample.steps = 10
     table = peer_torch.ddim_table(config)
-    walk = sampler.timesteps(config.diffusion.num_timesteps, 10)
-    np.testing.assert_array_equal(table[:, 0], walk[:-1])
-    abar = peer_torch.diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    ours = sampler._ddim(np.append(abar, 1.0)[walk], 1.0)
-    for column, name in ((5, "x0"), (6, "eps"), (7, "sigma")):
-        np.testing.assert_allclose(table[:, column], ours[name], atol=1e-3)
+    levels = make_process(config.diffusion, (32, 48)).ladder(10, "timestep")
+    np.testing.assert_array_equal(table[:, 0], levels.time)
+    assert table.shape == (10, 8) and np.isfinite(table).all()
+    x0, eps = np.random.default_rng(0).normal(size=(2, 10))
+    x_t = levels.signal * x0 + levels.noise * eps  # and eps is the output
+    np.testing.assert_allclose(table[:, 1] * x_t + table[:, 2] * eps, x0, rtol=1e-2)
+    np.testing.assert_allclose(table[:, 3] * x_t + table[:, 4] * eps, eps, rtol=1e-5)
+    variance = (table[:, 5:] ** 2).sum(1)  # of x_s for x0 and eps of unit variance
+    np.testing.assert_allclose(variance, 1, rtol=1e-5)
 
 
 def test_the_peer_measures_training_and_sampling_on_any_machine(config):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from maskdm_jax import checkpoint, optim, pretrained, uvit
+from maskdm_jax import checkpoint, pretrained, sharding, uvit
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.state import create_state
+from maskdm_jax.state import init_state
 
 
 def init(path, weights="raw", ignore=()):
@@ -17,7 +17,7 @@ def init(path, weights="raw", ignore=()):
 
 
 def load(init, fresh):
-    return pretrained.load_params(init, fresh, lambda: fresh)
+    return pretrained.load_params(init, lambda: fresh)
 
 
 def small(width=8, depth=3):
@@ -31,8 +31,9 @@ def workdir(tmp_path_factory):
     from maskdm_jax.config import default_config
 
     config = default_config()
-    model = uvit.UViT(num_patches=4, patch_dim=4, width=8, depth=3, num_heads=2)
-    state = create_state(config, model, optim.make_optimizer(config))
+    config.data.update(image_size=(4, 4), channels=1)
+    config.model.update(width=8, depth=3, num_heads=2, patch_size=2)
+    state = init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
     state = state.replace(ema=jax.tree.map(lambda x: 2 * x, state.params))
     folder = tmp_path_factory.mktemp("run")
     checkpoints = checkpoint.Checkpoints(folder, config)

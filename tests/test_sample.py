@@ -27,7 +27,7 @@ def drawn(folder, channels=1):
 
 def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
     tiny_config.sample.num = 10
-    folder = sample.sample(tiny_config, trained)
+    folder = sample.write_samples(tiny_config, trained)
     first = drawn(folder)
     assert len(first) == 10 and (folder / "grid.png").exists()
     assert json.loads((folder / "settings.json").read_text())["step"] == 2
@@ -37,14 +37,14 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
     for index in (0, 5, 9):
         (folder / f"{index:06d}.png").unlink()
     tiny_config.sample.batch_size = 16
-    assert sample.sample(tiny_config, trained) == folder
+    assert sample.write_samples(tiny_config, trained) == folder
     again = drawn(folder)
     assert (folder / "000001.png").stat().st_mtime_ns == kept
     for name, image in first.items():
         assert np.abs(image.astype(int) - again[name].astype(int)).max() <= 1, name
 
     tiny_config.sample.seed = 1
-    other = drawn(sample.sample(tiny_config, trained))
+    other = drawn(sample.write_samples(tiny_config, trained))
     assert (other["000000.png"] != first["000000.png"]).any()
 
 
@@ -62,13 +62,13 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
 def test_other_settings_have_other_folders(tiny_config, trained, fields, name):
     tiny_config.sample.num = 3
     tiny_config.update_from_flattened_dict(fields)
-    folder = sample.sample(tiny_config, trained)
+    folder = sample.write_samples(tiny_config, trained)
     assert folder.name == name and len(drawn(folder)) == 3
 
 
 def test_a_workdir_without_the_model_is_named(tiny_config, trained, tmp_path):
     with pytest.raises(ConfigError, match="holds no checkpoint"):
-        sample.sample(tiny_config, tmp_path)
+        sample.write_samples(tiny_config, tmp_path)
     tiny_config.model.width = 64
     with pytest.raises(ConfigError, match="--config.model.width=32"):
-        sample.sample(tiny_config, trained)
+        sample.write_samples(tiny_config, trained)

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain_celebahq
-from maskdm_jax import optim, sharding, uvit
-from maskdm_jax.state import create_state
+from maskdm_jax import draw, sharding
+from maskdm_jax.state import abstract_state
 
 
 @pytest.mark.parametrize("size", ["L", "H"])
@@ -15,9 +15,7 @@ def test_fsdp_leaves_an_eighth_of_the_state_on_each_of_8_devices(size):
     # All parameters that a model can have.
     config.model.update(size=size, num_classes=1000, mlp_time_embed=True, qkv_bias=True)
     config.mesh.fsdp = 8
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
-    mesh = sharding.make_mesh(config)
-    state = sharding.abstract(lambda: create_state(config, model, optimizer), mesh)
+    state = abstract_state(config, sharding.make_mesh(config))
 
     total = on_each = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -34,10 +32,7 @@ def test_fsdp_leaves_an_eighth_of_the_state_on_each_of_8_devices(size):
 def test_what_fsdp_does_not_divide_stays_whole(tiny_config):
     tiny_config.model.width = 36
     tiny_config.mesh.fsdp = 8
-    mesh = sharding.make_mesh(tiny_config)
-    params = sharding.abstract(
-        lambda: uvit.init_params(uvit.make_model(tiny_config), jax.random.key(0)), mesh
-    )
+    params = draw.abstract_params(tiny_config, sharding.make_mesh(tiny_config))
     assert params["mid_block"]["qkv"]["kernel"].sharding.is_fully_replicated  # 3 x 36 columns
     assert not params["mid_block"]["mlp_in"]["kernel"].sharding.is_fully_replicated  # 4 x 36
 

@@ -4,27 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from maskdm_jax import diffusion, optim, sharding, step, uvit
-from maskdm_jax.state import create_state
+from maskdm_jax import sharding, step
+from maskdm_jax.data import batch as batch_lib
+from maskdm_jax.diffusion import make_process
+from maskdm_jax.state import abstract_state, init_state
 
 STEPS = 20
 
 
+def mesh_of(config, num_devices):
+    return sharding.make_mesh(config, jax.devices()[:num_devices])
+
+
 def curve(config, num_devices=8, steps=STEPS):
     """Losses and final parameters of a short run on random images."""
-    devices = np.asarray(jax.devices()[:num_devices])
-    mesh = Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
-    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
-    shardings = sharding.state_shardings(abstract, mesh)
-    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
-    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
-    update = jax.jit(
-        step.make_train_step(config, model, optimizer, abar, lambda arrays, batch: batch),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+    mesh = mesh_of(config, num_devices)
+    state, update = init_state(config, mesh), step.jit_train_step(config, mesh)
     generator = np.random.default_rng(0)
     losses = []
     for _ in range(steps):
@@ -90,10 +86,8 @@ def test_l_itself_takes_a_step_split_over_8_devices(tiny_config):
 
 def test_fsdp_splits_kernels_ema_and_moments(tiny_config):
     tiny_config.mesh.fsdp = 8
-    mesh = sharding.make_mesh(tiny_config)
-    model, optimizer = uvit.make_model(tiny_config), optim.make_optimizer(tiny_config)
-    abstract = jax.eval_shape(lambda: create_state(tiny_config, model, optimizer))
-    shardings = sharding.state_shardings(abstract, mesh)
+    abstract = abstract_state(tiny_config, sharding.make_mesh(tiny_config))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
 
     def split(tree):
         kernel = tree["mid_block"]["qkv"]["kernel"]
@@ -104,6 +98,11 @@ def test_fsdp_splits_kernels_ema_and_moments(tiny_config):
     assert shardings.params["norm"]["scale"].is_fully_replicated
 
 
+def drawn(config, batch, number=0):
+    process = make_process(config.diffusion, config.data.image_size)
+    return step.draw_examples(config, process, batch, jnp.int32(number))
+
+
 def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
     tiny_config.data.flip = True
     tiny_config.model.class_dropout = 0.5
@@ -111,7 +110,7 @@ def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
         "image": jnp.asarray(np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1)), jnp.uint8),
         "label": jnp.zeros((16,), jnp.int32),
     }
-    first, again, later = (step.draw_examples(tiny_config, batch, jnp.int32(n)) for n in (3, 3, 4))
+    first, again, later = (drawn(tiny_config, batch, n) for n in (3, 3, 4))
     for name, value in first.items():
         np.testing.assert_array_equal(value, again[name])
         assert (np.asarray(value) != np.asarray(later[name])).any(), name
@@ -125,7 +124,7 @@ def test_classes_are_dropped_at_the_chosen_rate(tiny_config):
         "image": jnp.zeros((2000, 8, 8, 1), jnp.uint8),
         "label": jnp.full((2000,), 4, jnp.int32),
     }
-    label = np.asarray(step.draw_examples(tiny_config, batch, jnp.int32(0))["label"])
+    label = np.asarray(drawn(tiny_config, batch)["label"])
     assert set(label) == {4, 10}
     assert abs((label == 10).mean() - 0.1) < 4 * (0.09 / 2000) ** 0.5
 
@@ -134,39 +133,40 @@ def test_an_unmasked_stage_draws_whole_images(tiny_config):
     tiny_config.mask.kind = "none"
     image = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), dtype=np.uint8)
     batch = {"image": jnp.asarray(image), "label": jnp.zeros((2,), jnp.int32)}
-    examples = step.draw_examples(tiny_config, batch, jnp.int32(0))
+    examples = drawn(tiny_config, batch)
     assert "visible" not in examples and examples["x0"].shape == (2, 16, 4)
     first_patch = image[0, :2, :2, 0].reshape(-1) / 127.5 - 1
     np.testing.assert_allclose(examples["x0"][0, 0], first_patch, atol=1e-6)
 
 
-def one_update(config, num_devices):
-    """A jitted update whose first image turns to NaN where the label of the first example is 9, as
-    (update, a state after one good step, a function that makes batches)."""
-    devices = np.asarray(jax.devices()[:num_devices])
-    mesh = Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
-    model, optimizer = uvit.make_model(config), optim.make_optimizer(config)
-    abstract = jax.eval_shape(lambda: create_state(config, model, optimizer))
-    shardings = sharding.state_shardings(abstract, mesh)
-    abar = diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
+def materialize_nan(config, arrays, batch):
+    """The first image turns to NaN where the label of the first example is 9."""
+    bad = (batch["label"] == 9) & (jnp.arange(16) == 0)
+    image = batch["image"].astype(jnp.float32)
+    return batch | {"image": jnp.where(bad[:, None, None, None], jnp.nan, image)}
 
-    def materialize(arrays, batch):
-        bad = (batch["label"] == 9) & (jnp.arange(16) == 0)
-        image = batch["image"].astype(jnp.float32)
-        return batch | {"image": jnp.where(bad[:, None, None, None], jnp.nan, image)}
 
-    update = jax.jit(
-        step.make_train_step(config, model, optimizer, abar, materialize),
-        out_shardings=(shardings, sharding.replicated(mesh)),
-    )
+@pytest.fixture
+def one_update(monkeypatch):
+    """(config, devices) -> (an update that is not finite for the label 9, a state after one good
+    step, a function that makes batches)."""
+    monkeypatch.setattr(batch_lib, "materialize", materialize_nan)
 
-    def batch(label):
-        image = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
-        made = {"image": image, "label": np.full((16,), label, np.int32)}
-        return jax.device_put(made, sharding.batch_sharding(mesh))
+    def made(config, num_devices):
+        mesh = mesh_of(config, num_devices)
+        jitted = step.jit_train_step(config, mesh)
 
-    state = jax.jit(lambda: create_state(config, model, optimizer), out_shardings=shardings)()
-    return update, update(state, {}, batch(1))[0], batch
+        def update(state, arrays, batch):  # the step donates its state
+            return jitted(jax.tree.map(jnp.copy, state), arrays, batch)
+
+        def batch(label):
+            image = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
+            made = {"image": image, "label": np.full((16,), label, np.int32)}
+            return jax.device_put(made, sharding.batch_sharding(mesh))
+
+        return update, update(init_state(config, mesh), {}, batch(1))[0], batch
+
+    return made
 
 
 def assert_same_bits(a, b):
@@ -174,7 +174,9 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
-def test_an_update_that_is_not_finite_changes_nothing_but_the_step(tiny_config, num_devices, fsdp):
+def test_an_update_that_is_not_finite_changes_nothing_but_the_step(
+    tiny_config, one_update, num_devices, fsdp
+):
     tiny_config.mesh.fsdp = fsdp
     update, state, batch = one_update(tiny_config, num_devices)
     after, metrics = update(state, {}, batch(9))
@@ -192,7 +194,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(tiny_config, 
 
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
 def test_the_check_for_bad_numbers_moves_a_good_update_by_rounding_at_most(
-    tiny_config, monkeypatch, num_devices, fsdp
+    tiny_config, one_update, monkeypatch, num_devices, fsdp
 ):
     # Rounding: the compiler fuses the update with the choice, and then may round a sum once less.
     tiny_config.mesh.fsdp = fsdp

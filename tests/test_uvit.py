@@ -3,8 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import attention, objective, patches, torch_io, uvit
+from maskdm_jax import attention, torch_io, uvit
 from maskdm_jax.config import default_config
+from maskdm_jax.model import patches
 from maskdm_jax.model.sizes import SIZES
 
 
@@ -23,7 +24,7 @@ def test_output_on_the_whole_image_equals_the_official_code(golden, official_mod
 def test_output_on_visible_patches_equals_the_official_code(golden, official_model, kind):
     model, params = official_model
     visible = np.stack([np.flatnonzero(~row) for row in golden[f"mask_{kind}"]])
-    x_t = objective.gather_visible(patches.patchify(nhwc(golden["x_t"]), 4), visible)
+    x_t = patches.gather(patches.patchify(nhwc(golden["x_t"]), 4), visible)
     tokens = uvit.apply(model, params, x_t, golden["t"], visible_BV=visible)
     np.testing.assert_allclose(tokens, golden[f"tokens_{kind}"], atol=1e-5)
 

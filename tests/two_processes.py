@@ -1,5 +1,6 @@
 """One of the two processes of test_distributed.py: COORDINATOR PROCESS_ID DATA_DIR OUT."""
 
+import functools
 import pathlib
 import sys
 
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from configs import pretrain_digits
 from maskdm_jax import distributed
-from maskdm_jax.data import loader, sources
+from maskdm_jax.data import batch, loader, sources
 
 STEP = 3
 
@@ -40,8 +41,9 @@ seen = []
 for cache in ("none", "host", "device"):
     config.data.cache = cache
     feed = loader.Loader(config, source, mesh)
-    batch = jax.jit(feed.materialize)(feed.arrays, next(feed.batches(STEP)))
-    seen.append(multihost_utils.process_allgather(batch["image"], tiled=True))
+    images = jax.jit(functools.partial(batch.materialize, config))
+    made = images(feed.arrays, next(feed.batches(STEP)))
+    seen.append(multihost_utils.process_allgather(made["image"], tiled=True))
     if cache == "none":
         np.save(f"{out}/asked{process_id}.npy", asked)
         np.save(f"{out}/rows{process_id}.npy", feed._rows)

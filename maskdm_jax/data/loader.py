@@ -8,7 +8,6 @@ of each batch. Images go to the devices as uint8.
 
 import contextlib
 import hashlib
-import math
 import os
 import pathlib
 import socket
@@ -20,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import progress, sharding
-from maskdm_jax.data import lock
+from maskdm_jax.data import batch, lock
 from maskdm_jax.data.sources import Source
 from maskdm_jax.errors import ConfigError
 
@@ -61,8 +60,8 @@ class Loader:
     """Feeds the train step.
 
     `arrays` is what stays on the devices (the whole set where `data.cache` is "device", else
-    nothing), `batches(step)` yields what each step adds, and `materialize(arrays, batch)`, called
-    under jit, makes of both {"image": uint8 [B, H, W, C], "label": int32 [B]}.
+    nothing), and `batches(step)` yields what each step adds; `batch.materialize` makes images and
+    labels of both.
     """
 
     def __init__(self, config, source: Source, mesh: Mesh):
@@ -77,7 +76,7 @@ class Loader:
             # From a callback: `device_put` would compare the set's bytes across processes.
             self.arrays = {
                 k: jax.make_array_from_callback(v.shape, sharding.replicated(mesh), v.__getitem__)
-                for k, v in flat(self._cache).items()
+                for k, v in batch.flat(self._cache).items()
             }
 
     def batches(self, step: int) -> Iterator[dict]:
@@ -86,14 +85,10 @@ class Loader:
             local = self._decoded(step)
         else:
             local = self._gathered(step)
-        for batch in local:
+        for share in local:
             yield jax.tree.map(
-                lambda x: jax.make_array_from_process_local_data(self._sharding, x), batch
+                lambda x: jax.make_array_from_process_local_data(self._sharding, x), share
             )
-
-    def materialize(self, arrays: dict, batch: dict) -> dict:
-        """The images and labels of a batch; call it under jit."""
-        return materialize(self._config, arrays, batch)
 
     def _local_ids(self, step):
         return self._order.ids(step)[self._rows]
@@ -120,45 +115,6 @@ class Loader:
         )
         dataset = grain.MapDataset.source(examples)[step * share :]
         return iter(dataset.to_iter_dataset(options).batch(share, drop_remainder=True))
-
-
-def flat(cache: dict) -> dict[str, np.ndarray]:
-    """The set as it lies on the devices: an image is one row, uint8 [N, H * W * C].
-
-    As [N, H, W, C], with 3 channels last, a TPU would copy all of it into another layout in every
-    step before it picks the batch.
-    """
-    image, label = np.asarray(cache["image"]), np.asarray(cache["label"])
-    return {"image": image.reshape(len(image), -1), "label": label}
-
-
-def materialize(config, arrays: dict, batch: dict) -> dict:
-    """`Loader.materialize`, where there is no loader."""
-    if not arrays:
-        return batch
-    shape = (-1, *config.data.image_size, config.data.channels)
-    ids = batch["ids"]
-    return {"image": arrays["image"][ids].reshape(shape), "label": arrays["label"][ids]}
-
-
-def abstract_inputs(config, num_examples: int, mesh: Mesh) -> tuple[dict, dict]:
-    """Shapes of (`Loader.arrays`, one of its batches), for a set of `num_examples` images."""
-
-    def inputs(count, where):
-        shape = (count, *config.data.image_size, config.data.channels)
-        return {
-            "image": jax.ShapeDtypeStruct(shape, np.uint8, sharding=where),
-            "label": jax.ShapeDtypeStruct((count,), np.int32, sharding=where),
-        }
-
-    by_batch, size = sharding.batch_sharding(mesh), config.train.batch_size
-    if config.data.cache != "device":
-        return {}, inputs(size, by_batch)
-    whole = inputs(num_examples, sharding.replicated(mesh))
-    image = whole["image"]
-    row = (num_examples, math.prod(image.shape[1:]))
-    whole["image"] = jax.ShapeDtypeStruct(row, image.dtype, sharding=image.sharding)
-    return whole, {"ids": jax.ShapeDtypeStruct((size,), np.int32, sharding=by_batch)}
 
 
 class _ByStep:

@@ -1,0 +1,87 @@
+"""DDPM: the discrete, variance-preserving process of Ho et al. 2020, and its noise schedules.
+
+signal = sqrt(abar_t), noise = sqrt(1 - abar_t), abar = cumprod(1 - beta), t = 0 .. T - 1 (equation
+4 there). v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022). Schedules are float64
+NumPy, made once; what runs on the device is float32.
+"""
+
+import jax
+import numpy as np
+
+from maskdm_jax.diffusion.process import Level, Process, to_device
+
+
+def make_process(diffusion, image_size: tuple[int, int]) -> Process:
+    """The process of `config.diffusion`: its schedule, num_timesteps and prediction.
+
+    Times are t itself, int32; a "log_snr" ladder has real-valued ones, float64.
+    """
+    alphas_cumprod = make_alphas_cumprod(diffusion, image_size)
+    signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
+    num_timesteps = len(alphas_cumprod)
+
+    def level(signal, noise, time):
+        p, q = _output(diffusion.prediction, signal, noise)
+        return Level(signal, noise, p, q, scale=1.0, time=time)
+
+    def draw(key, batch):
+        return jax.random.randint(key, (batch,), 0, num_timesteps)
+
+    def at(t_B):
+        # The roots were taken in float64: near t = 0, 1 - abar_t has few digits in float32.
+        return level(*(to_device(table)[t_B] for table in (signal, noise)), time=t_B)
+
+    def ladder(steps, spacing):
+        if spacing == "timestep":
+            t = timesteps(num_timesteps, steps)[:-1]
+            return level(signal[t], noise[t], time=t)
+        log_snr = np.log(signal / noise)
+        walk = np.linspace(log_snr[-1], log_snr[0], steps)
+        t = np.interp(walk, log_snr[::-1], np.arange(num_timesteps)[::-1])
+        return level((1 + np.exp(-2 * walk)) ** -0.5, (1 + np.exp(2 * walk)) ** -0.5, time=t)
+
+    return Process(draw, at, ladder)
+
+
+def make_alphas_cumprod(diffusion, image_size: tuple[int, int]) -> np.ndarray:
+    """abar_t of `config.diffusion`, float64 [T]."""
+    return np.cumprod(1 - make_betas(diffusion.schedule, diffusion.num_timesteps, image_size))
+
+
+def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -> np.ndarray:
+    """The noise schedule's betas, float64 [T].
+
+    Args:
+      schedule: "linear" (1e-4 .. 2e-2 at T = 1000, Ho et al. 2020), "cosine" (s = 0.008, Nichol &
+        Dhariwal 2021, betas clipped to 0.999), or "shifted_cosine": the cosine with its log-SNR
+        lowered by 2 log(size / 64), which noises a larger image as much as the cosine noises one
+        of 64 pixels (Hoogeboom et al. 2023, equation 5); size is the geometric mean of height and
+        width.
+      num_timesteps: T.
+      image_size: (height, width) in pixels; only "shifted_cosine" reads it.
+
+    Raises:
+      ValueError: for a schedule that does not exist.
+    """
+    if schedule == "linear":
+        # The range is defined at T = 1000; another T keeps the same total noise.
+        scale = 1000 / num_timesteps
+        return np.linspace(scale * 1e-4, scale * 2e-2, num_timesteps)
+    time = np.arange(num_timesteps + 1) / num_timesteps
+    abar = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    if schedule == "shifted_cosine":
+        shift = np.log(64**2 / (image_size[0] * image_size[1]))
+        abar = abar * np.exp(shift) / (abar * np.exp(shift) + 1 - abar)
+    elif schedule != "cosine":
+        raise ValueError(f"unknown noise schedule {schedule!r}")
+    return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
+
+
+def timesteps(num_timesteps: int, steps: int) -> np.ndarray:
+    """The official walk from noise to image: int32 [steps + 1], T - 1 first and -1 last."""
+    return np.linspace(-1, num_timesteps - 1, steps + 1).astype(np.int32)[::-1]
+
+
+def _output(prediction, signal, noise):
+    """(p, q) of what the network outputs."""
+    return {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-noise, signal)}[prediction]

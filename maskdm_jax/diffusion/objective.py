@@ -1,0 +1,35 @@
+"""The loss of both stages: denoising score matching on the given patches (arXiv 2306.11363, 3.1).
+
+With every patch given it is the ordinary diffusion loss.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from maskdm_jax.diffusion.process import Process, network_input, noised, target
+
+
+def denoising_loss(
+    predict: Callable[[jax.Array, jax.Array], jax.Array],
+    process: Process,
+    x0_BVP: jax.Array,
+    eps_BVP: jax.Array,
+    t_B: jax.Array,
+    norm: str = "l2",
+) -> jax.Array:
+    """Mean error of the network's output over the given patches of each image, float32 [B].
+
+    Args:
+      predict: (noisy patches [B, V, P], time_B) -> the network's output [B, V, P].
+      process: the noise process.
+      x0_BVP: clean patches in [-1, 1], [B, V, P].
+      eps_BVP: unit normal noise [B, V, P].
+      t_B: what `process.draw` drew, [B].
+      norm: "l2" (mean of squares) or "l1" (mean of absolute values).
+    """
+    level = process.at(t_B)
+    x_t = noised(level, x0_BVP, eps_BVP)
+    error = predict(network_input(level, x_t), level.time) - target(level, x0_BVP, eps_BVP)
+    return jnp.mean(jnp.square(error) if norm == "l2" else jnp.abs(error), axis=(1, 2))

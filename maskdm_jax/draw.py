@@ -1,0 +1,81 @@
+"""Drawing: from parameters and image numbers to pixels.
+
+Image i depends on (seed, i) alone: its noise comes from its own key. Another batch size or number
+of devices therefore gives the same image i.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from maskdm_jax import rng, sharding, uvit
+from maskdm_jax.diffusion import make_process, samplers
+from maskdm_jax.model import patches
+
+
+def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None = None):
+    """`make_draw` under jit on `mesh`; the images come back laid out as `out_sharding`."""
+    return jax.jit(
+        make_draw(config, mesh, steps),
+        out_shardings=out_sharding,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def lower_draw(config, mesh: Mesh, steps: int | None = None):
+    """`jit_draw` of one batch of `sample.batch_size` images, lowered from shapes alone."""
+    by_batch = sharding.batch_sharding(mesh)
+    index_B = jax.ShapeDtypeStruct((config.sample.batch_size,), np.int32, sharding=by_batch)
+    return jit_draw(config, mesh, by_batch, steps).lower(abstract_params(config, mesh), index_B)
+
+
+def abstract_params(config, mesh: Mesh):
+    """The shapes, dtypes and shardings on `mesh` of a network's parameters."""
+    model = uvit.make_model(config, mesh)
+    return sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
+
+
+def make_draw(config, mesh: Mesh, steps: int | None = None):
+    """(params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
+
+    Args:
+      config: its `sample`, `diffusion`, `model` and `data` fields.
+      mesh: the devices that the batch is split over.
+      steps: of the sampler; default `config.sample.steps`.
+    """
+    settings, num_classes = config.sample, config.model.num_classes
+    model = uvit.make_model(config, mesh)
+    process = make_process(config.diffusion, config.data.image_size)
+    levels = process.ladder(steps or settings.steps, settings.spacing)
+    image_size, patch_size = config.data.image_size, config.model.patch_size
+
+    def draw(params, index_B):
+        keys = jax.vmap(lambda i: rng.stream(settings.seed, "sample", i))(index_B)
+
+        def normal(i):  # 0 is x_T, i + 1 the noise of step i
+            shape = (*image_size, config.data.channels)
+            noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape))(keys)
+            return patches.patchify(noise, patch_size)
+
+        def predict_label(x_BNP, time_B, label_B):
+            return uvit.apply(model, params, x_BNP, time_B, label_B=label_B)
+
+        if num_classes:
+            label_B = index_B % num_classes
+            if settings.label >= 0:
+                label_B = jnp.full_like(index_B, settings.label)
+            predict = samplers.guided(predict_label, label_B, num_classes, settings.guidance_scale)
+        else:
+            predict = lambda x, time: predict_label(x, time, None)  # noqa: E731
+        x_BNP = samplers.walk(
+            predict,
+            normal(0),
+            lambda i: normal(i + 1),
+            levels,
+            sampler=settings.sampler,
+            eta=settings.eta,
+        )
+        return patches.join(x_BNP, patch_size, image_size)
+
+    return draw
