@@ -4,7 +4,7 @@ python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
 
-On Slurm and TPU pods the processes of a run find each other; see maskdm_jax/distributed.py.
+On Slurm and TPU pods the processes of a run find each other; see maskdm_jax/run/distributed.py.
 """
 
 import os
@@ -13,9 +13,9 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from maskdm_jax import command_line
 from maskdm_jax.config import validate, validate_devices
 from maskdm_jax.errors import RunError
+from maskdm_jax.run import command_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
@@ -30,7 +30,7 @@ def main(argv):
     validate(config)
 
     # A wrong value has been answered by now, without the second that these imports take.
-    from maskdm_jax import distributed, memory
+    from maskdm_jax.run import distributed, memory
 
     memory.set_gpu_memory_fraction()
     distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -42,7 +42,8 @@ def main(argv):
 def _run(config, mode, workdir):
     import jax
 
-    from maskdm_jax import checkpoint, faults, memory, preemption, sample, train
+    from maskdm_jax import checkpoint, sample, train
+    from maskdm_jax.run import faults, memory, preemption
 
     checkpoint.mute_late_tracebacks()
     validate_devices(config, jax.device_count(), mode)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import measure
-from maskdm_jax import attention
+from maskdm_jax.model import attention
 
 # length: (batch, heads)
 _SHAPES = {29: (1024, 8), 257: (256, 8), 417: (256, 12), 1025: (64, 12), 4097: (32, 12)}

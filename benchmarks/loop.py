@@ -18,7 +18,7 @@ import tempfile
 import time
 
 from benchmarks import cases, run
-from maskdm_jax import telemetry
+from maskdm_jax.run import telemetry
 
 _MAIN = pathlib.Path(__file__).parents[1] / "main.py"
 

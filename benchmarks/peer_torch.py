@@ -25,10 +25,12 @@ from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from benchmarks import cases  # noqa: E402
-from maskdm_jax import masking  # noqa: E402
 from maskdm_jax.diffusion import ddpm, make_process, samplers  # noqa: E402
 from maskdm_jax.diffusion.process import invert  # noqa: E402
-from maskdm_jax.model import patches  # noqa: E402
+from maskdm_jax.model import (
+    masking,  # noqa: E402
+    patches,  # noqa: E402
+)
 from maskdm_jax.model.sizes import dimensions, grid_shape  # noqa: E402
 
 # A single kernel for scaled_dot_product_attention to run; None: its own choice.

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import draw, flops, memory, sharding, state
+from maskdm_jax import draw, flops, sharding, state
+from maskdm_jax.run import memory
 
 _STEPS = 25
 

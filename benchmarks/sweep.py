@@ -15,7 +15,8 @@ import pathlib
 import jax
 
 from benchmarks import cases, measure, train_step
-from maskdm_jax import flops, memory
+from maskdm_jax import flops
+from maskdm_jax.run import memory
 
 # part: (case, batch, fields) of each of its points
 _PARTS = {

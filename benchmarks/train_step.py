@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import flops, memory, sharding
+from maskdm_jax import flops, sharding
 from maskdm_jax.data import loader
+from maskdm_jax.run import memory
 from maskdm_jax.state import init_state
 from maskdm_jax.step import lower_train_step
 

@@ -32,22 +32,15 @@ import jax  # noqa: E402
 from absl import flags  # noqa: E402
 from ml_collections import config_flags  # noqa: E402
 
-from maskdm_jax import (  # noqa: E402
-    attention,
-    collectives,
-    command_line,
-    draw,
-    flops,
-    long_attention,
-    memory,
-    sharding,
-    slices,
-    step,
-)
+from launch import collectives, tpu_slices  # noqa: E402
+from maskdm_jax import draw, flops, sharding, step  # noqa: E402
 from maskdm_jax.config import validate, validate_devices  # noqa: E402
 from maskdm_jax.diffusion import samplers  # noqa: E402
 from maskdm_jax.errors import ConfigError  # noqa: E402
+from maskdm_jax.model import attention  # noqa: E402
+from maskdm_jax.model.kernels import splash_attention  # noqa: E402
 from maskdm_jax.model.sizes import dimensions  # noqa: E402
+from maskdm_jax.run import command_line, memory  # noqa: E402
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
@@ -68,7 +61,7 @@ _NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
 
 def main(argv):
     config, mode = _CONFIG.value, _MODE.value
-    tpu = slices.parse(_TOPOLOGY.value)
+    tpu = tpu_slices.parse(_TOPOLOGY.value)
     validate(config)
     if _ROW.value:
         _round_batch_up(config, mode, tpu.num_chips)
@@ -191,7 +184,7 @@ def _splash_flops(config, mode, mesh):
     if mode == "sample":
         matmuls, calls = 2, _evaluations(config)
     images = _batch(config, mode) * calls / mesh.size
-    padded = long_attention.padded_length(length)
+    padded = splash_attention.padded_length(length)
     return images * (2 * (depth // 2) + 1) * matmuls * 2 * padded**2 * width
 
 

@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from maskdm_jax import command_line, distributed, faults
 from maskdm_jax.config import from_dict
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.progress import remark
+from maskdm_jax.run import command_line, distributed, faults
+from maskdm_jax.run.progress import remark
 
 _ITEMS = ("params", "ema", "opt_state")
 # What Orbax and TensorStore raise where files are cut short, empty or missing; a JSONDecodeError

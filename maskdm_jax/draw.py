@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maskdm_jax import rng, sharding, uvit
+from maskdm_jax import rng, sharding
 from maskdm_jax.diffusion import make_process, samplers
-from maskdm_jax.model import patches
+from maskdm_jax.model import patches, uvit
 
 
 def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None = None):

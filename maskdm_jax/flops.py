@@ -6,8 +6,8 @@ Counts are 2 per multiply-add, matmuls and attention only, with no remat and no 
 
 import jax
 
-from maskdm_jax.masking import num_visible
 from maskdm_jax.model import patches
+from maskdm_jax.model.masking import num_visible
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
 # Dense bf16 TFLOP/s by the vendors' datasheets, by a part of `device.device_kind`.

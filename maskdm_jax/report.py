@@ -13,10 +13,11 @@ import sys
 
 import numpy as np
 
-from maskdm_jax import command_line, flops
+from maskdm_jax import flops
 from maskdm_jax.config import load_json
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.telemetry import read_metrics
+from maskdm_jax.run import command_line
+from maskdm_jax.run.telemetry import read_metrics
 
 _PRETRAIN = "masked pre-training"
 _FINETUNE = "fine-tuning on whole images"

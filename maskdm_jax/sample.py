@@ -10,10 +10,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax import checkpoint, distributed, draw, images, progress, sharding
+from maskdm_jax import checkpoint, draw, images, sharding
 from maskdm_jax.config import check_same_architecture
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.progress import say
+from maskdm_jax.run import distributed, progress
+from maskdm_jax.run.progress import say
 
 
 def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:

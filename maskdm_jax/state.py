@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maskdm_jax import optim, rng, sharding, uvit
+from maskdm_jax import optim, rng, sharding
+from maskdm_jax.model import uvit
 
 
 @flax.struct.dataclass

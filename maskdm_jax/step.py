@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from maskdm_jax import masking, optim, rng, sharding, uvit
+from maskdm_jax import optim, rng, sharding
 from maskdm_jax import state as state_lib
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
-from maskdm_jax.model import patches
+from maskdm_jax.model import masking, patches, uvit
 from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.state import TrainState
 

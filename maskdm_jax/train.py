@@ -10,26 +10,17 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maskdm_jax import (
-    checkpoint,
-    distributed,
-    draw,
-    faults,
-    flops,
-    images,
-    memory,
-    preemption,
-    pretrained,
-    sharding,
-)
+from maskdm_jax import checkpoint, draw, flops, images, sharding
 from maskdm_jax.config import check_same_architecture, differences, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model.sizes import dimensions
-from maskdm_jax.progress import say
+from maskdm_jax.run import distributed, faults, memory, preemption
+from maskdm_jax.run.progress import say
+from maskdm_jax.run.telemetry import Telemetry
 from maskdm_jax.state import abstract_state, fresh_params, init_state
 from maskdm_jax.step import jit_train_step
-from maskdm_jax.telemetry import Telemetry
+from maskdm_jax.weights import start
 
 # Fields that may change when a run goes on without a remark: none changes an update.
 _FREE = (
@@ -85,7 +76,7 @@ def train(
     # Own checkpoint, else other weights, else fresh ones.
     params = None
     if config.init.path and own_step is None:
-        params, note = pretrained.load_params(config.init, lambda: fresh_params(config, mesh))
+        params, note = start.load_params(config.init, lambda: fresh_params(config, mesh))
         say(note)
 
     # ------------------------------------------------------------------------------- state

@@ -32,8 +32,9 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import pretrain_digits  # noqa: E402
-from maskdm_jax import torch_io, uvit  # noqa: E402
 from maskdm_jax.data import digits  # noqa: E402
+from maskdm_jax.model import uvit  # noqa: E402
+from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(__file__).parent / "data"

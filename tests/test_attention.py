@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from maskdm_jax import attention, long_attention, short_attention, uvit
-from maskdm_jax.attention import attend
-from maskdm_jax.short_attention import MAX_LENGTH
+from maskdm_jax.model import attention, uvit
+from maskdm_jax.model.attention import attend
+from maskdm_jax.model.kernels import short_attention, splash_attention
+from maskdm_jax.model.kernels.short_attention import MAX_LENGTH
 
 
 def qkv(length, num_heads=2, head_dim=16, batch=1):
@@ -31,7 +32,7 @@ def short(q, k, v, num_valid):
 
 
 def long(q, k, v, num_valid):
-    return long_attention.long_attention(q, k, v, num_valid, True)
+    return splash_attention.long_attention(q, k, v, num_valid, True)
 
 
 def by_xla(q, k, v, num_valid):

@@ -8,7 +8,8 @@ import pytest
 
 from benchmarks import cases, measure, run, scaling, sweep, train_step
 from maskdm_jax import config as config_lib
-from maskdm_jax import flops, memory
+from maskdm_jax import flops
+from maskdm_jax.run import memory
 
 OURS = {
     "device": "a card", "batch": 64, "images_per_s": 10.0, "evaluations_per_s": 2500.0, "mfu": 0.6,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from maskdm_jax import collectives
+from launch import collectives
 
 _SHARD = 16 * 4 * 4  # bytes of a device's float32 [16, 4]
 

@@ -18,10 +18,11 @@ import pytest
 from conftest import xla_flags
 from sklearn.datasets import load_digits
 
-from maskdm_jax import checkpoint, distributed, errors, preemption
+from maskdm_jax import checkpoint, errors
 from maskdm_jax.data.loader import Order
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.telemetry import read_metrics
+from maskdm_jax.run import distributed, preemption
+from maskdm_jax.run.telemetry import read_metrics
 
 _CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "GCE_", "CUDA_VISIBLE_DEVICES")
 FLAGS = [
@@ -138,7 +139,7 @@ def test_one_process_of_one_starts_nothing():
 @pytest.mark.parametrize("process_id", [0, 1])
 def test_processes_that_do_not_come_together_say_so(process_id):
     code = (
-        "from maskdm_jax import distributed; distributed._START_S = 1; "
+        "from maskdm_jax.run import distributed; distributed._START_S = 1; "
         f"distributed.start('127.0.0.1:{free_port()}', 2, {process_id})"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

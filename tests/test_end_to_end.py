@@ -9,7 +9,7 @@ import time
 import pytest
 
 from maskdm_jax import checkpoint
-from maskdm_jax.telemetry import read_metrics
+from maskdm_jax.run.telemetry import read_metrics
 
 
 def test_pretrain_finetune_sample(run_main, tmp_path):

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import checkpoint, faults, train
+from maskdm_jax import checkpoint, train
 from maskdm_jax.config import default_config, validate
 from maskdm_jax.data import loader
 from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.run import faults
+from maskdm_jax.run.telemetry import Telemetry, read_metrics
 from maskdm_jax.state import TrainState
-from maskdm_jax.telemetry import Telemetry, read_metrics
 
 
 def run_with_nan_at(monkeypatch, config, workdir, bad_steps):

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from maskdm_jax import attention, hopper_attention, hopper_pipeline, sharding
-from maskdm_jax.attention import attend
+from maskdm_jax import sharding
+from maskdm_jax.model import attention
+from maskdm_jax.model.attention import attend
+from maskdm_jax.model.kernels import hopper_attention, hopper_pipeline
 
 needs_hopper = pytest.mark.skipif(
     getattr(jax.devices()[0], "compute_capability", None) != "9.0", reason="needs a Hopper GPU"

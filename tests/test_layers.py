@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import gelu_kernel, layers, norm_kernel, sharding
+from maskdm_jax import sharding
+from maskdm_jax.model import layers
+from maskdm_jax.model.kernels import gelu, norm
 
 
 def textbook_norm(x):
@@ -30,8 +32,8 @@ def inputs(*shapes, dtype=jnp.float32):
         (layers.normalize, textbook_norm, [(3, 5, 16)]),
         (layers.bias_gelu, textbook_gelu, [(15, 16), (16,)]),
         (layers.add_to_first, lambda x, bias: x.at[:, :16].add(bias), [(15, 48), (16,)]),
-        (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(128, 256), (256,)]),
-        (partial(gelu_kernel.bias_gelu, interpret=True), textbook_gelu, [(70, 128), (128,)]),
+        (partial(gelu.bias_gelu, interpret=True), textbook_gelu, [(128, 256), (256,)]),
+        (partial(gelu.bias_gelu, interpret=True), textbook_gelu, [(70, 128), (128,)]),
     ],
     ids=["normalize", "bias_gelu", "add_to_first", "kernel", "kernel-part-of-a-tile"],
 )
@@ -63,7 +65,7 @@ def test_the_gelu_kernel_runs_on_each_device_of_a_mesh(tiny_config):
     x, bias, dout = inputs((64, 128), (128,), (64, 128))
     x, dout = jax.device_put((x, dout), sharding.batch_sharding(mesh))
     kernel = sharding.on_each_device(
-        partial(gelu_kernel.bias_gelu, interpret=True), mesh, len(x), num_whole=1
+        partial(gelu.bias_gelu, interpret=True), mesh, len(x), num_whole=1
     )
     value, pullback = jax.vjp(kernel, x, bias)
     expected, expected_pullback = jax.vjp(textbook_gelu, x, bias)
@@ -79,8 +81,8 @@ def textbook_add_normalize(x, y, bias):
 
 
 def add_normalize_by_kernel(x, y, bias, mesh, monkeypatch):
-    kernel = partial(norm_kernel.add_normalize_gradient, interpret=True)
-    monkeypatch.setattr(norm_kernel, "add_normalize_gradient", kernel)
+    kernel = partial(norm.add_normalize_gradient, interpret=True)
+    monkeypatch.setattr(norm, "add_normalize_gradient", kernel)
     return layers._add_normalize(x, y, bias, mesh)
 
 
@@ -112,7 +114,7 @@ def test_add_normalize_and_its_gradients(shape, on_mesh, kernel, tiny_config, mo
 
 def test_the_norm_kernel_rounds_bfloat16_once():
     x, dx, dnormed = inputs((70, 256), (70, 256), (70, 256), dtype=jnp.bfloat16)
-    kernel = partial(norm_kernel.add_normalize_gradient, epsilon=1e-5, interpret=True)
+    kernel = partial(norm.add_normalize_gradient, epsilon=1e-5, interpret=True)
     got, sums = kernel(x, dx, dnormed)
     wanted, wanted_sums = kernel(*(a.astype(jnp.float32) for a in (x, dx, dnormed)))
     assert got.dtype == jnp.bfloat16 and sums.dtype == jnp.float32 and sums.shape == (2, 256)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from maskdm_jax import masking
+from maskdm_jax.model import masking
 
 
 def mask(kind, ratio=0.9, block_size=1, crop_size=1):

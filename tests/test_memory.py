@@ -2,8 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from maskdm_jax import memory, train
+from maskdm_jax import train
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import memory
 
 
 def gigabyte_of_four_images(batch):

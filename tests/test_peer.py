@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from configs import pretrain_celeba64
-from maskdm_jax import masking, uvit
 from maskdm_jax.diffusion import make_process
+from maskdm_jax.model import masking, uvit
 
 torch = pytest.importorskip("torch")
 

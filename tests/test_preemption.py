@@ -7,8 +7,9 @@ import time
 
 import pytest
 
-from maskdm_jax import checkpoint, preemption, train
-from maskdm_jax.telemetry import read_metrics
+from maskdm_jax import checkpoint, train
+from maskdm_jax.run import preemption
+from maskdm_jax.run.telemetry import read_metrics
 
 STEPS = ["--config.train.num_steps=1000", "--config.train.log_every_steps=1"]
 FLAGS = [*STEPS, "--config.checkpoint.every_steps=100000"]

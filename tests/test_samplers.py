@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import uvit
 from maskdm_jax.diffusion import make_process, process, samplers
-from maskdm_jax.model import patches
+from maskdm_jax.model import patches, uvit
 
 
 def ddpm(schedule="linear", prediction="eps"):

@@ -1,7 +1,7 @@
 import json
 
 from maskdm_jax.config import default_config
-from maskdm_jax.telemetry import Telemetry, read_metrics
+from maskdm_jax.run.telemetry import Telemetry, read_metrics
 
 METRICS = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0}
 

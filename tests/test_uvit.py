@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import attention, torch_io, uvit
 from maskdm_jax.config import default_config
-from maskdm_jax.model import patches
+from maskdm_jax.model import attention, patches, uvit
 from maskdm_jax.model.sizes import SIZES
+from maskdm_jax.weights import torch_io
 
 
 def nhwc(array):

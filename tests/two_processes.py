@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from configs import pretrain_digits
-from maskdm_jax import distributed
 from maskdm_jax.data import batch, loader, sources
+from maskdm_jax.run import distributed
 
 STEP = 3
 

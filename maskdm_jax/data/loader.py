@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maskdm_jax import progress, sharding
+from maskdm_jax import sharding
 from maskdm_jax.data import batch, lock
 from maskdm_jax.data.sources import Source
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import progress
 
 _PREFETCH_BATCHES = 4
 

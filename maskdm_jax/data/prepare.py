@@ -19,9 +19,9 @@ import sys
 import numpy as np
 from PIL import Image, ImageOps
 
-from maskdm_jax import command_line, progress
 from maskdm_jax.data import writer
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import command_line, progress
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 _MAX_UNREADABLE_SHARE = 0.01

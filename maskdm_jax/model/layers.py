@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maskdm_jax import gelu_kernel, norm_kernel, sharding
+from maskdm_jax import sharding
+from maskdm_jax.model.kernels import gelu, norm
 
 _EPSILON = 1e-5
 
@@ -70,7 +71,7 @@ def add_normalize(
     Returns:
       Both [M, D] of x's dtype.
     """
-    if _takes(norm_kernel, x_MD, mesh):
+    if _takes(norm, x_MD, mesh):
         return _add_normalize(x_MD, y_MD, bias_D, mesh)
     return _sum_and_normed(x_MD, y_MD, bias_D)
 
@@ -91,7 +92,7 @@ def _add_normalize_forward(x_MD, y_MD, bias_D, mesh):
 
 
 def _add_normalize_backward(mesh, sum_MD, gradients):
-    kernel = functools.partial(norm_kernel.add_normalize_gradient, epsilon=_EPSILON)
+    kernel = functools.partial(norm.add_normalize_gradient, epsilon=_EPSILON)
     run = sharding.on_each_device(kernel, mesh, sum_MD.shape[0])
     dx_MD, sums = run(sum_MD, *gradients)
     return dx_MD, dx_MD, jnp.sum(sums, 0)
@@ -124,8 +125,8 @@ def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> j
     Returns:
       [M, D] of x's dtype.
     """
-    if _takes(gelu_kernel, x_MD, mesh):
-        kernel = sharding.on_each_device(gelu_kernel.bias_gelu, mesh, x_MD.shape[0], num_whole=1)
+    if _takes(gelu, x_MD, mesh):
+        kernel = sharding.on_each_device(gelu.bias_gelu, mesh, x_MD.shape[0], num_whole=1)
         return kernel(x_MD, bias_D)
     return _bias_gelu(x_MD, bias_D)
 

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from maskdm_jax import hopper_attention, long_attention, sharding, short_attention
+from maskdm_jax import sharding
+from maskdm_jax.model.kernels import hopper_attention, short_attention, splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "hopper", "splash")
 # Those that read q, k and v as one matmul makes them, and write their gradients so.
@@ -77,7 +78,7 @@ def attend(
         return _packed(jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2), chosen, num_valid, mesh)
 
     def kernel(q, k, v):
-        return long_attention.long_attention(q, k, v, num_valid)
+        return splash_attention.long_attention(q, k, v, num_valid)
 
     return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
 
@@ -136,7 +137,7 @@ def padding(
     if chosen == "cudnn":
         return -length % _CUDNN_MULTIPLE
     if chosen == "splash":
-        extra = long_attention.padded_length(length) - length
+        extra = splash_attention.padded_length(length) - length
         return extra if extra <= _CARRIED_PADDING * length else 0
     return 0
 

@@ -15,8 +15,8 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from maskdm_jax.command_line import INTERRUPTED
-from maskdm_jax.progress import say
+from maskdm_jax.run.command_line import INTERRUPTED
+from maskdm_jax.run.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 

@@ -13,7 +13,7 @@ import time
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax import distributed, faults, progress
+from maskdm_jax.run import distributed, faults, progress
 
 _JSONL = "metrics.jsonl"
 

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from maskdm_jax import attention, layers
-from maskdm_jax.model import patches
+from maskdm_jax.model import attention, layers, patches
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
 _kernel_init = nn.initializers.truncated_normal(0.02)

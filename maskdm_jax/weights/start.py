@@ -10,8 +10,9 @@ import re
 import jax
 import numpy as np
 
-from maskdm_jax import checkpoint, torch_io
+from maskdm_jax import checkpoint
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.weights import torch_io
 
 
 def load_params(init, make_fresh):

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from maskdm_jax.hopper_pipeline import ROWS, TILE_LAYOUT, compute_tiles
+from maskdm_jax.model.kernels.hopper_pipeline import ROWS, TILE_LAYOUT, compute_tiles
 
 # Each of three workers needs a tile of every head.
 MIN_LENGTH = 2 * ROWS + 1

@@ -20,8 +20,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from maskdm_jax import command_line, progress
 from maskdm_jax.errors import ConfigError, StartError
+from maskdm_jax.run import command_line, progress
 
 _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from conftest import DATA
 
-from maskdm_jax import checkpoint, pretrained, sharding, uvit
+from maskdm_jax import checkpoint, sharding
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.model import uvit
 from maskdm_jax.state import init_state
+from maskdm_jax.weights import start
 
 
 def init(path, weights="raw", ignore=()):
@@ -17,7 +19,7 @@ def init(path, weights="raw", ignore=()):
 
 
 def load(init, fresh):
-    return pretrained.load_params(init, lambda: fresh)
+    return start.load_params(init, lambda: fresh)
 
 
 def small(width=8, depth=3):

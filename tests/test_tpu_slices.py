@@ -1,6 +1,6 @@
 import pytest
 
-from maskdm_jax import slices
+from launch import tpu_slices
 from maskdm_jax.errors import ConfigError
 
 
@@ -17,15 +17,15 @@ from maskdm_jax.errors import ConfigError
     ],
 )
 def test_a_name_gives_chip_and_shape(name, kind, shape):
-    tpu = slices.parse(name)
+    tpu = tpu_slices.parse(name)
     assert (tpu.kind, tpu.shape) == (kind, shape)
 
 
 def test_cloud_names_count_cores_on_v4_and_v5p_and_chips_elsewhere():
     for name, num_chips in {"v4-8": 4, "v5p-128": 64, "v5e-16": 16, "v6e-64": 64}.items():
-        tpu = slices.parse(name)
+        tpu = tpu_slices.parse(name)
         assert tpu.num_chips == num_chips
-        assert slices.parse(tpu.name.split()[0]) == tpu
+        assert tpu_slices.parse(tpu.name.split()[0]) == tpu
 
 
 @pytest.mark.parametrize(
@@ -34,5 +34,5 @@ def test_cloud_names_count_cores_on_v4_and_v5p_and_chips_elsewhere():
 )
 def test_a_slice_that_does_not_exist_is_refused_with_one_that_does(name):
     with pytest.raises(ConfigError, match="--topology is '.*'; expected .*; type --topology=") as e:
-        slices.parse(name)
-    assert slices.parse(str(e.value).split("--topology=")[-1])
+        tpu_slices.parse(name)
+    assert tpu_slices.parse(str(e.value).split("--topology=")[-1])

@@ -11,7 +11,7 @@ import jax
 
 from maskdm_jax import sharding
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.progress import say
+from maskdm_jax.run.progress import say
 from maskdm_jax.step import lower_train_step
 
 # Of a GPU's memory, what JAX takes at its start; the rest is for cuDNN's and NCCL's workspaces.
