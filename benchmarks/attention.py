@@ -25,18 +25,16 @@ _HEAD_DIM = 64
 def bench(length: int, implementation: str, seconds: float) -> dict:
     """Milliseconds of one forward and backward pass, and what really ran."""
     batch, heads = _SHAPES[length]
-    extra = attention.padding(implementation, length, _HEAD_DIM, jnp.bfloat16)
-    padded = length + extra
-    packed = attention.takes_packed(implementation, padded, _HEAD_DIM, jnp.bfloat16)
-    shape = (batch, padded, heads, _HEAD_DIM)
+    plan = attention.plan(implementation, length, _HEAD_DIM, jnp.bfloat16)
+    shape = (batch, plan.length, heads, _HEAD_DIM)
     qkv = [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(3)]
-    arrays = [jnp.stack(qkv, axis=2)] if packed else qkv
+    arrays = [jnp.stack(qkv, axis=2)] if plan.packed else qkv
     dout = jax.random.normal(jax.random.key(3), shape, jnp.bfloat16)
 
     @jax.jit
     def both(*arrays):
-        attend = attention.attend_packed if packed else attention.attend
-        out, pullback = jax.vjp(lambda *x: attend(*x, implementation, num_valid=length), *arrays)
+        attend = attention.attend_packed if plan.packed else attention.attend
+        out, pullback = jax.vjp(lambda *x: attend(*x, plan), *arrays)
         return out, pullback(dout)
 
     call_s = measure.seconds_per_call(lambda i: both(*arrays), seconds)
@@ -44,8 +42,8 @@ def bench(length: int, implementation: str, seconds: float) -> dict:
     return {
         "length": length,
         "implementation": implementation,
-        "runs": attention.choose(implementation, padded, _HEAD_DIM, jnp.bfloat16),
-        "padded_by": extra,
+        "runs": plan.kernel,
+        "padded_by": plan.length - length,
         "batch": batch,
         "ms": call_s * 1e3,
         "model_tflops": flops / call_s / 1e12,

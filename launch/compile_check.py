@@ -177,7 +177,8 @@ def _splash_flops(config, mode, mesh):
     length = flops.tokens_per_image(whole)
     width, depth, heads = dimensions(config.model)
     dtype = config.model.dtype
-    if attention.choose(config.model.attention, length, width // heads, dtype, mesh) != "splash":
+    plan = attention.plan(config.model.attention, length, width // heads, dtype, mesh)
+    if plan.kernel != "splash":
         return 0
     # Forward two matmuls; backward three for dq and four for dk and dv.
     matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1

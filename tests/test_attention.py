@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskdm_jax.model import attention, uvit
-from maskdm_jax.model.attention import attend
+from maskdm_jax.model.attention import Plan, attend, plan
 from maskdm_jax.model.kernels import short_attention, splash_attention
 from maskdm_jax.model.kernels.short_attention import MAX_LENGTH
 
@@ -32,11 +32,11 @@ def short(q, k, v, num_valid):
 
 
 def long(q, k, v, num_valid):
-    return splash_attention.long_attention(q, k, v, num_valid, True)
+    return splash_attention.splash_attention(q, k, v, num_valid, True)
 
 
 def by_xla(q, k, v, num_valid):
-    return attend(q, k, v, "xla", num_valid=num_valid)
+    return attend(q, k, v, Plan("xla", q.shape[1], num_valid, None))
 
 
 @pytest.mark.parametrize("padding", [0, 3])
@@ -72,19 +72,20 @@ def test_the_kernels_gradients_are_those_of_xla(kernel, length, num_valid):
 @pytest.mark.parametrize("batch", [8, 3])
 @pytest.mark.parametrize(
     "implementation, kernel, length",
-    [("pallas", "short_attention", 29), ("splash", "long_attention", 261)],
+    [("pallas", "short_attention", 29), ("splash", "splash_attention", 261)],
 )
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
     monkeypatch, implementation, kernel, length, batch
 ):
-    original = getattr(getattr(attention, kernel), kernel)
+    module = attention._kernels(kernel)
+    original = getattr(module, kernel)
     batches_seen = []
 
-    def interpreted(*args):
+    def interpreted(*args, num_valid):
         batches_seen.append(args[0].shape[0])
-        return original(*args, True)
+        return original(*args, num_valid, True)
 
-    monkeypatch.setattr(f"maskdm_jax.{kernel}.{kernel}", interpreted)
+    monkeypatch.setattr(module, kernel, interpreted)
     monkeypatch.setattr(attention, "_misses", lambda *args: "")
     mesh = Mesh(np.asarray(jax.devices()).reshape(4, 2), ("data", "fsdp"))
     spec = PartitionSpec(("data", "fsdp")) if batch == 8 else PartitionSpec()
@@ -93,7 +94,7 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
     )
 
     def loss(q, k, v, implementation, mesh):
-        out = attend(q, k, v, implementation, num_valid=length - 2, mesh=mesh)
+        out = attend(q, k, v, Plan(implementation, length, length - 2, mesh))
         return jnp.sum(jnp.sin(out[:, : length - 2]))
 
     gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=(3, 4))
@@ -109,7 +110,9 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
 @pytest.mark.parametrize("qkv_bias", [False, True])
 def test_a_network_that_packs_qkv_computes_what_one_that_splits_it_does(monkeypatch, qkv_bias):
     original = short_attention.short_attention
-    monkeypatch.setattr(short_attention, "short_attention", lambda x, n: original(x, n, True))
+    monkeypatch.setattr(
+        short_attention, "short_attention", lambda x, num_valid: original(x, num_valid, True)
+    )
     monkeypatch.setattr(attention, "_misses", lambda *args: "")
     x_BVP = jax.random.normal(jax.random.key(0), (2, 16, 12))
     t_B = jnp.array([3, 40])
@@ -135,7 +138,7 @@ def test_a_kernel_that_the_machine_lacks_falls_back_with_one_warning(kernel):
     q, k, v = qkv(17)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        first, second = attend(q, k, v, kernel), attend(q, k, v, kernel)
+        first, second = (attend(q, k, v, plan(kernel, 17, 16, q.dtype)) for _ in range(2))
     np.testing.assert_allclose(first, softmax_attention(q, k, v, 17), atol=1e-5)
     np.testing.assert_array_equal(first, second)
     assert len(caught) == 1 and kernel in str(caught[0].message)
@@ -149,44 +152,37 @@ def mesh_of(**device):
 def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
     a100 = mesh_of(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
     h200 = mesh_of(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
-    bf16 = jnp.bfloat16
+
+    def planned(implementation, length, head_dim, gpu, dtype=jnp.bfloat16):
+        made = plan(implementation, length, head_dim, dtype, gpu)
+        assert made.num_valid == length
+        return made.kernel, made.length - length, made.packed
+
     for gpu in (a100, h200):
-        assert attention.choose("auto", 29, 64, bf16, gpu) == "pallas"
-        assert attention.choose("auto", 128, 64, bf16, gpu) == "cudnn"
-        assert attention.choose("auto", 4097, 72, bf16, gpu) == "cudnn"
-        assert attention.choose("auto", 4097, 64, jnp.float32, gpu) == "xla"
-        assert attention.choose("xla", 4097, 64, bf16, gpu) == "xla"
-        assert attention.padding("auto", 29, 64, bf16, gpu) == 0
-        assert attention.takes_packed("auto", 29, 64, bf16, gpu)
-        assert not attention.takes_packed("cudnn", 417, 64, bf16, gpu)
-    assert attention.choose("auto", 4097, 64, bf16, a100) == "cudnn"
-    assert attention.padding("auto", 4097, 64, bf16, a100) == 1
-    assert attention.padding("auto", 418, 64, bf16, a100) == 0
-    assert attention.choose("auto", 4097, 64, bf16, h200) == "hopper"
-    assert attention.takes_packed("auto", 4097, 64, bf16, h200)
-    assert attention.choose("cudnn", 4097, 64, bf16, h200) == "cudnn"
-    assert attention.padding("auto", 4097, 64, bf16, h200) == 0
+        assert planned("auto", 29, 64, gpu) == ("pallas", 0, True)
+        assert planned("auto", 128, 64, gpu) == ("cudnn", 0, False)
+        assert planned("auto", 4097, 72, gpu) == ("cudnn", 1, False)
+        assert planned("auto", 4097, 64, gpu, jnp.float32) == ("xla", 0, False)
+        assert planned("xla", 4097, 64, gpu) == ("xla", 0, False)
+        assert planned("cudnn", 417, 64, gpu) == ("cudnn", 1, False)
+    assert planned("auto", 4097, 64, a100) == ("cudnn", 1, False)
+    assert planned("auto", 418, 64, a100) == ("cudnn", 0, False)
+    assert planned("auto", 4097, 64, h200) == ("hopper", 0, True)
 
 
 def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():
     v5e = mesh_of(platform="tpu", device_kind="TPU v5 lite")
-    bf16 = jnp.bfloat16
-    for length in (17, 29, 128):
-        assert attention.choose("auto", length, 64, bf16, v5e) == "xla"
-    for length in (257, 417, 4097):
-        assert attention.choose("auto", length, 64, bf16, v5e) == "splash"
-    assert attention.padding("auto", 4097, 64, bf16, v5e) == 4224 - 4097
-    assert attention.padding("auto", 417, 64, bf16, v5e) == 0
-    assert attention.padding("auto", 512, 64, bf16, v5e) == 0
-    assert attention.padding("auto", 29, 64, bf16, v5e) == 0
+    expected = {17: 17, 29: 29, 128: 128, 257: 257, 417: 417, 512: 512, 4097: 4224}
+    for length, padded in expected.items():
+        made = plan("auto", length, 64, jnp.bfloat16, v5e)
+        assert (made.kernel, made.length) == ("splash" if length > 128 else "xla", padded)
 
 
 def test_packed_arguments_are_refused_where_no_kernel_takes_them():
     with pytest.raises(ValueError, match="xla attention takes q, k and v apart"):
-        attention.attend_packed(jnp.zeros((1, 2, 3, 1, 4)), "xla")
+        attention.attend_packed(jnp.zeros((1, 2, 3, 1, 4)), Plan("xla", 2, 2, None))
 
 
 def test_an_unknown_implementation_is_named():
-    x = jnp.zeros((1, 2, 1, 4))
     with pytest.raises(ValueError, match="'flashy'"):
-        attend(x, x, x, "flashy")
+        plan("flashy", 2, 4, jnp.float32)

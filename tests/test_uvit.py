@@ -149,6 +149,6 @@ def test_padding_tokens_change_nothing(tiny_config, monkeypatch):
     x = jax.random.normal(jax.random.key(1), (2, 16, 4))
     t, label = jnp.array([3, 800]), jnp.array([1, 2])
     plain = uvit.apply(model, params, x, t, label_B=label)
-    monkeypatch.setattr(attention, "padding", lambda *args: 3)
+    monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: 3)
     padded = uvit.apply(model, params, x, t, label_B=label)
     np.testing.assert_allclose(padded, plain, atol=1e-6)

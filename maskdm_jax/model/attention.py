@@ -1,150 +1,79 @@
-"""The entry to attention: XLA everywhere, and fused kernels: our own on NVIDIA GPUs, one for
-short sequences and one for Hopper's, cuDNN's where neither fits, and on TPUs JAX's splash kernel.
+"""The entry to attention: XLA's everywhere, and a fused kernel where there is one for the device.
 
-Attention is 47 % of a U-ViT-B block at 4097 tokens and 8 % at 417, so the kernel decides the cost
-of stage 2. A kernel that wants other lengths than the model has is given padded ones, with the
-padding masked. Padding q, k and v costs a copy of each, so a model asks `padding` once, carries
-that many tokens more through all its blocks, and tells `attend` how many are real. Where that would
-be many, `attend` pads.
+On NVIDIA GPUs there are two kernels of ours, one for short sequences and one for Hopper's, and
+cuDNN's where neither fits; on TPUs it is JAX's splash kernel. Attention is 47 % of a U-ViT-B block
+at 4097 tokens and 8 % at 417, so the kernel decides the cost of stage 2.
+
+A network plans its attention once, for all its blocks: which kernel, and how many tokens of padding
+it wants. Padding q, k and v in every block would cost a copy of each; the network instead carries
+the padding through all its blocks, where it is little.
 
 XLA cannot split a Pallas kernel over devices: on a mesh, each device runs it on its own images.
 """
 
 import functools
+import importlib
 import warnings
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maskdm_jax import sharding
-from maskdm_jax.model.kernels import hopper_attention, short_attention, splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "hopper", "splash")
-# Those that read q, k and v as one matmul makes them, and write their gradients so.
+# Kernels that read q, k and v as one matmul makes them, and write their gradients likewise.
 _PACKED = ("pallas", "hopper")
 
 # JAX refuses odd lengths to cuDNN's backward pass.
 _CUDNN_MULTIPLE = 2
-# On an NVIDIA GPU, below this short_attention's kernel is taken.
+# On an NVIDIA GPU, the kernel for short sequences takes fewer tokens than this.
 _LONG_FROM = 128
-# On a TPU, from here on the splash kernel is taken, below it XLA's attention, which keeps K L^2
-# scores of 4 bytes an image and block. At 4097 tokens they are 5 times all else that a step of
+# On a TPU, the splash kernel takes this many tokens and more, XLA's attention fewer. The latter
+# keeps K L^2 scores of 4 bytes an image and block: at 4097 tokens 5 times all else that a step of
 # U-ViT-B needs, at 417 as much as all else, at 257 (U-ViT-S) half (launch/compile_check.py with
-# model.attention xla and splash). Shorter, they are few, and most of the kernel's block is padding.
+# model.attention xla and splash). Of shorter sequences the kernel's block is mostly padding.
 _SPLASH_MIN_LENGTH = 256
 # The compiler counts less traffic where 4097 tokens become 4224 in all blocks of the network, and
 # where 417 become 512 in the kernel alone. The rule lies between.
 _CARRIED_PADDING = 1 / 16
 
 
-def attend(
-    q_BLKH: jax.Array,
-    k_BLKH: jax.Array,
-    v_BLKH: jax.Array,
-    implementation: str = "auto",
-    *,
-    num_valid: int | None = None,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """softmax(q k^T / sqrt(H)) v over the first `num_valid` tokens, with the softmax in float32.
+class Plan(NamedTuple):
+    """How the blocks of a network attend.
+
+    Fields:
+      kernel: "xla", "cudnn", "pallas" (kernels.short_attention), "hopper", or "splash".
+      length: tokens of an image, with padding.
+      num_valid: tokens that are real; the padding's outputs are arbitrary but finite.
+      mesh: the devices that the batch is split over; None: this process's first device.
+    """
+
+    kernel: str
+    length: int
+    num_valid: int
+    mesh: Mesh | None
+
+    @property
+    def packed(self) -> bool:
+        """Whether the kernel reads q, k and v side by side, as one matmul makes them."""
+        return self.kernel in _PACKED
+
+
+def plan(
+    implementation: str, num_tokens: int, head_dim: int, dtype, mesh: Mesh | None = None
+) -> Plan:
+    """What attends to `num_tokens` tokens on the devices of `mesh`.
 
     Args:
-      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], any float dtype.
-      implementation: "xla", "cudnn", "pallas" (`short_attention`), "hopper" (`hopper_attention`),
-        "splash" (`long_attention`), or "auto": the fused kernel for that length where the device
-        and the dtype allow it, XLA otherwise. A kernel that is named where it cannot run is XLA
-        too, with one warning.
-      num_valid: tokens that are real; the rest is padding, and what comes out for it is arbitrary
-        but finite. None: all L.
-      mesh: the devices that the batch is split over. None: this process's first device.
-
-    Returns:
-      [B, L, K, H] of q's dtype.
-    """
-    length, head_dim = q_BLKH.shape[1], q_BLKH.shape[3]
-    num_valid = length if num_valid is None else num_valid
-    chosen = choose(implementation, length, head_dim, q_BLKH.dtype, mesh)
-    supported = hopper_attention.supports(num_valid, head_dim, q_BLKH.dtype)
-    if chosen == "hopper" and not supported:
-        chosen = "cudnn"  # so much of it is padding
-    if chosen == "xla":
-        mask = None if num_valid == length else (jnp.arange(length) < num_valid)[None, None, None]
-        return jax.nn.dot_product_attention(q_BLKH, k_BLKH, v_BLKH, mask=mask, implementation="xla")
-    if chosen == "cudnn":
-        return _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid)
-
-    if chosen in _PACKED:
-        return _packed(jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2), chosen, num_valid, mesh)
-
-    def kernel(q, k, v):
-        return splash_attention.long_attention(q, k, v, num_valid)
-
-    return sharding.on_each_device(kernel, mesh, q_BLKH.shape[0])(q_BLKH, k_BLKH, v_BLKH)
-
-
-def attend_packed(
-    qkv_BLTKH: jax.Array,
-    implementation: str = "auto",
-    *,
-    num_valid: int | None = None,
-    mesh: Mesh | None = None,
-) -> jax.Array:
-    """`attend` of q, k and v that lie side by side, where `takes_packed` says so.
-
-    Args:
-      qkv_BLTKH: q, k and v, [B, L, 3, K, H].
-      implementation, num_valid, mesh: see `attend`.
-
-    Returns:
-      [B, L, K, H] of the same dtype.
-
-    Raises:
-      ValueError: where `takes_packed` does not say so.
-    """
-    length, head_dim = qkv_BLTKH.shape[1], qkv_BLTKH.shape[4]
-    num_valid = length if num_valid is None else num_valid
-    chosen = choose(implementation, length, head_dim, qkv_BLTKH.dtype, mesh)
-    if chosen not in _PACKED:
-        raise ValueError(f"{chosen} attention takes q, k and v apart; expected one of {_PACKED}")
-    return _packed(qkv_BLTKH, chosen, num_valid, mesh)
-
-
-def _packed(qkv_BLTKH, chosen, num_valid, mesh):
-    def kernel(qkv):
-        if chosen == "hopper":
-            return _hopper(qkv, num_valid)
-        return short_attention.short_attention(qkv, num_valid)
-
-    return sharding.on_each_device(kernel, mesh, qkv_BLTKH.shape[0])(qkv_BLTKH)
-
-
-def takes_packed(
-    implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None
-) -> bool:
-    """Whether what `attend` would run reads q, k and v as one matmul makes them."""
-    return choose(implementation, length, head_dim, dtype, mesh) in _PACKED
-
-
-def padding(
-    implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None
-) -> int:
-    """Tokens to add to `length` so that `attend` need not copy its arguments to pad them.
-
-    0 where so many tokens would cost the rest of the network more than those copies.
-    """
-    chosen = choose(implementation, length, head_dim, dtype, mesh)
-    if chosen == "cudnn":
-        return -length % _CUDNN_MULTIPLE
-    if chosen == "splash":
-        extra = splash_attention.padded_length(length) - length
-        return extra if extra <= _CARRIED_PADDING * length else 0
-    return 0
-
-
-def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | None = None) -> str:
-    """What `attend` runs on the devices of `mesh`: "xla", "cudnn", "pallas", "hopper" or
-    "splash".
+      implementation: a kernel, see `Plan`, or "auto": the fused kernel for that many tokens where
+        device and dtype allow it, XLA otherwise. A kernel that is named where it cannot run is
+        replaced by XLA, with one warning.
+      num_tokens: of an image.
+      head_dim: channels of a head.
+      dtype: of q, k and v.
+      mesh: None is this process's first device.
 
     Raises:
       ValueError: for an implementation that does not exist.
@@ -156,67 +85,107 @@ def choose(implementation: str, length: int, head_dim: int, dtype, mesh: Mesh | 
     device, dtype = sharding.first_device(mesh), jnp.dtype(dtype)
     kernel = implementation
     if kernel == "auto":
-        kernel = _fastest(device, length, head_dim, dtype)
-    if kernel == "xla":
-        return "xla"
-    missing = _misses(device, kernel, length, head_dim, dtype)
+        kernel = _fastest(device, num_tokens, head_dim, dtype)
+    missing = _misses(device, kernel, num_tokens, head_dim, dtype)
     if missing and implementation != "auto":
         _warn_once(f"model.attention is {kernel!r}, but {missing}; XLA's attention runs instead")
-    return "xla" if missing else kernel
+    kernel = "xla" if missing else kernel
+    return Plan(kernel, num_tokens + _padding(kernel, num_tokens), num_tokens, mesh)
 
 
-def _fastest(device, length, head_dim, dtype):
+def attend(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, plan: Plan) -> jax.Array:
+    """softmax(q k^T / sqrt(H)) v over the first `plan.num_valid` tokens; the softmax is float32.
+
+    Args:
+      q_BLKH, k_BLKH, v_BLKH: [B, L, K, H], any float dtype, L = `plan.length`.
+
+    Returns:
+      [B, L, K, H] of q's dtype.
+    """
+    if plan.packed:
+        return attend_packed(jnp.stack([q_BLKH, k_BLKH, v_BLKH], axis=2), plan)
+    if plan.kernel == "splash":
+        kernel = functools.partial(
+            _kernels("splash_attention").splash_attention, num_valid=plan.num_valid
+        )
+        run = sharding.on_each_device(kernel, plan.mesh, q_BLKH.shape[0])
+        return run(q_BLKH, k_BLKH, v_BLKH)
+    padded = plan.num_valid < plan.length
+    if plan.kernel == "cudnn":
+        batch = q_BLKH.shape[0]
+        lengths = jnp.full((batch,), plan.num_valid, jnp.int32) if padded else None
+        masked = dict(query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    else:
+        is_real_L = jnp.arange(plan.length) < plan.num_valid
+        masked = dict(mask=is_real_L[None, None, None] if padded else None)
+    return jax.nn.dot_product_attention(
+        q_BLKH, k_BLKH, v_BLKH, implementation=plan.kernel, **masked
+    )
+
+
+def attend_packed(qkv_BLTKH: jax.Array, plan: Plan) -> jax.Array:
+    """`attend` of q, k and v that lie side by side, [B, L, 3, K, H].
+
+    Raises:
+      ValueError: where the plan is not `packed`.
+    """
+    if not plan.packed:
+        raise ValueError(f"{plan.kernel} attention takes q, k and v apart; expected {_PACKED}")
+    if plan.kernel == "hopper":
+        kernel = _kernels("hopper_attention").hopper_attention
+    else:
+        kernel = functools.partial(
+            _kernels("short_attention").short_attention, num_valid=plan.num_valid
+        )
+    return sharding.on_each_device(kernel, plan.mesh, qkv_BLTKH.shape[0])(qkv_BLTKH)
+
+
+def _kernels(name):
+    # Imported where they run: importing all of them takes longer than all else of the network.
+    return importlib.import_module(f"maskdm_jax.model.kernels.{name}")
+
+
+def _fastest(device, num_tokens, head_dim, dtype):
     if device.platform == "tpu":
-        return "splash" if length >= _SPLASH_MIN_LENGTH else "xla"
-    if length < _LONG_FROM:
+        return "splash" if num_tokens >= _SPLASH_MIN_LENGTH else "xla"
+    if sharding.unfit_for_gpu_kernels(device):
+        return "xla"
+    if num_tokens < _LONG_FROM:
         return "pallas"
-    fits = _is_hopper(device) and hopper_attention.supports(length, head_dim, dtype)
-    return "hopper" if fits else "cudnn"
+    return "cudnn" if _misses(device, "hopper", num_tokens, head_dim, dtype) else "hopper"
 
 
-def _is_hopper(device):
-    return getattr(device, "compute_capability", None) == "9.0"
+def _padding(kernel, num_tokens):
+    """Tokens to add so that `attend` need not copy its arguments to pad them; 0 where so many
+    would cost the rest of the network more than those copies."""
+    if kernel == "cudnn":
+        return -num_tokens % _CUDNN_MULTIPLE
+    if kernel == "splash":
+        extra = _kernels("splash_attention").padded_length(num_tokens) - num_tokens
+        return extra if extra <= _CARRIED_PADDING * num_tokens else 0
+    return 0
 
 
-def _misses(device, kernel, length, head_dim, dtype) -> str:
-    """Why the fused kernel cannot run; "" where it can."""
+def _misses(device, kernel, num_tokens, head_dim, dtype) -> str:
+    """Why the kernel cannot run; "" where it can."""
+    if kernel == "xla":
+        return ""
     if kernel == "splash":
         return "" if device.platform == "tpu" else f"the device is {device.device_kind}, not a TPU"
     if unfit := sharding.unfit_for_gpu_kernels(device):
         return unfit
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"model.dtype is {dtype.name}, not bfloat16"
-    if kernel == "cudnn" and (head_dim > 128 or head_dim % 8):
-        return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
-    if kernel == "hopper" and not _is_hopper(device):
+    if kernel == "cudnn":
+        if head_dim > 128 or head_dim % 8:
+            return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
+        return ""
+    if kernel == "hopper" and getattr(device, "compute_capability", None) != "9.0":
         return f"the device is {device.device_kind}, not a Hopper GPU"
-    if kernel == "hopper" and not hopper_attention.supports(length, head_dim, dtype):
-        return f"{length} tokens, heads of {head_dim} channels or {dtype.name} do not fit its tiles"
-    if kernel == "pallas" and not short_attention.supports(length, head_dim):
-        return f"{length} tokens and heads of {head_dim} channels do not fit its tiles"
+    module = "hopper_attention" if kernel == "hopper" else "short_attention"
+    if not _kernels(module).supports(num_tokens, head_dim, dtype):
+        return f"{num_tokens} tokens, heads of {head_dim} channels or {dtype.name} do not fit it"
     return ""
-
-
-def _cudnn(q_BLKH, k_BLKH, v_BLKH, num_valid):
-    batch, length = q_BLKH.shape[:2]
-    q, k, v = (_pad(x, _CUDNN_MULTIPLE) for x in (q_BLKH, k_BLKH, v_BLKH))
-    lengths = None
-    if num_valid != q.shape[1]:
-        lengths = jnp.full((batch,), num_valid, jnp.int32)
-    out = jax.nn.dot_product_attention(
-        q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths, implementation="cudnn"
-    )
-    return out[:, :length]
-
-
-def _hopper(qkv_BLTKH, num_valid):
-    out = hopper_attention.hopper_attention(qkv_BLTKH[:, :num_valid])
-    return jnp.pad(out, ((0, 0), (0, qkv_BLTKH.shape[1] - num_valid), (0, 0), (0, 0)))
-
-
-def _pad(x_BLKH, multiple):
-    extra = -x_BLKH.shape[1] % multiple
-    return jnp.pad(x_BLKH, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x_BLKH
 
 
 @functools.cache

@@ -6,13 +6,13 @@ these rules save.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from maskdm_jax import sharding
-from maskdm_jax.model.kernels import gelu, norm
 
 _EPSILON = 1e-5
 
@@ -71,7 +71,7 @@ def add_normalize(
     Returns:
       Both [M, D] of x's dtype.
     """
-    if _takes(norm, x_MD, mesh):
+    if _kernel("norm", x_MD, mesh):
         return _add_normalize(x_MD, y_MD, bias_D, mesh)
     return _sum_and_normed(x_MD, y_MD, bias_D)
 
@@ -92,6 +92,8 @@ def _add_normalize_forward(x_MD, y_MD, bias_D, mesh):
 
 
 def _add_normalize_backward(mesh, sum_MD, gradients):
+    from maskdm_jax.model.kernels import norm  # see `_kernel`
+
     kernel = functools.partial(norm.add_normalize_gradient, epsilon=_EPSILON)
     run = sharding.on_each_device(kernel, mesh, sum_MD.shape[0])
     dx_MD, sums = run(sum_MD, *gradients)
@@ -125,7 +127,7 @@ def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> j
     Returns:
       [M, D] of x's dtype.
     """
-    if _takes(gelu, x_MD, mesh):
+    if gelu := _kernel("gelu", x_MD, mesh):
         kernel = sharding.on_each_device(gelu.bias_gelu, mesh, x_MD.shape[0], num_whole=1)
         return kernel(x_MD, bias_D)
     return _bias_gelu(x_MD, bias_D)
@@ -158,6 +160,12 @@ def _cdf(y):
 _bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
 
 
-def _takes(kernel_module, x_MD, mesh):
-    fits = kernel_module.supports(x_MD.shape[1], x_MD.dtype)
-    return fits and not sharding.unfit_for_gpu_kernels(sharding.first_device(mesh))
+def _kernel(name, x_MD, mesh):
+    """That module of model.kernels, where the devices and the array suit it, else None.
+
+    Imported only then: Pallas is slow to import.
+    """
+    if sharding.unfit_for_gpu_kernels(sharding.first_device(mesh)):
+        return None
+    module = importlib.import_module(f"maskdm_jax.model.kernels.{name}")
+    return module if module.supports(x_MD.shape[1], x_MD.dtype) else None

@@ -5,6 +5,8 @@ them. Hidden patches never reach the network: `visible_BV` names the patches tha
 selects their position rows. `init_params` and `apply` are all that the rest of the code sees.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -116,41 +118,34 @@ class UViT(nn.Module):
     @nn.compact
     def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None, deterministic=True):
         x_BLD = self._embed(x_BVP, t_B, visible_BV, label_B)
-        # The attention kernel may want a few tokens more; nothing ever reads them.
-        length = x_BLD.shape[1]
-        head_dim = self.width // self.num_heads
-        extra = attention.padding(self.attention, length, head_dim, self.dtype, self.mesh)
-        if extra:
-            x_BLD = jnp.pad(x_BLD, ((0, 0), (0, extra), (0, 0)))
+        num_tokens, head_dim = x_BLD.shape[1], self.width // self.num_heads
+        plan = attention.plan(self.attention, num_tokens, head_dim, self.dtype, self.mesh)
+        x_BLD = jnp.pad(x_BLD, ((0, 0), (0, plan.length - num_tokens), (0, 0)))
         # Blocks see one long list of M = B * L tokens: given [B, L, D], XLA may lay tokens out
         # batch-last, and pay for it with transposes in every block.
-        padded = length + extra
         x_MD = x_BLD.reshape(-1, self.width)
-        block = nn.remat(Block, static_argnums=(3,)) if self.remat == "blocks" else Block
-        kwargs = dict(
+        make_block = functools.partial(
+            nn.remat(Block, static_argnums=(3,)) if self.remat == "blocks" else Block,
             num_heads=self.num_heads,
             mlp_ratio=self.mlp_ratio,
             qkv_bias=self.qkv_bias,
             dropout=self.dropout,
-            attention=self.attention,
-            length=padded,
-            num_valid=length,
+            plan=plan,
             dtype=self.dtype,
-            mesh=self.mesh,
         )
         skips = []
         for i in range(self.num_skips):
-            x_MD = block(**kwargs, name=f"in_block_{i}")(x_MD, None, deterministic)
+            x_MD = make_block(name=f"in_block_{i}")(x_MD, None, deterministic)
             skips.append(x_MD)
-        x_MD = block(**kwargs, name="mid_block")(x_MD, None, deterministic)
+        x_MD = make_block(name="mid_block")(x_MD, None, deterministic)
         for i in range(self.num_skips):
-            x_MD = block(**kwargs, name=f"out_block_{i}")(x_MD, skips.pop(), deterministic)
-        scale, shift = Affine(self.width, name="norm")()
-        kernel, bias = Linear(self.width, self.patch_dim, name="output")()
-        x_BLD = layers.normalize(x_MD).reshape(-1, padded, self.width)
-        normed_BVD = x_BLD[:, self.num_extra_tokens : length]
-        out_BVP = normed_BVD @ _scaled(scale, kernel, self.dtype)
-        return out_BVP.astype(jnp.float32) + (bias + _dot(shift, kernel))
+            x_MD = make_block(name=f"out_block_{i}")(x_MD, skips.pop(), deterministic)
+        norm = Affine(self.width, name="norm")()
+        output = Linear(self.width, self.patch_dim, name="output")()
+        kernel, bias = folded(norm, output, self.dtype)
+        normed_BLD = layers.normalize(x_MD).reshape(-1, plan.length, self.width)
+        out_BVP = normed_BLD[:, self.num_extra_tokens : num_tokens] @ kernel
+        return out_BVP.astype(jnp.float32) + bias
 
     def _embed(self, x_BVP, t_B, visible_BV, label_B):
         # A convolution of stride p is a matmul over patches; its init is the framework's default,
@@ -189,16 +184,18 @@ class UViT(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-LN transformer block; with a skip, [x, skip] is projected to D first.
+    """A pre-LN transformer block; with a skip, [x, skip] is projected to D first.
 
-    It is computed as  x += attention(LN(x)) W_proj + b_proj;  x += GELU(LN(x) W_in + b_in) W_out +
-    b_out, but three products are rearranged, to the same result with less memory traffic:
+        x += proj(attention(LN(x)));  x += mlp_out(GELU(mlp_in(LN(x))))
 
-    - LN(x) W = normed (scale * W) + shift W, so that LayerNorm's scale and shift cost nothing per
-      token. Of shift W, the queries' part is added; the keys' moves no softmax; the values' passes
-      through attention unchanged, as its weights sum to 1, and joins b_proj.
-    - q, k and v are one matmul where attention's kernel reads them side by side, else three on the
-      parts of its kernel: one would have to be cut up, and its gradient put together.
+    Three products are rearranged, to the same result with less memory traffic:
+
+    - A LayerNorm's scale and shift are `folded` into the matmul that follows, so that they cost
+      nothing per token. The shift reaches q and v as biases. It would shift all keys of a head
+      alike, which moves no softmax, so k needs none. v's passes through attention unchanged, since
+      the weights of a softmax sum to 1, and joins the bias of `proj`.
+    - q, k and v are one matmul where the attention kernel reads them side by side; elsewhere they
+      are three, on parts of one kernel, since the result of one would have to be cut up.
     - [x, skip] W = x W_1 + skip W_2: the two are never laid side by side.
     """
 
@@ -206,15 +203,12 @@ class Block(nn.Module):
     mlp_ratio: float
     qkv_bias: bool
     dropout: float
-    attention: str
-    length: int  # L, tokens of one image
-    num_valid: int  # those of them that are not padding
+    plan: attention.Plan
     dtype: jnp.dtype
-    mesh: Mesh | None
 
     @nn.compact
     def __call__(self, x_MD, skip_MD, deterministic):
-        width, dtype = x_MD.shape[-1], self.dtype
+        width, dtype, mesh = x_MD.shape[-1], self.dtype, self.plan.mesh
 
         def drop(x):
             return nn.Dropout(self.dropout, deterministic=deterministic)(x)
@@ -223,45 +217,57 @@ class Block(nn.Module):
             kernel, bias = Linear(2 * width, width, name="skip")()
             kernel_x, kernel_skip = jnp.split(kernel.astype(dtype), 2)
             x_MD, normed_MD = layers.add_normalize(
-                x_MD @ kernel_x, skip_MD @ kernel_skip, bias, self.mesh
+                x_MD @ kernel_x, skip_MD @ kernel_skip, bias, mesh
             )
         else:
             normed_MD = layers.normalize(x_MD)
 
-        scale, shift = Affine(width, name="norm_attention")()
-        (kernel,) = Linear(width, 3 * width, use_bias=False, name="qkv")()
-        q_bias, _, v_bias = jnp.split(_dot(shift, kernel), 3)
+        norm = Affine(width, name="norm_attention")()
+        qkv = Linear(width, 3 * width, use_bias=False, name="qkv")()
+        kernel, bias = folded(norm, qkv, dtype)
+        q_bias, _, v_bias = jnp.split(bias, 3)
         if self.qkv_bias:  # on q and v only, as the official code has it
             q_bias += self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
-        out_BLKH = self._attend(normed_MD, _scaled(scale, kernel, dtype), q_bias.astype(dtype))
+        out_BLKH = self._attend(normed_MD, kernel, q_bias.astype(dtype))
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
         out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype)
         if self.dropout:  # which falls on the bias too, so it cannot be added later
             out_MD = drop(out_MD + bias.astype(dtype))
             bias = jnp.zeros_like(bias)
-        x_MD, normed_MD = layers.add_normalize(x_MD, out_MD, bias, self.mesh)
+        x_MD, normed_MD = layers.add_normalize(x_MD, out_MD, bias, mesh)
 
         hidden_width = int(self.mlp_ratio * width)
-        scale, shift = Affine(width, name="norm_mlp")()
-        kernel, bias = Linear(width, hidden_width, name="mlp_in")()
-        hidden = normed_MD @ _scaled(scale, kernel, dtype)
-        hidden = drop(layers.bias_gelu(hidden, bias + _dot(shift, kernel), self.mesh))
+        norm = Affine(width, name="norm_mlp")()
+        mlp_in = Linear(width, hidden_width, name="mlp_in")()
+        kernel, bias = folded(norm, mlp_in, dtype)
+        hidden = drop(layers.bias_gelu(normed_MD @ kernel, bias, mesh))
         kernel, bias = Linear(hidden_width, width, name="mlp_out")()
         return x_MD + drop(hidden @ kernel.astype(dtype) + bias.astype(dtype))
 
     def _attend(self, normed_MD, kernel, q_bias):
-        length, width = self.length, normed_MD.shape[-1]
-        heads = (self.num_heads, width // self.num_heads)
-        given = dict(num_valid=self.num_valid, mesh=self.mesh)
-        if attention.takes_packed(self.attention, length, heads[1], self.dtype, self.mesh):
+        heads = (self.num_heads, normed_MD.shape[-1] // self.num_heads)
+        if self.plan.packed:
             qkv_MN = layers.add_to_first(normed_MD @ kernel, q_bias)
-            qkv_BLTKH = qkv_MN.reshape(-1, length, 3, *heads)
-            return attention.attend_packed(qkv_BLTKH, self.attention, **given)
+            return attention.attend_packed(
+                qkv_MN.reshape(-1, self.plan.length, 3, *heads), self.plan
+            )
         q_MD, k_MD, v_MD = (normed_MD @ part for part in jnp.split(kernel, 3, axis=1))
-        q, k, v = (x.reshape(-1, length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
-        return attention.attend(q, k, v, self.attention, **given)
+        qkv = (x.reshape(-1, self.plan.length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
+        return attention.attend(*qkv, self.plan)
+
+
+def folded(norm, linear, dtype) -> tuple[jax.Array, jax.Array]:
+    """The kernel and bias with which LN(x) W + b = normalize(x) @ kernel + bias.
+
+    Args:
+      norm: (scale, shift) of a LayerNorm, float32 [D] each.
+      linear: (W [D, F],) or (W, b [F]), float32.
+      dtype: of the kernel that is returned; the bias is float32.
+    """
+    (scale, shift), (kernel, *bias) = norm, linear
+    return (scale[:, None] * kernel).astype(dtype), sum(bias) + _dot(shift, kernel)
 
 
 class Linear(nn.Module):
@@ -288,10 +294,6 @@ class Affine(nn.Module):
     def __call__(self):
         scale = self.param("scale", nn.initializers.ones, (self.width,))
         return scale, self.param("bias", nn.initializers.zeros, (self.width,))
-
-
-def _scaled(scale, kernel, dtype):
-    return (scale[:, None] * kernel).astype(dtype)
 
 
 def _dot(x, kernel):

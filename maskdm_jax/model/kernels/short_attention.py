@@ -19,9 +19,10 @@ from jax.experimental.pallas import triton
 MAX_LENGTH = 128
 
 
-def supports(length: int, head_dim: int) -> bool:
-    """Whether the kernel takes sequences of `length` tokens and heads of `head_dim` channels."""
-    return length <= MAX_LENGTH and head_dim in (16, 32, 64, 128)
+def supports(length: int, head_dim: int, dtype) -> bool:
+    """Whether the kernel takes `length` tokens and heads of `head_dim` channels of `dtype`."""
+    fits = length <= MAX_LENGTH and head_dim in (16, 32, 64, 128)
+    return fits and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -20,7 +20,7 @@ def padded_length(length: int) -> int:
     return min(_pad(length, block) for block in _BLOCKS)
 
 
-def long_attention(
+def splash_attention(
     q_BLKH: jax.Array,
     k_BLKH: jax.Array,
     v_BLKH: jax.Array,
