@@ -7,7 +7,7 @@
 #
 # What follows -- goes to all three. The first time it makes .venv and installs there; with
 # PYTHON=/path/to/python it uses that one and installs nothing. A stage that ends with status 75
-# is started again, and the whole script goes on where it stopped when it is run again.
+# is started again, and the whole script resumes where it stopped when it is run again.
 # --dry-run prints the commands and runs none.
 set -euo pipefail
 

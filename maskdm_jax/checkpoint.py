@@ -104,7 +104,7 @@ class Checkpoints:
         step, size = self._saving or (None, 0)
         whole = steps(self._directory.parent)
         free = shutil.disk_usage(self._directory).free
-        start = f"goes on from step {whole[-1]}" if whole else "starts again"
+        start = f"resumes from step {whole[-1]}" if whole else "starts again"
         return faults.explain_full_disk(
             f"checkpoint {step}",
             self._directory,

@@ -1,4 +1,4 @@
-"""The config: every field with its default and meaning, and the checks that come before any work.
+"""The config: one table of fields, and the checks that come before any work.
 
 A file in configs/ starts from `default_config`, sets its claim, and returns it. The command line's
 `--config.field=value` overrides the file. An unknown field is an error, and so is a value that
@@ -7,226 +7,205 @@ cannot work: `ConfigError`, one sentence with the field's name and what to type.
 
 import json
 import pathlib
+from collections.abc import Iterable
 
 from ml_collections import config_dict
 
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.model.sizes import dimensions, grid_shape
+from maskdm_jax.fields import (
+    COUNT,
+    COUNT_OR_0,
+    FLAG,
+    FREE,
+    MEANING,
+    NAMES,
+    SEED,
+    SHAPE,
+    SIZE,
+    TEXT,
+    UPDATE,
+    Field,
+    Role,
+    number,
+    one_of,
+)  # fmt: skip
+from maskdm_jax.model.sizes import SIZES, Dimensions, dimensions, grid_shape
+
+# fmt: off
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, SEED, UPDATE,
+        "weights, order of examples, masks and noise all follow from it"),
+
+    "data.name": Field("", TEXT, UPDATE,
+        "a data set that maskdm_jax.data.prepare wrote, or any TFDS set with images"),
+    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where TFDS data sets live"),
+    "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
+    "data.image_size": Field((64, 64), SIZE, SHAPE, "height, width in pixels"),
+    "data.channels": Field(3, number(1, 12), SHAPE, "of the prepared set's images"),
+    "data.flip": Field(False, FLAG, UPDATE, "flip each image left-right with probability 1/2"),
+    "data.cache": Field("host", one_of("none", "host", "device"), FREE,
+        "where decoded uint8 images live: none (decode in every epoch), host (a file mapped into "
+        "memory and shared by processes) or device (the accelerator's memory)"),
+    "data.num_threads": Field(16, COUNT, FREE, "decoding threads where nothing is cached"),
+
+    "model.size": Field("B", one_of(*SIZES), SHAPE, "width, depth and heads, see model/sizes.py"),
+    "model.width": Field(0, COUNT_OR_0, SHAPE, "channels of a token; 0: by model.size"),
+    "model.depth": Field(0, COUNT_OR_0, SHAPE,
+        "blocks; 0: by model.size; 12 and 13 both build 6 + 1 + 6"),
+    "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: by model.size"),
+    "model.patch_size": Field(4, COUNT, SHAPE, "pixels on a patch's side"),
+    "model.mlp_ratio": Field(4.0, number(0.25), SHAPE, "width of the MLP's hidden layer over D"),
+    "model.qkv_bias": Field(False, FLAG, SHAPE, "biases on q and v"),
+    "model.mlp_time_embed": Field(False, FLAG, SHAPE,
+        "two Linear layers after the timestep's sinusoids"),
+    "model.num_classes": Field(0, COUNT_OR_0, SHAPE, "0: unconditional"),
+    "model.class_dropout": Field(0.1, number(0, 1), UPDATE,
+        "probability of training without the class, which guidance needs"),
+    "model.dropout": Field(0.0, number(0, 0.99), UPDATE,
+        "of the attention's and the MLP's outputs"),
+    "model.remat": Field("none", one_of("none", "blocks"), UPDATE,
+        "blocks: recompute each block in the backward pass; less memory"),
+    "model.attention": Field("auto",
+        one_of("auto", "xla", "cudnn", "pallas", "hopper", "splash"), UPDATE,
+        "the kernel; auto: the fastest that the device and the shapes allow"),
+    "model.dtype": Field("bfloat16", one_of("float32", "bfloat16"), UPDATE,
+        "of matmuls and activations; parameters and statistics are float32"),
+
+    "mask.kind": Field("none", one_of("none", "patch", "block", "crop"), UPDATE,
+        "which patches are hidden: single ones, blocks, or all outside a window"),
+    "mask.ratio": Field(0.9, number(0, 0.95), UPDATE,
+        "hidden share of the patches; patch and block"),
+    "mask.block_size": Field(4, COUNT, UPDATE, "patches on a block's side; divides the patch grid"),
+    "mask.crop_size": Field(16, COUNT, UPDATE, "patches on the visible window's side; crop"),
+
+    "diffusion.schedule": Field("cosine", one_of("linear", "cosine", "shifted_cosine"), MEANING,
+        "the noise schedule"),
+    "diffusion.num_timesteps": Field(1000, number(50), MEANING, "T"),
+    "diffusion.prediction": Field("eps", one_of("eps", "x0", "v"), MEANING,
+        "what the network outputs"),
+    "diffusion.loss": Field("l2", one_of("l2", "l1"), UPDATE,
+        "mean of squared or of absolute errors"),
+
+    "optim.lr_peak": Field(2e-4, COUNT_OR_0, UPDATE, "the highest learning rate"),
+    "optim.warmup_steps": Field(0, COUNT_OR_0, UPDATE, "linear, from 0"),
+    "optim.lr_schedule": Field("constant", one_of("constant", "cosine"), UPDATE,
+        "after the warm-up; cosine: to 0 at train.num_steps"),
+    "optim.b1": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the first moment"),
+    "optim.b2": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the second moment"),
+    "optim.weight_decay": Field(0.03, COUNT_OR_0, UPDATE, "on every parameter"),
+    "optim.clip_norm": Field(0.0, COUNT_OR_0, UPDATE,
+        "of the global gradient norm; 0: no clipping"),
+    "optim.accumulate_steps": Field(1, COUNT, UPDATE,
+        "parts that a batch is cut into and computed in turn, to save memory"),
+    "optim.ema_decay": Field(0.999, number(0, 1), UPDATE, "of the averaged weights"),
+    "optim.ema_ramp": Field(True, FLAG, UPDATE,
+        "copy for 100 updates, then decay 1 - (1 + n)^(-2/3) up to ema_decay"),
+
+    "train.num_steps": Field(100_000, COUNT, UPDATE, "updates"),
+    "train.batch_size": Field(256, COUNT, UPDATE, "images, over all devices and hosts"),
+    "train.dry_run": Field(False, FLAG, FREE,
+        "print the step's memory and the batches that fit, and train nothing"),
+    "train.log_every_steps": Field(100, COUNT, FREE, "a record in metrics.jsonl"),
+    "train.max_skipped_steps": Field(10, COUNT, FREE,
+        "updates in a row whose loss or gradients are not finite, before the run stops"),
+    "train.sample_every_steps": Field(10_000, COUNT_OR_0, FREE,
+        "a grid of samples from the EMA weights; 0: never"),
+
+    "checkpoint.every_steps": Field(5_000, COUNT, FREE, "the last step is always saved"),
+    "checkpoint.keep_last": Field(2, COUNT, FREE, "how many of the newest stay"),
+    "checkpoint.keep_every_steps": Field(0, COUNT_OR_0, FREE, "keep these for good; 0: none"),
+
+    "init.path": Field("", TEXT, UPDATE,
+        "another run's workdir, or an official .pt checkpoint; empty: fresh weights"),
+    "init.weights": Field("raw", one_of("raw", "ema"), UPDATE, "which of its weights"),
+    "init.ignore": Field((), NAMES, UPDATE,
+        'parameters to leave fresh: regular expressions over "block/layer/kernel"'),
+    "init.allow": Field((), NAMES, UPDATE,
+        "fields in which that run may differ although its weights then mean something else"),
+
+    "mesh.data": Field(-1, number(-1), FREE,
+        "devices that hold whole copies; -1: all that mesh.fsdp leaves"),
+    "mesh.fsdp": Field(1, COUNT, FREE,
+        "devices that parameters, EMA and optimizer state are split over"),
+
+    "sample.num": Field(64, COUNT, FREE, "images"),
+    "sample.batch_size": Field(64, COUNT, FREE, "images at a time, over all devices"),
+    "sample.seed": Field(0, SEED, FREE, "image i depends on (seed, i) alone"),
+    "sample.sampler": Field("ddim", one_of("ddim", "ddpm"), FREE, "see diffusion/samplers.py"),
+    "sample.spacing": Field("timestep", one_of("timestep", "log_snr"), FREE,
+        "the levels are even in t (the official way), or in log(signal / noise)"),
+    "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
+    "sample.eta": Field(1.0, number(0, 1), FREE,
+        "DDIM's noise: 0 deterministic, 1 as much as DDPM"),
+    "sample.guidance_scale": Field(1.0, COUNT_OR_0, FREE, "1: no guidance"),
+    "sample.label": Field(-1, number(-1), FREE,
+        "the class to draw; -1: image i has class i mod num_classes"),
+    "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights draw"),
+    "sample.preview_num": Field(16, COUNT, FREE, "images in the grids that training draws"),
+    "sample.preview_steps": Field(50, COUNT, FREE, "steps of the sampler for them"),
+}
+# fmt: on
 
 
 def default_config() -> config_dict.ConfigDict:
-    """Every field, documented, with its default."""
+    """Every field with its default.
+
+    A default never changes: configs stored by older versions are filled up from it, so the default
+    of a new field is what the code did before the field existed.
+    """
     config = config_dict.ConfigDict()
-    config.seed = 0  # weights, order of examples, masks, noise: all follow from it
-
-    config.data = data = config_dict.ConfigDict()
-    data.name = ""  # a data set that maskdm_jax.data.prepare wrote, or any TFDS set with images
-    data.dir = "~/tensorflow_datasets"  # where TFDS data sets live
-    data.split = "train"
-    data.image_size = (64, 64)  # height, width in pixels
-    data.channels = 3  # of the prepared set; the network takes 1 to 12
-    data.flip = False  # mirror every second image, at random
-    # Where decoded uint8 images live: "none" (decode every epoch), "host" (a file that is mapped
-    # into memory and shared by processes) or "device" (the accelerator's memory).
-    data.cache = "host"
-    data.num_threads = 16  # decoding threads where nothing is cached
-
-    config.model = model = config_dict.ConfigDict()
-    model.size = "B"  # S, B, L or H; see model/sizes.py
-    model.width = 0  # 0: as the size says; likewise the next two
-    model.depth = 0  # blocks; 12 and 13 both build 6 + 1 + 6
-    model.num_heads = 0
-    model.patch_size = 4  # pixels
-    model.mlp_ratio = 4.0
-    model.qkv_bias = False  # biases on q and v
-    model.mlp_time_embed = False  # two Linear layers after the timestep's sinusoids
-    model.num_classes = 0  # 0: unconditional
-    model.class_dropout = 0.1  # how often training drops the class, so that guidance can work
-    model.dropout = 0.0
-    model.remat = "none"  # "blocks": recompute each block in the backward pass; less memory
-    model.attention = "auto"  # "xla", "cudnn", "pallas", "hopper", "splash" to insist
-    model.dtype = "bfloat16"  # of matmuls and activations; parameters and statistics are float32
-
-    config.mask = mask = config_dict.ConfigDict()
-    mask.kind = "none"  # "none", "patch", "block" or "crop"
-    mask.ratio = 0.9  # hidden share of the patches, 0 to 0.95; patch and block
-    mask.block_size = 4  # patches on a block's side; divides the patch grid
-    mask.crop_size = 16  # patches on the visible window's side; crop
-
-    config.diffusion = diffusion = config_dict.ConfigDict()
-    diffusion.schedule = "cosine"  # "linear", "cosine" or "shifted_cosine"
-    diffusion.num_timesteps = 1000
-    diffusion.prediction = "eps"  # what the network outputs: "eps", "x0" or "v"
-    diffusion.loss = "l2"  # or "l1"
-
-    config.optim = optim = config_dict.ConfigDict()
-    optim.lr_peak = 2e-4
-    optim.warmup_steps = 0  # linear, from 0
-    optim.lr_schedule = "constant"  # after the warm-up; or "cosine", to 0 at train.num_steps
-    optim.b1 = 0.99
-    optim.b2 = 0.99
-    optim.weight_decay = 0.03  # on every parameter
-    optim.clip_norm = 0.0  # of the global gradient norm; 0: no clipping
-    optim.accumulate_steps = 1  # microbatches that one batch is cut into, to save memory
-    optim.ema_decay = 0.999
-    optim.ema_ramp = True  # copy for 100 updates, then 1 - (1 + n)^(-2/3) up to ema_decay
-
-    config.train = train = config_dict.ConfigDict()
-    train.num_steps = 100_000  # updates
-    train.batch_size = 256  # images, over all devices and hosts
-    train.dry_run = False  # print the step's memory and the batches that fit, and train nothing
-    train.log_every_steps = 100
-    train.max_skipped_steps = 10  # in a row, their loss or gradients not finite; then the run stops
-    train.sample_every_steps = 10_000  # a grid of samples from the EMA weights; 0: never
-
-    config.checkpoint = checkpoint = config_dict.ConfigDict()
-    checkpoint.every_steps = 5_000  # the last step is always saved
-    checkpoint.keep_last = 2
-    checkpoint.keep_every_steps = 0  # keep these for good; 0: none
-
-    config.init = init = config_dict.ConfigDict()
-    init.path = ""  # another run's workdir, or an official .pt checkpoint; "": fresh weights
-    init.weights = "raw"  # or "ema"
-    init.ignore = ()  # parameters to leave fresh: regular expressions over "block/layer/kernel"
-
-    config.mesh = mesh = config_dict.ConfigDict()
-    mesh.data = -1  # devices that hold whole copies; -1: all that fsdp leaves
-    mesh.fsdp = 1  # devices that parameters, EMA and optimizer state are split over
-
-    config.sample = sample = config_dict.ConfigDict()
-    sample.num = 64  # images
-    sample.batch_size = 64  # over all devices
-    sample.seed = 0  # image i depends on (seed, i) alone
-    sample.sampler = "ddim"  # or "ddpm"
-    sample.steps = 250  # network evaluations, 1 to diffusion.num_timesteps
-    sample.spacing = "timestep"  # of the levels: even in "timestep" (the official), or "log_snr"
-    sample.eta = 1.0  # DDIM's noise: 0 deterministic, 1 as much as DDPM
-    sample.guidance_scale = 1.0  # 1: none
-    sample.label = -1  # the class to draw; -1: image i has class i mod num_classes
-    sample.weights = "ema"  # or "raw"
-    sample.preview_num = 16  # images in the grids that training draws
-    sample.preview_steps = 50  # and their network evaluations
+    for name, field in FIELDS.items():
+        group, _, leaf = name.rpartition(".")
+        if group and group not in config:
+            config[group] = config_dict.ConfigDict()
+        (config[group] if group else config)[leaf] = field.default
     return config.lock()
-
-
-_CHOICES = {
-    "data.cache": ("none", "host", "device"),
-    "model.size": ("S", "B", "L", "H"),
-    "model.remat": ("none", "blocks"),
-    "model.attention": ("auto", "xla", "cudnn", "pallas", "hopper", "splash"),
-    "model.dtype": ("float32", "bfloat16"),
-    "mask.kind": ("none", "patch", "block", "crop"),
-    "diffusion.schedule": ("linear", "cosine", "shifted_cosine"),
-    "diffusion.prediction": ("eps", "x0", "v"),
-    "diffusion.loss": ("l2", "l1"),
-    "optim.lr_schedule": ("constant", "cosine"),
-    "init.weights": ("raw", "ema"),
-    "sample.sampler": ("ddim", "ddpm"),
-    "sample.spacing": ("timestep", "log_snr"),
-    "sample.weights": ("raw", "ema"),
-}
-
-# Inclusive; None is no bound.
-_RANGES = {
-    "seed": (0, 2**31 - 1),
-    "sample.seed": (0, 2**31 - 1),
-    "data.channels": (1, 12),
-    "data.num_threads": (1, None),
-    "model.width": (0, None),
-    "model.depth": (0, None),
-    "model.num_heads": (0, None),
-    "model.patch_size": (1, None),
-    "model.mlp_ratio": (0.25, None),
-    "model.num_classes": (0, None),
-    "model.class_dropout": (0, 1),
-    "model.dropout": (0, 0.99),
-    "mask.ratio": (0, 0.95),
-    "mask.block_size": (1, None),
-    "mask.crop_size": (1, None),
-    "diffusion.num_timesteps": (50, None),
-    "optim.lr_peak": (0, None),
-    "optim.warmup_steps": (0, None),
-    "optim.b1": (0, 0.99999),
-    "optim.b2": (0, 0.99999),
-    "optim.weight_decay": (0, None),
-    "optim.clip_norm": (0, None),
-    "optim.accumulate_steps": (1, None),
-    "optim.ema_decay": (0, 1),
-    "train.num_steps": (1, None),
-    "train.batch_size": (1, None),
-    "train.log_every_steps": (1, None),
-    "train.max_skipped_steps": (1, None),
-    "train.sample_every_steps": (0, None),
-    "checkpoint.every_steps": (1, None),
-    "checkpoint.keep_last": (1, None),
-    "checkpoint.keep_every_steps": (0, None),
-    "mesh.data": (-1, None),
-    "mesh.fsdp": (1, None),
-    "sample.num": (1, None),
-    "sample.batch_size": (1, None),
-    "sample.eta": (0, 1),
-    "sample.label": (-1, None),
-    "sample.preview_num": (1, None),
-}
 
 
 def validate(config) -> None:
     """Raises ConfigError for the first value that cannot work; needs no device and no data."""
-    for field, choices in _CHOICES.items():
-        if _get(config, field) not in choices:
-            _fail(config, field, f"one of {', '.join(choices)}", choices[0])
-    for field, (low, high) in _RANGES.items():
-        value = _get(config, field)
-        if not (low <= value and (high is None or value <= high)):  # not: nan fits nowhere
-            bounds = f"at least {low}" if high is None else f"between {low} and {high}"
-            _fail(config, field, bounds, low if value < low else high)
+    for name, field in FIELDS.items():
+        value = get(config, name)
+        if not field.kind.accepts(value):
+            _fail(config, name, field.kind.expected, field.kind.nearest(value, field.default))
     _validate_geometry(config)
     _validate_mask(config)
+    _validate_allowed(config)
     timesteps = config.diffusion.num_timesteps
-    for field in ("sample.steps", "sample.preview_steps"):
-        if not 1 <= _get(config, field) <= timesteps:
-            _fail(config, field, f"1 to diffusion.num_timesteps, {timesteps}", timesteps)
-    if config.train.batch_size % config.optim.accumulate_steps:
-        _fail(
-            config,
-            "optim.accumulate_steps",
-            f"a divisor of train.batch_size, {config.train.batch_size}",
-            1,
-        )
+    for name in ("sample.steps", "sample.preview_steps"):
+        if get(config, name) > timesteps:
+            _fail(config, name, f"1 to diffusion.num_timesteps, {timesteps}", timesteps)
+    batch, parts = config.train.batch_size, "optim.accumulate_steps"
+    if batch % config.optim.accumulate_steps:
+        _fail(config, parts, f"a divisor of train.batch_size, {batch}", 1)
     classes = config.model.num_classes
     if config.sample.label >= classes:
         _fail(config, "sample.label", f"below model.num_classes, {classes}", -1)
     if config.sample.guidance_scale != 1 and not classes:
-        _fail(
-            config,
-            "sample.guidance_scale",
-            "1 for a model without classes (model.num_classes is 0)",
-            1,
-        )
+        expected = "1 for a model without classes (model.num_classes is 0)"
+        _fail(config, "sample.guidance_scale", expected, 1)
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:
-    """Raises ConfigError where the mesh or the batch of `mode` does not go with `num_devices`."""
+    """Raises ConfigError where the mesh or the batch of `mode` does not suit `num_devices`."""
     fsdp, data = config.mesh.fsdp, config.mesh.data
     if num_devices % fsdp:
         _fail(config, "mesh.fsdp", f"a divisor of the number of devices, {num_devices}", 1)
     if data != -1 and data * fsdp != num_devices:
-        _fail(
-            config,
-            "mesh.data",
-            f"{num_devices // fsdp}, so that mesh.data x mesh.fsdp is the "
-            f"number of devices, {num_devices}",
-            -1,
+        expected = (
+            f"{num_devices // fsdp}, since mesh.data x mesh.fsdp is the number of devices, "
+            f"{num_devices}"
         )
+        _fail(config, "mesh.data", expected, -1)
     if mode == "sample":
-        field, multiple, of = "sample.batch_size", num_devices, "the number of devices"
+        name, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
-        field, of = "train.batch_size", "devices x optim.accumulate_steps"
+        name, of = "train.batch_size", "devices x optim.accumulate_steps"
         multiple = num_devices * config.optim.accumulate_steps
-    value = _get(config, field)
+    value = get(config, name)
     if value % multiple:
         near = max(round(value / multiple), 1) * multiple
-        _fail(config, field, f"a multiple of {multiple}, {of}", near)
+        _fail(config, name, f"a multiple of {multiple}, {of}", near)
 
 
 def to_json(config) -> str:
@@ -240,7 +219,7 @@ def load_json(path: str | pathlib.Path) -> config_dict.ConfigDict:
 
 
 def from_dict(stored: dict) -> config_dict.ConfigDict:
-    """A config from what `to_dict` gave, lists for tuples; fields since added have defaults."""
+    """A config from what `to_dict` gave, lists for tuples; fields added since have defaults."""
     config = default_config()
     with config.unlocked():
         for key, value in stored.items():
@@ -252,42 +231,55 @@ def from_dict(stored: dict) -> config_dict.ConfigDict:
     return config
 
 
-# What another value of means other parameters, or other meaning of the same parameters.
-_ARCHITECTURE = (
-    "data.image_size", "data.channels", "model.size", "model.width", "model.depth",
-    "model.num_heads", "model.patch_size", "model.mlp_ratio", "model.qkv_bias",
-    "model.mlp_time_embed", "model.num_classes", "diffusion.schedule", "diffusion.num_timesteps",
-    "diffusion.prediction",
-)  # fmt: skip
-
-
-def differences(config, stored, fields=None) -> list[str]:
-    """Fields in which two configs differ, as "field (stored value there, value here)"."""
-    fields = _leaves(config) if fields is None else fields
+def differences(config, stored, roles: Iterable[Role] = tuple(Role)) -> list[str]:
+    """Names of the fields of those roles in which two configs differ."""
     return [
-        f"{field} ({_get(stored, field)} there, {_get(config, field)} here)"
-        for field in fields
-        if _get(stored, field) != _get(config, field)
+        name
+        for name, field in FIELDS.items()
+        if field.role in roles and resolved(config, name) != resolved(stored, name)
     ]
+
+
+def described(config, stored, names: Iterable[str]) -> str:
+    """Those fields' values in both configs, in words."""
+    return ", ".join(
+        f"{n} ({resolved(stored, n)} there, {resolved(config, n)} here)" for n in names
+    )
+
+
+def as_flags(config, names: Iterable[str]) -> str:
+    """What to type for those fields to have `config`'s values."""
+    return " ".join(f"--config.{name}={_quoted(resolved(config, name))}" for name in names)
 
 
 def check_same_architecture(config, stored, where: str) -> None:
     """Raises ConfigError where the run stored at `where` has another architecture than `config`."""
-    different = [f for f in _ARCHITECTURE if _get(config, f) != _get(stored, f)]
-    if different:
-        flags = " ".join(f"--config.{f}={_quoted(_get(stored, f))}" for f in different)
+    names = differences(config, stored, (SHAPE, MEANING))
+    if names:
         raise ConfigError(
             f"the checkpoint in {where} has another architecture: "
-            f"{', '.join(differences(config, stored, different))}; type {flags} to use it, or "
-            f"another --workdir to start afresh"
+            f"{described(config, stored, names)}; type {as_flags(stored, names)} to use it, or "
+            "another --workdir to start afresh"
         )
 
 
+def get(config, name: str):
+    """The value of a field by its dotted name; lists are tuples."""
+    for part in name.split("."):
+        config = config[part]
+    return tuple(config) if isinstance(config, list) else config
+
+
+def resolved(config, name: str):
+    """As `get`, but the network's dimensions where a field leaves them to model.size."""
+    group, _, leaf = name.rpartition(".")
+    if group == "model" and leaf in Dimensions._fields:
+        return getattr(dimensions(config.model), leaf)
+    return get(config, name)
+
+
 def _validate_geometry(config):
-    patch = config.model.patch_size
-    size = config.data.image_size
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        _fail(config, "data.image_size", "two positive numbers, (height, width)", (64, 64))
+    patch, size = config.model.patch_size, config.data.image_size
     if any(side % patch for side in size):
         good = next(p for p in range(patch, 0, -1) if not any(side % p for side in size))
         _fail(config, "model.patch_size", f"a divisor of data.image_size, {tuple(size)}", good)
@@ -302,41 +294,30 @@ def _validate_mask(config):
     grid = grid_shape(config.data.image_size, config.model.patch_size)
     if mask.kind == "block" and any(side % mask.block_size for side in grid):
         good = next(b for b in range(mask.block_size, 0, -1) if not any(side % b for side in grid))
-        _fail(
-            config, "mask.block_size", f"a divisor of the patch grid, {grid[0]} x {grid[1]}", good
-        )
+        expected = f"a divisor of the patch grid, {grid[0]} x {grid[1]}"
+        _fail(config, "mask.block_size", expected, good)
     if mask.kind == "crop" and mask.crop_size > min(grid):
-        _fail(
-            config,
-            "mask.crop_size",
-            f"at most the patch grid's shorter side, {min(grid)}",
-            min(grid),
-        )
+        expected = f"at most the patch grid's shorter side, {min(grid)}"
+        _fail(config, "mask.crop_size", expected, min(grid))
 
 
-def _fail(config, field, expected, suggestion):
+def _validate_allowed(config):
+    known = one_of(*(name for name, field in FIELDS.items() if field.role is MEANING))
+    for name in config.init.allow:
+        if not known.accepts(name):
+            near = known.nearest(name, "diffusion.schedule")
+            _fail(config, "init.allow", f"of {known.expected}", (near,))
+
+
+def _fail(config, name, expected, suggestion):
     raise ConfigError(
-        f"{field} is {_get(config, field)!r}; expected {expected}; "
-        f"type --config.{field}={_quoted(suggestion)}"
+        f"{name} is {get(config, name)!r}; expected {expected}; "
+        f"type --config.{name}={_quoted(suggestion)}"
     )
 
 
 def _quoted(value):
     return f'"{tuple(value)}"' if isinstance(value, (tuple, list)) else value
-
-
-def _get(config, field):
-    for name in field.split("."):
-        config = config[name]
-    return tuple(config) if isinstance(config, list) else config
-
-
-def _leaves(config, prefix=""):
-    for name, value in config.items():
-        if isinstance(value, config_dict.ConfigDict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name
 
 
 def _as_stored(default, value):

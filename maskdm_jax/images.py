@@ -1,10 +1,11 @@
 """Images on disk: PNGs that are whole or absent, and grids of them."""
 
-import os
 import pathlib
 
 import numpy as np
 from PIL import Image
+
+from maskdm_jax.run import files
 
 
 def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
@@ -12,14 +13,12 @@ def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
 
     One channel is written as grey, three as RGB, another number as its channels side by side.
     """
-    path = pathlib.Path(path)
     channels = image_HWC.shape[-1]
     if channels not in (1, 3):
         image_HWC = np.concatenate(np.split(image_HWC, channels, axis=-1), axis=1)
     picture = Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(unfinished, "PNG")
-    os.replace(unfinished, path)
+    with files.whole(path) as unfinished:
+        picture.save(unfinished, "PNG")
 
 
 def shown_scale(image_size: tuple[int, int]) -> int:

@@ -1,6 +1,5 @@
 """Training: set-up and the loop, read from top to bottom. Both stages are this one path."""
 
-import os
 import pathlib
 import tempfile
 import time
@@ -10,31 +9,19 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maskdm_jax import checkpoint, draw, flops, images, sharding
-from maskdm_jax.config import check_same_architecture, differences, to_json
+from maskdm_jax import checkpoint, draw, dry_run, flops, images, sharding
+from maskdm_jax.config import check_same_architecture, described, differences, to_json
 from maskdm_jax.data import loader, sources
+from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import UPDATE
 from maskdm_jax.model.sizes import dimensions
-from maskdm_jax.run import distributed, faults, memory, preemption
+from maskdm_jax.run import distributed, faults, files, memory, preemption
 from maskdm_jax.run.progress import say
 from maskdm_jax.run.telemetry import Telemetry
 from maskdm_jax.state import abstract_state, fresh_params, init_state
 from maskdm_jax.step import jit_train_step
 from maskdm_jax.weights import start
-
-# Fields that may change when a run goes on without a remark: none changes an update.
-_FREE = (
-    "data.cache",
-    "data.dir",
-    "data.num_threads",
-    "mesh.",
-    "checkpoint.",
-    "sample.",
-    "train.dry_run",
-    "train.log_every_steps",
-    "train.max_skipped_steps",
-    "train.sample_every_steps",
-)
 
 
 def train(
@@ -55,41 +42,36 @@ def train(
     workdir = pathlib.Path(workdir).expanduser()
     num_steps = config.train.num_steps
 
-    # ---------------------------------------------------------------- what is there already
-    own_step = None
-    if distributed.agreed(checkpoint.steps(workdir)):
-        own_step = checkpoint.find_step(workdir, set_aside=True)
-        before = checkpoint.load_config(workdir, own_step)
-        check_same_architecture(config, before, str(workdir))
-        _check_same_stage(config, before, workdir)
-        _say_changes(config, before)
-        if own_step >= num_steps:
-            say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
-            return
-
-    # --------------------------------------------- data, model, weights: no device work yet
+    # ------------------------------------------------------------------ what is there already
+    own_step = _own_step(config, workdir)
+    if own_step is not None and own_step >= num_steps:
+        say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
+        return
     source = sources.open_source(config)
     if config.train.dry_run:
-        memory.dry_run(config, len(source))
+        dry_run.dry_run(config, len(source))
         return
+
+    # ------------------------------------- state: own checkpoint, else other weights, else fresh
     mesh = sharding.make_mesh(config)
-    # Own checkpoint, else other weights, else fresh ones.
     params = None
     if config.init.path and own_step is None:
-        params, note = start.load_params(config.init, lambda: fresh_params(config, mesh))
+        params, note = start.load_params(
+            config,
+            lambda: fresh_params(config, mesh),
+            lambda betas: ddpm.schedule_of(betas, config.data.image_size),
+        )
         say(note)
-
-    # ------------------------------------------------------------------------------- state
     _make_folder(workdir)
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config)
-    if own_step is not None:
-        state = checkpoints.restore(own_step, abstract_state(config, mesh))
-        say(f"going on from step {own_step} of {workdir}")
-    else:
+    if own_step is None:
         state = init_state(config, mesh, params)
+    else:
+        state = checkpoints.restore(own_step, abstract_state(config, mesh))
+        say(f"resuming from step {own_step} of {workdir}")
     if distributed.is_main():
-        _write_whole(workdir / "config.json", to_json(config))
+        files.write_text(workdir / "config.json", to_json(config) + "\n")
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, state.params)
@@ -132,7 +114,7 @@ def train(
         if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
             _log(telemetry, skips, config, *pending)
             pending = None
-            # The grid first: a run that dies in between draws it again when it goes on.
+            # The grid first: a run that dies in between draws it again when it resumes.
             if wants_preview:
                 _draw_preview(config, preview, state.ema, workdir, step)
             checkpoints.save(step, state, force=step == num_steps)
@@ -146,7 +128,7 @@ def train(
     if step < num_steps:
         raise preemption.Preempted(
             f"asked to stop at step {step} of {num_steps}; the newest checkpoint is "
-            f"{checkpoints.latest_step() or 'none'}; the same command goes on"
+            f"{checkpoints.latest_step() or 'none'}; the same command resumes"
         )
     say(f"finished: {workdir} is at step {step}")
 
@@ -191,21 +173,23 @@ def _say_start(config, source, mesh, params):
         say(f"MFU is over the datasheet's dense bf16 peak, {peak:g} TFLOP/s a device")
 
 
-def _say_changes(config, stored):
-    changed = [d for d in differences(config, stored) if not d.startswith(_FREE)]
-    if changed:
-        say(f"changed since this run began: {', '.join(changed)}")
-
-
-def _check_same_stage(config, before, workdir):
-    """Refuses to fine-tune on top of the pre-training's own workdir, optimizer and step count."""
-    masked, was_masked = (c.mask.kind != "none" for c in (config, before))
-    if masked != was_masked:
+def _own_step(config, workdir):
+    """The step that the run resumes from, None for a new run."""
+    if not distributed.agreed(checkpoint.steps(workdir)):
+        return None
+    step = checkpoint.find_step(workdir, set_aside=True)
+    stored = checkpoint.load_config(workdir, step)
+    check_same_architecture(config, stored, str(workdir))
+    # Not on top of the pre-training's own workdir, with its optimizer and step count.
+    if (config.mask.kind == "none") != (stored.mask.kind == "none"):
         raise ConfigError(
             f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "
-            f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
+            f"{stored.mask.kind!r}; to start from its weights, type another --workdir and "
             f"--config.init.path={workdir}"
         )
+    if changed := differences(config, stored, [UPDATE]):
+        say(f"changed since this run began: {described(config, stored, changed)}")
+    return step
 
 
 def _make_folder(workdir):
@@ -216,9 +200,3 @@ def _make_folder(workdir):
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another"
         ) from error
-
-
-def _write_whole(path, text):
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text + "\n")
-    os.replace(unfinished, path)

@@ -1,8 +1,14 @@
+import re
+import subprocess
+import sys
+
 import pytest
+from conftest import ROOT
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.config import default_config, validate, validate_devices
+from maskdm_jax.config import FIELDS, default_config, validate, validate_devices
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import FREE, MEANING, UPDATE, Role
 
 
 def changed(**fields):
@@ -34,7 +40,19 @@ def test_the_defaults_are_valid():
          "--config.model.num_heads=3"),
         (dict(model__width=30), "model.num_heads is 0", "--config.model.num_heads=10"),
         (dict(seed=-1), "seed is -1", "--config.seed=0"),
-        (dict(mask__ratio=float("nan")), "mask.ratio is nan", "--config.mask.ratio=0.95"),
+        (dict(mask__ratio=float("nan")), "mask.ratio is nan", "--config.mask.ratio=0.9"),
+        (dict(optim__lr_peak=float("inf")), "optim.lr_peak is inf",
+         "--config.optim.lr_peak=0.0002"),
+        (dict(optim__lr_peak=-1.0), "optim.lr_peak is -1.0", "--config.optim.lr_peak=0"),
+        (dict(sample__guidance_scale=float("nan")), "sample.guidance_scale is nan",
+         "--config.sample.guidance_scale=1.0"),
+        (dict(mask__kind="blok"), "mask.kind is 'blok'", "--config.mask.kind=block"),
+        (dict(model__attention="hoper"), "model.attention is 'hoper'",
+         "--config.model.attention=hopper"),
+        (dict(data__image_size=(64,)), "data.image_size is (64,)",
+         '--config.data.image_size="(64, 64)"'),
+        (dict(init__allow=("diffusion.shedule",)), "init.allow is ('diffusion.shedule',)",
+         "--config.init.allow=\"('diffusion.schedule',)\""),
         (dict(diffusion__num_timesteps=10), "diffusion.num_timesteps is 10",
          "--config.diffusion.num_timesteps=50"),
         (dict(sample__steps=2000), "sample.steps is 2000", "--config.sample.steps=1000"),
@@ -74,6 +92,58 @@ def test_a_mesh_or_batch_that_does_not_fit_the_devices_is_named(fields, mode, fi
 
 def test_sampling_does_not_ask_for_the_training_batch():
     validate_devices(changed(train__batch_size=3), 8, "sample")
+
+
+NUMBERS = [n for n, f in FIELDS.items() if type(f.default) in (int, float)]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_finite_and_the_suggestion_works(name, value):
+    config = default_config()
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({name: value})
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    suggested = re.search(rf"type --config.{name}=(\S+)$", str(error.value))[1]
+    config = default_config()
+    config.update_from_flattened_dict({name: type(FIELDS[name].default)(suggested)})
+    validate(config)
+
+
+def test_every_field_has_a_kind_that_accepts_its_default_a_role_and_a_meaning():
+    leaves = default_config().to_dict()
+    flat = [f"{g}.{n}" for g, v in leaves.items() if isinstance(v, dict) for n in v]
+    assert sorted(flat + ["seed"]) == sorted(FIELDS)
+    for name, field in FIELDS.items():
+        assert field.kind.accepts(field.default), name
+        assert isinstance(field.role, Role) and field.kind.expected, name
+        assert field.meaning and not field.meaning.endswith("."), name
+
+
+def test_differences_are_names_by_role():
+    stored = changed(model__size="S", diffusion__prediction="v", optim__lr_peak=1.0, sample__num=3)
+    config = default_config()
+    assert config_lib.differences(config, stored, [UPDATE]) == ["optim.lr_peak"]
+    assert config_lib.differences(config, stored, [FREE]) == ["sample.num"]
+    assert config_lib.differences(config, stored, [MEANING]) == [
+        "model.num_heads", "diffusion.prediction"
+    ]  # fmt: skip
+    assert len(config_lib.differences(config, stored)) == 6
+    assert config_lib.differences(changed(model__width=768, model__num_heads=12), config) == []
+
+
+def test_a_config_stored_before_a_field_existed_gets_its_default():
+    stored = changed(seed=3).to_dict()
+    del stored["sample"]["spacing"], stored["init"]["allow"]
+    config = config_lib.from_dict(stored)
+    assert config.sample.spacing == "timestep" and config.init.allow == () and config.seed == 3
+
+
+def test_the_config_needs_no_jax():
+    code = "import sys, maskdm_jax.config; print([m for m in ('jax', 'flax') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result
 
 
 def test_json_keeps_every_field(tmp_path):

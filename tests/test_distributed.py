@@ -185,7 +185,7 @@ def test_two_processes_train_as_one_through_a_kill_and_a_sigterm(run_main, tmp_p
     kill(pair(run_main, killed, *flags), 0, killed)
     stopped = terminate(pair(run_main, killed, *flags), 1, killed)
     output = finish(pair(run_main, killed, *flags, "--config.train.sample_every_steps=40"))
-    assert f"going on from step {stopped}" in output[0] and "step" not in output[1]
+    assert f"resuming from step {stopped}" in output[0] and "step" not in output[1]
     np.testing.assert_allclose(losses(killed), losses(alone), rtol=1e-5)
     assert (killed / "previews" / "step_0000040.png").exists()
 
@@ -209,15 +209,15 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_as_if_undisturbed(r
     finish(pair(run_main, killed, *flags))
     assert losses(killed) == losses(calm)
     assert checkpoint.digest(killed) == checkpoint.digest(calm)
-    print(f"\nkilled after checkpoints {left}, went on to {checkpoint.digest(killed)}; undisturbed "
+    print(f"\nkilled after checkpoints {left}, resumed to {checkpoint.digest(killed)}; undisturbed "
           f"{checkpoint.digest(calm)}; {len(losses(calm))} losses equal")  # fmt: skip
 
-    # The same checkpoint goes on in one process, of 8 devices and of 2.
+    # The same checkpoint resumes in one process, of 8 devices and of 2.
     for devices in (8, 2):
         workdir = tmp_path / f"on_{devices}"
         shutil.copytree(killed, workdir)
         result = run_main("pretrain_digits", workdir, *further, devices=devices)
-        assert result.returncode == 0 and "going on from step 40" in result.stdout, result.stderr
+        assert result.returncode == 0 and "resuming from step 40" in result.stdout, result.stderr
         assert losses(workdir)[:40] == losses(calm)
         np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
         furthest = np.max(np.abs(np.divide(losses(workdir), losses(alone)) - 1))

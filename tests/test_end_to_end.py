@@ -83,7 +83,7 @@ def test_kill_9_and_restart_equals_an_undisturbed_run(run_main, tmp_path, cache)
 
     result = run_main("pretrain_digits", killed, *flags)
     assert result.returncode == 0, result.stderr
-    assert "going on from step" in result.stdout
+    assert "resuming from step" in result.stdout
     assert checkpoint.digest(killed) == checkpoint.digest(calm)
     assert [(r["step"], r["loss"]) for r in read_metrics(killed)] == [
         (r["step"], r["loss"]) for r in read_metrics(calm)
@@ -130,7 +130,7 @@ def test_damaged_checkpoints_cost_a_line_and_never_a_silent_fresh_start(run_main
     assert tuned.returncode == 0 and "(raw, step 4)" in tuned.stdout, tuned.stderr
 
     result = run_main("pretrain_digits", tmp_path, *flags)
-    assert result.returncode == 0 and "going on from step 4" in result.stdout
+    assert result.returncode == 0 and "resuming from step 4" in result.stdout
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"checkpoint 6 of {tmp_path} is damaged")
     assert checkpoint.digest(tmp_path) == undisturbed

@@ -51,7 +51,7 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(tiny_config, tmp_path, mo
     assert "skipped 3" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path) == [8]
 
-    tiny_config.train.num_steps = 10  # the count goes on with the run
+    tiny_config.train.num_steps = 10  # the count continues with the run
     run_with_nan_at(monkeypatch, tiny_config, tmp_path, (9,))
     assert read_metrics(tmp_path)[-1]["skipped"] == 4
 
@@ -115,7 +115,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_sentence_whichever_call_meets_it(small_disk, last_call):
     text = fill_up(small_disk, last_call)
     assert text.startswith(f"checkpoint 2 could not be written to {small_disk}/checkpoints: No sp")
-    assert "it takes about 3.8 MiB" in text and "the same command goes on from step 1" in text
+    assert "it takes about 3.8 MiB" in text and "the same command resumes from step 1" in text
 
 
 def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path):
@@ -125,7 +125,7 @@ def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path):
         text = fill_up(tmp_path, "close")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "File too large" in text and "goes on from step 1" in text
+    assert "File too large" in text and "resumes from step 1" in text
 
 
 def test_metrics_on_a_full_disk_are_one_sentence(small_disk):
@@ -162,5 +162,5 @@ def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):
     errors = [line for line in result.stderr.splitlines() if "images in" not in line]
     assert len(errors) == 1 and errors[0].startswith("error: checkpoint"), result.stderr
     kept = checkpoint.steps(small_disk)
-    assert kept and f"goes on from step {kept[-1]}" in errors[0]
+    assert kept and f"resumes from step {kept[-1]}" in errors[0]
     assert checkpoint.find_step(small_disk) == kept[-1]

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from maskdm_jax import train
+from maskdm_jax import dry_run, train
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import memory
 
@@ -22,7 +22,7 @@ def gigabyte_of_four_images(batch):
     ],
 )
 def test_the_largest_batch_fits_and_the_next_does_not(limit, multiple, largest):
-    found, size = memory.largest_batch(gigabyte_of_four_images, 16, multiple, limit)
+    found, size = dry_run.largest_batch(gigabyte_of_four_images, 16, multiple, limit)
     assert found <= largest <= 1.03 * found + multiple
     if found:
         assert found % multiple == 0
@@ -35,19 +35,19 @@ def test_the_largest_batch_is_found_where_memory_grows_in_jumps():
     def needs(batch):
         return gigabyte_of_four_images(batch) + (batch > 50) * 4_000_000_000
 
-    found, size = memory.largest_batch(needs, 8, 1, 16_000_000_000)
+    found, size = dry_run.largest_batch(needs, 8, 1, 16_000_000_000)
     assert size == needs(found) <= 16_000_000_000 < needs(int(1.03 * found) + 1)
 
 
 def test_a_dry_run_says_what_fits_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(memory, "CARDS_GB", (0.01,))  # what suits a tiny model
+    monkeypatch.setattr(dry_run, "CARDS_GB", (0.01,))  # what suits a tiny model
     tiny_config.model.depth = 1
     tiny_config.train.dry_run = True
     tiny_config.data.cache = "device"
     train.train(tiny_config, tmp_path / "run")
     said = capsys.readouterr().out
     assert "batch     16:" in said
-    for card in memory.CARDS_GB:
+    for card in dry_run.CARDS_GB:
         assert f"devices of {card} GB, of which JAX takes 92%: train.batch_size " in said
     assert not (tmp_path / "run").exists()
 

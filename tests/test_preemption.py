@@ -71,7 +71,7 @@ def test_sigterm_saves_that_very_step_and_the_run_ends_as_an_undisturbed_one(
 
     result = run_main("pretrain_digits", tmp_path, *FLAGS)
     assert result.returncode == 0, result.stderr
-    assert f"going on from step {stopped}" in result.stdout
+    assert f"resuming from step {stopped}" in result.stdout
     assert checkpoint.digest(tmp_path) == calm["digest"]
 
 
@@ -124,7 +124,7 @@ def test_thirty_kills_at_random_moments_lose_nothing(run_main, tmp_path):
         finally:
             process.kill()
             out, _ = process.communicate()
-        went_on = re.search(r"going on from step (\d+)", out)
+        went_on = re.search(r"resuming from step (\d+)", out)
         assert went_on is None or int(went_on[1]) == before
         half_written = [p.name for p in folder.glob("*.orbax-checkpoint-tmp*")]
         in_saves += bool(half_written)

@@ -1,6 +1,6 @@
 import ast
+import functools
 import re
-import types
 
 import jax
 import numpy as np
@@ -8,18 +8,31 @@ import pytest
 from conftest import DATA
 
 from maskdm_jax import checkpoint, sharding
+from maskdm_jax.config import default_config
+from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
 from maskdm_jax.state import init_state
 from maskdm_jax.weights import start
 
 
-def init(path, weights="raw", ignore=()):
-    return types.SimpleNamespace(path=str(path), weights=weights, ignore=ignore)
+def tiny_config():
+    config = default_config()
+    config.data.update(image_size=(4, 4), channels=1)
+    config.model.update(width=8, depth=3, num_heads=2, patch_size=2)
+    return config
 
 
-def load(init, fresh):
-    return start.load_params(init, lambda: fresh)
+def init(path, weights="raw", ignore=(), **fields):
+    config = tiny_config()
+    config.init.update(path=str(path), weights=weights, ignore=ignore)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    return config
+
+
+def load(config, fresh):
+    schedule_of = functools.partial(ddpm.schedule_of, image_size=(32, 32))
+    return start.load_params(config, lambda: fresh, schedule_of)
 
 
 def small(width=8, depth=3):
@@ -30,11 +43,7 @@ def small(width=8, depth=3):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     """A run with one checkpoint whose EMA is twice its raw weights."""
-    from maskdm_jax.config import default_config
-
-    config = default_config()
-    config.data.update(image_size=(4, 4), channels=1)
-    config.model.update(width=8, depth=3, num_heads=2, patch_size=2)
+    config = tiny_config()
     state = init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
     state = state.replace(ema=jax.tree.map(lambda x: 2 * x, state.params))
     folder = tmp_path_factory.mktemp("run")
@@ -78,6 +87,34 @@ def test_named_weights_stay_fresh(workdir):
     assert "fresh, as init.ignore says" in note and "position" in note
 
 
+@pytest.mark.parametrize(
+    "field, value, there",
+    [
+        ("diffusion.prediction", "v", "eps"),
+        ("diffusion.schedule", "linear", "cosine"),
+        ("diffusion.num_timesteps", 500, "1000"),
+        ("model.num_heads", 4, "2"),
+    ],
+)
+def test_weights_of_another_meaning_are_refused_unless_the_field_is_allowed(
+    workdir, field, value, there
+):
+    changed = {field.replace(".", "__"): value}
+    with pytest.raises(ConfigError) as error:
+        load(init(workdir[0], **changed), small())
+    text = str(error.value)
+    assert f"{field} ({there} there, {value} here)" in text
+    assert f"--config.{field}={there}" in text
+    hint = re.search(r'--config.init.allow="(.*?)"', text)[1]
+    params, _ = load(init(workdir[0], init__allow=ast.literal_eval(hint), **changed), small())
+    kernel = params["mid_block"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(kernel, workdir[1].params["mid_block"]["qkv"]["kernel"])
+
+
+def test_a_size_and_its_own_number_of_heads_mean_the_same(workdir):
+    load(init(workdir[0], model__size="S", model__num_heads=2), small())
+
+
 def test_a_path_without_weights_is_named(tmp_path):
     with pytest.raises(ConfigError, match="does not exist"):
         load(init(tmp_path / "nowhere"), small())
@@ -86,15 +123,32 @@ def test_a_path_without_weights_is_named(tmp_path):
 
 
 def test_an_official_pt_file_is_read(tmp_path, official_model):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="reading .pt files needs PyTorch")
     with np.load(DATA / "official_uncond_model.npz") as file:
         weights = {name: torch.from_numpy(array) for name, array in file.items()}
+    betas = torch.from_numpy(ddpm.make_betas("cosine", 1000, (32, 32)).astype(np.float32))
     path = tmp_path / "official.pt"
-    torch.save({"step": 1, "model": weights, "ema": {}}, path)
+    torch.save({"step": 1, "model": weights | {"betas": betas}, "ema": {}}, path)
     model, expected = official_model
     fresh = uvit.init_params(model, jax.random.key(0))
     params, note = load(init(path), fresh)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+    # The file's betas tell its schedule and number of timesteps; it predicts eps.
+    for field, value, there in (
+        ("diffusion.schedule", "linear", "cosine"),
+        ("diffusion.num_timesteps", 500, "1000"),
+        ("diffusion.prediction", "v", "eps"),
+    ):
+        changed = {field.replace(".", "__"): value}
+        with pytest.raises(ConfigError, match=re.escape(f"{field} ({there} there, {value} here)")):
+            load(init(path, **changed), fresh)
+        load(init(path, init__allow=(field,), **changed), fresh)
+    torch.save({"model": weights | {"betas": betas * 0.9}}, path)
+    with pytest.raises(ConfigError, match="unknown there, cosine here") as error:
+        load(init(path), fresh)
+    assert "=unknown" not in str(error.value)
+
     torch.save({"weights": weights}, path)
     with pytest.raises(ConfigError, match="official MaskDM checkpoint"):
         load(init(path), fresh)

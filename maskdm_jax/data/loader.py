@@ -2,15 +2,12 @@
 
 Which examples step n reads is a pure function of (seed, n): epoch e is a permutation drawn from
 (seed, e), and step n reads positions n * batch .. (n + 1) * batch of the epochs laid end to end. So
-there is no iterator to save, and a run goes on from any step. Each process reads only its own share
+there is no iterator to save, and a run resumes from any step. Each process reads only its own share
 of each batch. Images go to the devices as uint8.
 """
 
 import contextlib
 import hashlib
-import os
-import pathlib
-import socket
 from collections.abc import Iterator
 
 import grain
@@ -22,7 +19,7 @@ from maskdm_jax import sharding
 from maskdm_jax.data import batch, lock
 from maskdm_jax.data.sources import Source
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import progress
+from maskdm_jax.run import files, progress
 
 _PREFETCH_BATCHES = 4
 
@@ -169,21 +166,17 @@ def _decode_all(config, source, folder, paths):
         for stale in folder.glob("*.npy"):  # of a set that was prepared again since
             if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
                 stale.unlink()
-        writer = f"{socket.gethostname()}-{os.getpid()}"
-        unfinished = {k: p.with_suffix(f".{writer}.tmp") for k, p in paths.items()}
-        shape = (len(source), *config.data.image_size, config.data.channels)
-        images = np.lib.format.open_memmap(
-            unfinished["image"], mode="w+", dtype=np.uint8, shape=shape
-        )
+    shape = (len(source), *config.data.image_size, config.data.channels)
     labels = np.zeros(len(source), np.int32)
     options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=1024)
     examples = iter(grain.MapDataset.source(source).to_iter_dataset(options))
-    tracked = progress.track(examples, len(source), f"decoding {config.data.name}", "images")
-    for i, example in enumerate(tracked):
-        images[i] = example["image"]
-        labels[i] = example["label"]
-    images.flush()
-    with open(unfinished["label"], "wb") as file:
-        np.save(file, labels)
-    for name, path in paths.items():
-        os.replace(unfinished[name], pathlib.Path(path))
+    with files.whole(paths["image"]) as image_file, files.whole(paths["label"]) as label_file:
+        with _explained(config, folder):
+            images = np.lib.format.open_memmap(image_file, mode="w+", dtype=np.uint8, shape=shape)
+        tracked = progress.track(examples, len(source), f"decoding {config.data.name}", "images")
+        for i, example in enumerate(tracked):
+            images[i] = example["image"]
+            labels[i] = example["label"]
+        images.flush()
+        with open(label_file, "wb") as file:
+            np.save(file, labels)

@@ -77,6 +77,14 @@ def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -
     return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
 
 
+def schedule_of(betas: np.ndarray, image_size: tuple[int, int]) -> str:
+    """The name of the noise schedule with these betas, to float32; "unknown" where none has."""
+    for schedule in ("linear", "cosine", "shifted_cosine"):
+        if np.allclose(betas, make_betas(schedule, len(betas), image_size), rtol=1e-4, atol=1e-8):
+            return schedule
+    return "unknown"
+
+
 def timesteps(num_timesteps: int, steps: int) -> np.ndarray:
     """The official walk from noise to image: int32 [steps + 1], T - 1 first and -1 last."""
     return np.linspace(-1, num_timesteps - 1, steps + 1).astype(np.int32)[::-1]

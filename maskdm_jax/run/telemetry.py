@@ -1,6 +1,6 @@
 """What a run says while it works: console (bar or lines), metrics.jsonl, TensorBoard.
 
-Of several processes, one writes. A run that goes on drops what was logged beyond its checkpoint,
+Of several processes, one writes. A resumed run drops what was logged beyond its checkpoint,
 so that every step stands once.
 """
 
@@ -13,7 +13,7 @@ import time
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax.run import distributed, faults, progress
+from maskdm_jax.run import distributed, faults, files, progress
 
 _JSONL = "metrics.jsonl"
 
@@ -101,9 +101,7 @@ class Telemetry:
                 target.close()
 
     def _open(self, path, kept, first_step):
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        unfinished.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(unfinished, path)
+        files.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("ab", buffering=0)
         # Not SummaryWriter: its thread dies of a full disk, and its queue then blocks the run.
         folder = path.parent / "tensorboard"
@@ -117,7 +115,7 @@ class Telemetry:
         self._board.flush()
 
     def _full_disk_explained(self):
-        remedy = "make room, then the same command goes on from the newest checkpoint"
+        remedy = "make room, then the same command resumes from the newest checkpoint"
         return faults.explain_full_disk("the metrics", self._workdir, remedy)
 
     def _show(self, record):

@@ -1,36 +1,45 @@
 """Starting from other weights: stage 2 from stage 1's workdir, or from an official `.pt` file.
 
 A weight that is missing, unexpected or of another shape is an error that lists them all, unless
-`config.init.ignore` names it; an ignored weight starts fresh.
+`config.init.ignore` names it; an ignored weight starts fresh. Weights that fit, but mean something
+else, are an error too: they were trained with another prediction, noise schedule, number of
+timesteps or of heads, and `config.init.allow` does not name that field.
 """
 
 import pathlib
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from maskdm_jax import checkpoint
+from maskdm_jax.config import as_flags, described, differences, get
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import MEANING
 from maskdm_jax.weights import torch_io
 
 
-def load_params(init, make_fresh):
+def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray], str]):
     """Parameters from `config.init`.
 
     Args:
-      init: path (a workdir, or an official .pt file), weights ("raw" or "ema"), ignore (regular
-        expressions, each matched against whole names such as "mid_block/qkv/kernel").
+      config: the run's. Its `init` has path (a workdir, or an official .pt file), weights ("raw" or
+        "ema"), ignore (regular expressions, each matched against whole names such as
+        "mid_block/qkv/kernel"), and allow (fields that may differ, see the module).
       make_fresh: () -> fresh parameters, whose shapes are expected; run only where `ignore` leaves
         some fresh.
+      schedule_of: betas -> the name of their noise schedule; a .pt file holds its betas.
 
     Returns:
-      (params with that structure, one sentence that says what was loaded from where).
+      (params with that structure, one sentence on what was loaded from where).
 
     Raises:
-      ConfigError: naming every weight that does not fit, or a path that holds no weights.
+      ConfigError: naming every weight that does not fit, every field that gives the weights another
+        meaning, or a path that holds no weights.
     """
-    loaded, source = _read(init)
+    init = config.init
+    loaded, stored, source = _read(config, schedule_of)
     expected = jax.eval_shape(make_fresh)
     ours = _flatten(expected)
     theirs = _flatten(loaded)
@@ -66,6 +75,7 @@ def load_params(init, make_fresh):
             f'--config.init.ignore="({names},)"'
         )
 
+    _check_meaning(config, stored, source)
     left = [n for n in ours if ignored(n)]
     fresh = _flatten(make_fresh()) if left else {}
     leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
@@ -74,7 +84,9 @@ def load_params(init, make_fresh):
     return params, note + (f"; fresh, as init.ignore says: {', '.join(left)}" if left else "")
 
 
-def _read(init):
+def _read(config, schedule_of):
+    """(parameters, the config that they were trained with, where they come from in words)."""
+    init = config.init
     path = pathlib.Path(init.path).expanduser()
     if not path.exists():
         raise ConfigError(
@@ -83,12 +95,36 @@ def _read(init):
         )
     if path.is_file():
         try:
-            return torch_io.load_official(str(path), init.weights), str(path)
+            params, betas = torch_io.load_official(str(path), init.weights)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"init.path: {error}") from error
+        # All that such a file says about its meaning.
+        stored = config.copy_and_resolve_references()
+        stored.diffusion.prediction = "eps"
+        if betas is not None:
+            stored.diffusion.num_timesteps = len(betas)
+            stored.diffusion.schedule = schedule_of(betas)
+        return params, stored, str(path)
     step = checkpoint.find_step(path)
     item = {"raw": "params", "ema": "ema"}[init.weights]
-    return checkpoint.restore_item(path, step, item), f"{path} ({init.weights}, step {step})"
+    params = checkpoint.restore_item(path, step, item)
+    stored = checkpoint.load_config(path, step)
+    return params, stored, f"{path} ({init.weights}, step {step})"
+
+
+def _check_meaning(config, stored, source):
+    allowed = config.init.allow
+    names = [n for n in differences(config, stored, [MEANING]) if n not in allowed]
+    if not names:
+        return
+    listed = ", ".join(f"'{name}'" for name in (*allowed, *names))
+    as_trained = [n for n in names if get(stored, n) != "unknown"]
+    use = f"{as_flags(stored, as_trained)} to train them as they are, or " if as_trained else ""
+    raise ConfigError(
+        f"init.path: the weights of {source} mean something else: "
+        f"{described(config, stored, names)}; type {use}"
+        f'--config.init.allow="({listed},)" to start from them all the same'
+    )
 
 
 def _flatten(tree):

@@ -19,8 +19,8 @@ _NORMS = {"norm_attention": "norm1", "norm_mlp": "norm2"}
 _PREFIX = {"raw": "model.", "ema": "ema_model.model."}
 
 
-def load_official(path: str, weights: str = "ema") -> dict:
-    """Parameters of an official `.pt` file.
+def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | None]:
+    """(parameters, betas [T]) of an official `.pt` file; None where it holds no betas.
 
     Args:
       path: the file.
@@ -43,7 +43,9 @@ def load_official(path: str, weights: str = "ema") -> dict:
     group = {"raw": "model", "ema": "ema"}[weights]
     if not isinstance(checkpoint, dict) or group not in checkpoint:
         raise ValueError(f"{path} has no '{group}' entry; expected an official MaskDM checkpoint")
-    return from_official({k: v.numpy() for k, v in checkpoint[group].items()}, weights)
+    params = from_official({k: v.numpy() for k, v in checkpoint[group].items()}, weights)
+    betas = checkpoint.get("model", {}).get("betas")
+    return params, None if betas is None else betas.numpy()
 
 
 def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> dict:

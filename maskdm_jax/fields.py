@@ -1,0 +1,88 @@
+"""What a config field may be: its kind, which is the values it takes, and its role."""
+
+import difflib
+import enum
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Role(enum.Enum):
+    """What a field that differs from a stored run's means."""
+
+    SHAPE = enum.auto()  # the parameters have other shapes: refused
+    MEANING = enum.auto()  # the same parameters would mean something else: refused
+    UPDATE = enum.auto()  # the updates differ: remarked when a run resumes
+    FREE = enum.auto()  # no update differs: a resumed run may change it silently
+
+
+SHAPE, MEANING, UPDATE, FREE = Role
+
+
+class Kind(NamedTuple):
+    """Which values a field takes.
+
+    Fields:
+      expected: in words.
+      accepts: whether a value is one of them.
+      nearest: (wrong value, the field's default) -> a value to suggest.
+    """
+
+    expected: str
+    accepts: Callable[[Any], bool]
+    nearest: Callable[[Any, Any], Any]
+
+
+class Field(NamedTuple):
+    """A row of the table."""
+
+    default: Any
+    kind: Kind
+    role: Role
+    meaning: str
+
+
+def number(low: float | None = None, high: float | None = None) -> Kind:
+    """A finite number between inclusive bounds; None is no bound."""
+    if low is None:
+        expected = "a finite number"
+    else:
+        expected = f"at least {low}" if high is None else f"between {low} and {high}"
+
+    def nearest(value, default):
+        if math.isfinite(value) and low is not None:
+            return low if value < low else high
+        return default
+
+    def accepts(value):
+        above = low is None or low <= value
+        return math.isfinite(value) and above and (high is None or value <= high)
+
+    return Kind(expected, accepts, nearest)
+
+
+def one_of(*words: str) -> Kind:
+    """One of some words."""
+
+    def nearest(value, default):
+        near = difflib.get_close_matches(str(value), words, 1)
+        return near[0] if near else default
+
+    return Kind(f"one of {', '.join(words)}", lambda value: value in words, nearest)
+
+
+def _is_size(value):
+    return len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+
+
+SEED = number(0, 2**31 - 1)
+COUNT = number(1)
+COUNT_OR_0 = number(0)
+TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
+FLAG = Kind("True or False", lambda value: isinstance(value, bool), lambda value, default: default)
+SIZE = Kind("two positive numbers, (height, width)", _is_size, lambda value, default: default)
+NAMES = Kind(
+    "names, such as \"('position',)\"",
+    lambda value: all(isinstance(name, str) for name in value),
+    lambda value, default: default,
+)
