@@ -13,6 +13,7 @@ import pytest
 
 from maskdm_jax import checkpoint, train
 from maskdm_jax.config import default_config, validate
+from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.data import loader
 from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import faults
@@ -28,15 +29,15 @@ def run_with_nan_at(monkeypatch, config, workdir, bad_steps):
         for n, batch in enumerate(batches(self, step), step + 1):
             yield batch | {"bad": jnp.asarray(n in bad_steps)}
 
-    clean = loader.Loader.materialize
+    clean = batch_lib.materialize
 
-    def materialize(self, arrays, batch):
-        examples = clean(self, arrays, batch)
+    def materialize(config, arrays, batch):
+        examples = clean(config, arrays, batch)
         image = examples["image"].astype(jnp.float32)
         return {**examples, "image": jnp.where(batch["bad"], jnp.nan, image)}
 
     monkeypatch.setattr(loader.Loader, "batches", numbered)
-    monkeypatch.setattr(loader.Loader, "materialize", materialize)
+    monkeypatch.setattr(batch_lib, "materialize", materialize)
     train.train(config, workdir)
 
 
