@@ -39,6 +39,7 @@ from maskdm_jax.data import digits  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(__file__).parent / "data"
+NEEDS_TORCH = "This needs PyTorch, which `make test EXTRAS=peer` installs."
 
 # A model that compiles in seconds; as flags for main.py and as fields for the API.
 TINY = {"model.width": 32, "model.depth": 3, "model.num_heads": 2, "train.batch_size": 16}

@@ -10,7 +10,8 @@ import pytest
 from conftest import ROOT
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu has no wheel for this machine"
+    importlib.util.find_spec("libtpu") is None,
+    reason="This needs libtpu, which has wheels for Linux on x86-64.",
 )
 
 

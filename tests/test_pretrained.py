@@ -5,7 +5,7 @@ import types
 import jax
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, NEEDS_TORCH
 
 from maskdm_jax import checkpoint, optim, pretrained, uvit
 from maskdm_jax.config import ConfigError
@@ -83,7 +83,7 @@ def test_a_path_without_weights_is_named(tmp_path):
 
 
 def test_an_official_pt_file_is_read(tmp_path, official_model):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     with np.load(DATA / "official_uncond_model.npz") as file:
         weights = {name: torch.from_numpy(array) for name, array in file.items()}
     path = tmp_path / "official.pt"
