@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from maskdm_jax import diffusion, objective, patches, uvit
 
@@ -24,7 +25,7 @@ def test_losses_equal_the_official_ones(golden, official_model, kind):
         x0, eps = (objective.gather_visible(x, visible) for x in (x0, eps))
         expected = golden[f"loss_{kind}"]
     loss = objective.denoising_loss(model, params, x0, eps, golden["t"], ABAR, visible_BV=visible)
-    np.testing.assert_allclose(loss, expected, atol=1e-5)
+    assert_close(loss, expected, 1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
+from conftest import NEEDS_TORCH
 
 from configs import pretrain_celeba64
 from maskdm_jax import masking, sampler, uvit
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
 
 from benchmarks import peer_torch  # noqa: E402
 
@@ -64,7 +66,7 @@ def test_the_peer_gives_our_output_for_our_weights(config, masked):
     ids = None if visible is None else torch.tensor(np.asarray(visible)).long()
     with torch.no_grad():
         theirs = peer(torch.tensor(x), torch.tensor(t), ids)
-    np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-4)
+    assert_close(theirs.numpy(), ours, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["patch", "block"])
@@ -90,7 +92,7 @@ def test_the_peers_ddim_step_has_our_coefficients(config):
     abar = peer_torch.diffusion.make_alphas_cumprod(config.diffusion, config.data.image_size)
     ours = sampler._ddim(np.append(abar, 1.0)[walk], 1.0)
     for column, name in ((5, "x0"), (6, "eps"), (7, "sigma")):
-        np.testing.assert_allclose(table[:, column], ours[name], atol=1e-3)
+        assert_close(table[:, column], ours[name], 1e-5)
 
 
 def test_the_peer_measures_training_and_sampling_on_any_machine(config):
