@@ -48,7 +48,7 @@ tpu-table: $(INSTALLED)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 clean:
 	rm -rf .venv .venv-kernels build *.egg-info "$(DEMO_DIR)"
