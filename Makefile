@@ -1,40 +1,54 @@
 # make demo: the whole path on real digits, in minutes on a CPU.
-# make test: the test suite, two tests at a time.
+# make test: the test suite, two tests at a time. With EXTRAS=peer it includes what needs PyTorch.
+# make test-kernels: the Hopper kernels in JAX's interpreter; KERNEL_PYTHON is Python 3.12 or newer.
 # make test-slow: what takes minutes each, such as killing a run 30 times.
 # make test-gpu: the numbers of kernels that only a GPU runs, with the JAX that is installed there.
 PYTHON ?= python3
+KERNEL_PYTHON ?= python3.12
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
+PIP_INSTALL := pip install --quiet --disable-pip-version-check -c constraints.txt
+# More extras of setup.py, with commas between them. The stamp has their names, so a change installs.
+EXTRAS ?=
+INSTALLED := .venv/.installed-$(EXTRAS)
 
-.PHONY: demo test test-slow test-gpu tpu-table lint clean
+.PHONY: demo test test-kernels test-slow test-gpu tpu-table lint clean
 
-.venv/.installed: setup.py constraints.txt
+$(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	$(BIN)/$(PIP_INSTALL) -e '.[demo,test$(EXTRAS:%=,%)]'
 	@touch $@
 
-demo: .venv/.installed
+.venv-kernels/.installed: setup.py constraints.txt
+	$(KERNEL_PYTHON) -m venv .venv-kernels
+	.venv-kernels/bin/$(PIP_INSTALL) -e . pytest pytest-xdist scikit-learn
+	@touch $@
+
+demo: $(INSTALLED)
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  bash launch/demo.sh "$(DEMO_DIR)"
 
-test: .venv/.installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
 
-test-slow: .venv/.installed
+test-kernels: .venv-kernels/.installed
+	.venv-kernels/bin/python -m pytest -n 2 --dist worksteal tests/test_hopper_attention.py
+
+test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -s --durations=10
 
 test-gpu:
 	TEST_PLATFORM=cuda $(PYTHON) -m pytest tests/test_hopper_attention.py
 
 # The rows of docs/tpu.md; about 25 minutes on 2 cores.
-tpu-table: .venv/.installed
+tpu-table: $(INSTALLED)
 	@for config in configs/[a-z]*_*.py; do for slice in v5e-16 v5e-256 v5p-128 v6e-64; do \
 	  $(BIN)/python launch/compile_check.py --config=$$config --topology=$$slice --row; \
 	  test $$? -le 1 || exit; done; done
 
-lint: .venv/.installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 clean:
-	rm -rf .venv build *.egg-info "$(DEMO_DIR)"
+	rm -rf .venv .venv-kernels build *.egg-info "$(DEMO_DIR)"

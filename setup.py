@@ -35,6 +35,8 @@ setup(
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
+        # The PyTorch network that benchmarks compare with, and FID: for tests and benchmarks only.
+        "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
         "test": [
             "matplotlib>=3.8",

@@ -9,9 +9,9 @@ import tempfile
 
 def xla_flags(num_devices):
     """For a process with so many CPU devices, and compilers that take the least time: most tests
-    compile for longer than they compute."""
+    compile for longer than they compute. The user's XLA_FLAGS stay in force."""
     return (
-        f"--xla_force_host_platform_device_count={num_devices} "
+        f"{os.environ['TEST_XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices} "
         "--xla_cpu_parallel_codegen_split_count=1 "
         "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
     )
@@ -21,7 +21,9 @@ def xla_flags(num_devices):
 # kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`).
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# The user's own flags, such as --xla_cpu_max_isa=AVX2. A worker inherits them under this name.
+os.environ.setdefault("TEST_XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))
 os.environ["XLA_FLAGS"] = xla_flags(8)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
     _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
@@ -38,6 +40,7 @@ from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
 DATA = pathlib.Path(__file__).parent / "data"
+NEEDS_TORCH = "This needs PyTorch, which `make test EXTRAS=peer` installs."
 
 # A model that compiles in seconds; as flags for main.py and as fields for the API.
 TINY = {"model.width": 32, "model.depth": 3, "model.num_heads": 2, "train.batch_size": 16}

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from maskdm_jax.model import attention, uvit
@@ -21,6 +22,7 @@ def qkv(length, num_heads=2, head_dim=16, batch=1):
 
 
 def softmax_attention(q, k, v, num_valid):
+    q, k, v = (x.astype(np.float64) for x in (q, k, v))
     scores = np.einsum("blkh,bmkh->bklm", q, k[:, :num_valid]) / q.shape[-1] ** 0.5
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
@@ -40,7 +42,8 @@ def by_xla(q, k, v, num_valid):
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-@pytest.mark.parametrize("length", [5, 17, 417, 4097])
+# 1,025 takes the way of 4,097: several blocks of 384 tokens, the last of them part padding.
+@pytest.mark.parametrize("length", [5, 17, 417, 1025])
 @pytest.mark.parametrize("implementation", [by_xla, short, long])
 def test_it_is_softmax_attention(implementation, length, padding):
     if implementation is short and length > MAX_LENGTH:
@@ -48,7 +51,7 @@ def test_it_is_softmax_attention(implementation, length, padding):
     q, k, v = qkv(length + padding, num_heads=1)
     out = jax.jit(implementation, static_argnums=3)(q, k, v, length)
     expected = softmax_attention(q, k, v, length)
-    np.testing.assert_allclose(out[:, :length], expected[:, :length], atol=1e-5)
+    assert_close(out[:, :length], expected[:, :length], 1e-5)
     assert np.isfinite(out).all()
 
 
@@ -66,7 +69,7 @@ def test_the_kernels_gradients_are_those_of_xla(kernel, length, num_valid):
         return pullback(dout)
 
     for ours, xla in zip(gradients(kernel), gradients(by_xla), strict=True):
-        np.testing.assert_allclose(ours, xla, atol=1e-5)
+        assert_close(ours, xla, 1e-5)
 
 
 @pytest.mark.parametrize("batch", [8, 3])
@@ -95,16 +98,14 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
 
     def loss(q, k, v, implementation, mesh):
         out = attend(q, k, v, Plan(implementation, length, length - 2, mesh))
-        return jnp.sum(jnp.sin(out[:, : length - 2]))
+        return jnp.sum(jnp.square(out[:, : length - 2]))  # nothing cancels in it
 
     gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=(3, 4))
     value, grads = gradients(q, k, v, implementation, mesh)
     assert set(batches_seen) == {1 if batch == 8 else 3}  # 3 do not divide: all run all
     assert all(grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4) for grad in grads)
     expected_value, expected_grads = gradients(q, k, v, "xla", None)
-    np.testing.assert_allclose(value, expected_value, atol=1e-4)  # a sum of thousands
-    for grad, expected in zip(grads, expected_grads, strict=True):
-        np.testing.assert_allclose(grad, expected, atol=1e-5)
+    assert_close((value, grads), (expected_value, expected_grads), 1e-5)
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
@@ -118,18 +119,17 @@ def test_a_network_that_packs_qkv_computes_what_one_that_splits_it_does(monkeypa
     t_B = jnp.array([3, 40])
     fields = dict(num_patches=16, patch_dim=12, width=32, depth=3, num_heads=2, qkv_bias=qkv_bias)
     packed, split = (uvit.UViT(**fields, attention=name) for name in ("pallas", "xla"))
-    params = jax.tree.map(lambda x: x + 0.1, uvit.init_params(split, jax.random.key(1)))
+    # No bias is zero then; one number added to all weights would cost digits in every norm.
+    params = jax.tree.map(
+        lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape),
+        uvit.init_params(split, jax.random.key(1)),
+    )
 
     def loss(params, model):
-        return jnp.sum(jnp.sin(uvit.apply(model, params, x_BVP, t_B)))
+        return jnp.sum(jnp.square(uvit.apply(model, params, x_BVP, t_B)))
 
     compute = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    (value, gradients), (expected, expected_gradients) = (
-        compute(params, m) for m in (packed, split)
-    )
-    np.testing.assert_allclose(value, expected, atol=1e-4)
-    for ours, theirs in zip(*map(jax.tree.leaves, (gradients, expected_gradients)), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_close(compute(params, packed), compute(params, split), 1e-5)
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "pallas", "hopper", "splash"])
@@ -139,7 +139,7 @@ def test_a_kernel_that_the_machine_lacks_falls_back_with_one_warning(kernel):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         first, second = (attend(q, k, v, plan(kernel, 17, 16, q.dtype)) for _ in range(2))
-    np.testing.assert_allclose(first, softmax_attention(q, k, v, 17), atol=1e-5)
+    assert_close(first, softmax_attention(q, k, v, 17), 1e-5)
     np.testing.assert_array_equal(first, second)
     assert len(caught) == 1 and kernel in str(caught[0].message)
 

@@ -10,8 +10,11 @@ import pytest
 from conftest import ROOT
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu has no wheel for this machine"
+    importlib.util.find_spec("libtpu") is None,
+    reason="This needs libtpu, which has wheels for Linux on x86-64.",
 )
+
+SMALL = "--config.model.depth=1"  # where the number of layers does not matter
 
 
 def start(config, topology, *flags):
@@ -79,8 +82,10 @@ def test_a_config_at_full_size_compiles_for_16_chips_and_fits(config):
 @needs_libtpu
 def test_the_sampler_compiles_and_its_loop_counts_as_often_as_it_runs():
     few, many = (
-        check("finetune_digits", "v4-8", "--mode=sample", f"--config.sample.steps={steps}").stdout
-        for steps in (10, 100)
+        check(
+            "finetune_digits", "v4-8", "--mode=sample", f"--config.sample.steps={n}", SMALL
+        ).stdout
+        for n in (10, 100)
     )
     for pattern in (r"FLOPs +([\d.]+)", r"([\d.]+) as compiled", r"HBM traffic +([\d.]+)"):
         assert number(many, pattern) == pytest.approx(10 * number(few, pattern), rel=0.02)
@@ -97,7 +102,7 @@ def test_a_batch_that_is_too_large_does_not_fit_and_is_told_what_to_type():
 
 @needs_libtpu
 def test_a_row_names_the_batch_that_divides():
-    done = check("pretrain_digits", "v5p-128", "--row", "--config.train.batch_size=60")
+    done = check("pretrain_digits", "v5p-128", "--row", "--config.train.batch_size=60", SMALL)
     assert done.stdout.startswith("| pretrain_digits | v5p-128 (4x4x4) | 64 |")
     assert done.stdout.rstrip().endswith("| yes |")
 

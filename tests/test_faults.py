@@ -107,7 +107,7 @@ def small_disk(tmp_path):
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("a small file system can only be mounted by root")
+        pytest.skip("This mounts a small file system, which only root can do.")
     yield folder
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 

@@ -19,12 +19,13 @@ from maskdm_jax.model.attention import Plan, attend
 from maskdm_jax.model.kernels import hopper_attention, hopper_pipeline
 
 needs_hopper = pytest.mark.skipif(
-    getattr(jax.devices()[0], "compute_capability", None) != "9.0", reason="needs a Hopper GPU"
+    getattr(jax.devices()[0], "compute_capability", None) != "9.0",
+    reason="This needs a Hopper GPU.",
 )
 
 needs_interpreter = pytest.mark.skipif(
     jax.default_backend() != "cpu" or not hasattr(plgpu, "force_gpu_interpret_mode"),
-    reason="needs the CPU, and an interpreter that JAX 0.10 lacks",
+    reason="This needs a CPU and the interpreter of JAX 0.11, which takes Python 3.12.",
 )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from maskdm_jax import sharding
 from maskdm_jax.model import layers
@@ -38,13 +39,12 @@ def inputs(*shapes, dtype=jnp.float32):
     ids=["normalize", "bias_gelu", "add_to_first", "kernel", "kernel-part-of-a-tile"],
 )
 def test_values_and_gradients_are_those_of_the_formula(ours, textbook, shapes):
-    arguments = inputs(*shapes)
-    (dout,) = inputs(shapes[0])
+    *arguments, dout = inputs(*shapes, shapes[0])
     value, pullback = jax.vjp(ours, *arguments)
     expected, expected_pullback = jax.vjp(textbook, *arguments)
-    np.testing.assert_allclose(value, expected, atol=2e-6)
+    assert_close(value, expected, 1e-6)
     for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)
+        assert_close(got, wanted, 2e-6)
 
 
 @pytest.mark.parametrize("ours, textbook", [(layers.normalize, textbook_norm)])
@@ -57,7 +57,7 @@ def test_bfloat16_is_rounded_once(ours, textbook):
 
 def test_a_large_mean_costs_no_digits():
     (x,) = inputs((4, 64))
-    np.testing.assert_allclose(layers.normalize(x + 1000), layers.normalize(x), atol=1e-3)
+    assert_close(layers.normalize(x + 1000), layers.normalize(x), 1e-4)
 
 
 def test_the_gelu_kernel_runs_on_each_device_of_a_mesh(tiny_config):
@@ -70,9 +70,9 @@ def test_the_gelu_kernel_runs_on_each_device_of_a_mesh(tiny_config):
     value, pullback = jax.vjp(kernel, x, bias)
     expected, expected_pullback = jax.vjp(textbook_gelu, x, bias)
     assert value.sharding.num_devices == 8 and not value.sharding.is_fully_replicated
-    np.testing.assert_allclose(value, expected, atol=2e-6)
+    assert_close(value, expected, 1e-6)
     for got, wanted in zip(pullback(dout), expected_pullback(dout), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=1e-6, atol=1e-5)
+        assert_close(got, wanted, 2e-6)
 
 
 def textbook_add_normalize(x, y, bias):
@@ -107,9 +107,9 @@ def test_add_normalize_and_its_gradients(shape, on_mesh, kernel, tiny_config, mo
     values, pullback = jax.vjp(lambda *given: ours(*given, mesh), x, y, bias)
     expected, expected_pullback = jax.vjp(textbook_add_normalize, x, y, bias)
     for got, wanted in zip(values, expected, strict=True):
-        np.testing.assert_allclose(got, wanted, atol=2e-6)
+        assert_close(got, wanted, 2e-6)
     for got, wanted in zip(pullback(gradients), expected_pullback(gradients), strict=True):
-        np.testing.assert_allclose(got, wanted, rtol=2e-6, atol=1e-5)
+        assert_close(got, wanted, 2e-6)
 
 
 def test_the_norm_kernel_rounds_bfloat16_once():
@@ -119,4 +119,4 @@ def test_the_norm_kernel_rounds_bfloat16_once():
     wanted, wanted_sums = kernel(*(a.astype(jnp.float32) for a in (x, dx, dnormed)))
     assert got.dtype == jnp.bfloat16 and sums.dtype == jnp.float32 and sums.shape == (2, 256)
     np.testing.assert_array_equal(got, wanted.astype(jnp.bfloat16))
-    np.testing.assert_allclose(sums, wanted_sums, rtol=1e-6)
+    assert_close(sums, wanted_sums, 1e-6)

@@ -41,6 +41,7 @@ def test_the_largest_batch_is_found_where_memory_grows_in_jumps():
 
 def test_a_dry_run_says_what_fits_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dry_run, "CARDS_GB", (0.01,))  # what suits a tiny model
+    monkeypatch.setattr(dry_run, "_MAX_BATCH", 32)  # the search itself needs no compiler: see above
     tiny_config.model.depth = 1
     tiny_config.train.dry_run = True
     tiny_config.data.cache = "device"

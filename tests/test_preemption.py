@@ -47,32 +47,31 @@ def newest(workdir):
     return max(checkpoint.steps(workdir), default=0)
 
 
-@pytest.fixture(scope="module")
-def calm():
-    """Filled by the first test that needs it: the digest of an undisturbed run."""
-    return {}
-
-
-@pytest.mark.parametrize("signals", [1, 5], ids=["once", "five-times"])
-def test_sigterm_saves_that_very_step_and_the_run_ends_as_an_undisturbed_one(
-    run_main, tmp_path, calm, signals
-):
-    if not calm:
-        assert run_main("pretrain_digits", tmp_path / "calm", *FLAGS).returncode == 0
-        calm["digest"] = checkpoint.digest(tmp_path / "calm")
-    process = run_main("pretrain_digits", tmp_path, *FLAGS, wait=False)
-    under_way = lambda: len(read_metrics(tmp_path)) >= 20  # noqa: E731
-    code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * signals)
+def terminated(run_main, workdir, num_signals):
+    """The step at which a run of 1,000 saved itself and ended, after so many SIGTERMs."""
+    process = run_main("pretrain_digits", workdir, *FLAGS, wait=False)
+    under_way = lambda: len(read_metrics(workdir)) >= 20  # noqa: E731
+    code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * num_signals)
     assert code == preemption.EXIT_CODE == 75, err
     stopped = int(re.search(r"asked to stop at step (\d+) of 1000", out)[1])
-    assert checkpoint.steps(tmp_path) == [stopped]
-    assert read_metrics(tmp_path)[-1]["step"] == stopped
+    assert checkpoint.steps(workdir) == [checkpoint.find_step(workdir)] == [stopped]
+    assert read_metrics(workdir)[-1]["step"] == stopped
     assert not complaints(err)
+    return stopped
 
-    result = run_main("pretrain_digits", tmp_path, *FLAGS)
+
+def test_sigterm_saves_that_very_step(run_main, tmp_path):
+    assert terminated(run_main, tmp_path, 1) < 1000
+
+
+def test_a_run_that_got_five_sigterms_ends_as_an_undisturbed_one(run_main, tmp_path):
+    calm, stopped_early = tmp_path / "calm", tmp_path / "stopped"
+    assert run_main("pretrain_digits", calm, *FLAGS).returncode == 0
+    stopped = terminated(run_main, stopped_early, 5)
+    result = run_main("pretrain_digits", stopped_early, *FLAGS)
     assert result.returncode == 0, result.stderr
     assert f"resuming from step {stopped}" in result.stdout
-    assert checkpoint.digest(tmp_path) == calm["digest"]
+    assert checkpoint.digest(stopped_early) == checkpoint.digest(calm)
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):

@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, NEEDS_TORCH
 
 from maskdm_jax import checkpoint, sharding
 from maskdm_jax.config import default_config
@@ -123,7 +123,7 @@ def test_a_path_without_weights_is_named(tmp_path):
 
 
 def test_an_official_pt_file_is_read(tmp_path, official_model):
-    torch = pytest.importorskip("torch", reason="reading .pt files needs PyTorch")
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     with np.load(DATA / "official_uncond_model.npz") as file:
         weights = {name: torch.from_numpy(array) for name, array in file.items()}
     betas = torch.from_numpy(ddpm.make_betas("cosine", 1000, (32, 32)).astype(np.float32))

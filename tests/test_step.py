@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from maskdm_jax import sharding, step
 from maskdm_jax.data import batch as batch_lib
@@ -59,7 +60,7 @@ def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, f
         reference["losses"], reference["state"] = curve(tiny_config, 1)
     tiny_config.update_from_flattened_dict(fields)
     losses, state = curve(tiny_config, num_devices)
-    np.testing.assert_allclose(losses, reference["losses"], rtol=1e-5)
+    assert_close(losses, reference["losses"], 1e-5)
     assert int(state.step) == STEPS
     assert losses[-5:].mean() < losses[:2].mean()
 
@@ -70,7 +71,7 @@ def test_a_narrow_h_trains_split_over_8_devices(tiny_config):
     whole, _ = curve(tiny_config, 1, steps=2)
     tiny_config.mesh.fsdp = 8
     split, state = curve(tiny_config, 8, steps=2)
-    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    assert_close(split, whole, 1e-5)
     assert not state.params["out_block_0"]["skip"]["kernel"].sharding.is_fully_replicated
 
 
@@ -136,7 +137,7 @@ def test_an_unmasked_stage_draws_whole_images(tiny_config):
     examples = drawn(tiny_config, batch)
     assert "visible" not in examples and examples["x0"].shape == (2, 16, 4)
     first_patch = image[0, :2, :2, 0].reshape(-1) / 127.5 - 1
-    np.testing.assert_allclose(examples["x0"][0, 0], first_patch, atol=1e-6)
+    assert_close(examples["x0"][0, 0], first_patch, 1e-6)
 
 
 def materialize_nan(config, arrays, batch):
@@ -204,6 +205,4 @@ def test_the_check_for_bad_numbers_moves_a_good_update_by_rounding_at_most(
     monkeypatch.setattr(step, "is_finite", lambda loss, norm: jnp.bool_(True))  # compiled away
     update, again, batch = one_update(tiny_config, num_devices)
     unchecked, _ = update(again, {}, batch(2))
-    jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-8), checked, unchecked
-    )
+    assert_close(checked, unchecked, 1e-6)

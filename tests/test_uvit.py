@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from close import assert_close
 
 from maskdm_jax.config import default_config
 from maskdm_jax.model import attention, patches, uvit
@@ -17,7 +18,7 @@ def test_output_on_the_whole_image_equals_the_official_code(golden, official_mod
     model, params = official_model
     tokens = uvit.apply(model, params, patches.patchify(nhwc(golden["x_t"]), 4), golden["t"])
     eps = patches.unpatchify(tokens, 4, (32, 32))
-    np.testing.assert_allclose(eps, nhwc(golden["eps_full"]), atol=1e-5)
+    assert_close(eps, nhwc(golden["eps_full"]), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["block", "patch", "crop"])
@@ -26,7 +27,7 @@ def test_output_on_visible_patches_equals_the_official_code(golden, official_mod
     visible = np.stack([np.flatnonzero(~row) for row in golden[f"mask_{kind}"]])
     x_t = patches.gather(patches.patchify(nhwc(golden["x_t"]), 4), visible)
     tokens = uvit.apply(model, params, x_t, golden["t"], visible_BV=visible)
-    np.testing.assert_allclose(tokens, golden[f"tokens_{kind}"], atol=1e-5)
+    assert_close(tokens, golden[f"tokens_{kind}"], 1e-5)
 
 
 @pytest.mark.parametrize("size, millions", [("S", 44), ("B", 102)])
@@ -102,7 +103,7 @@ def test_remat_changes_neither_output_nor_gradient():
     plain, remat = (
         jax.value_and_grad(loss)(params, small(remat=remat)) for remat in ("none", "blocks")
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, remat)
+    assert_close(remat, plain, 1e-5)
 
 
 def test_dropout_acts_in_training_only():
@@ -120,17 +121,17 @@ def test_bfloat16_stays_near_float32_and_returns_float32():
     x, t = given(small())
     low = uvit.apply(small(dtype=jnp.dtype("bfloat16")), params, x, t)
     assert low.dtype == jnp.float32
-    np.testing.assert_allclose(low, uvit.apply(small(), params, x, t), atol=0.03)
+    assert_close(low, uvit.apply(small(), params, x, t), 0.03)
 
 
 def test_running_visible_tokens_equals_running_all_when_all_are_visible():
     params = uvit.init_params(small(), jax.random.key(0))
     x, t = given(small())
     ids = jnp.tile(jnp.arange(6), (2, 1))
-    np.testing.assert_allclose(
+    assert_close(
         uvit.apply(small(), params, x, t, visible_BV=ids),
         uvit.apply(small(), params, x, t),
-        atol=1e-6,
+        1e-6,
     )
 
 
@@ -151,4 +152,4 @@ def test_padding_tokens_change_nothing(tiny_config, monkeypatch):
     plain = uvit.apply(model, params, x, t, label_B=label)
     monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: 3)
     padded = uvit.apply(model, params, x, t, label_B=label)
-    np.testing.assert_allclose(padded, plain, atol=1e-6)
+    assert_close(padded, plain, 1e-6)
