@@ -1,11 +1,13 @@
 """TrainState: all that a run is, beside its config. Every leaf is float32 or int32."""
 
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from maskdm_jax import optim, rng, sharding
 from maskdm_jax.model import uvit
@@ -23,6 +25,11 @@ class TrainState:
 
 def abstract_state(config, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings on `mesh` of a run's state; nothing is computed."""
+    return _abstract_state(FrozenConfigDict(config), mesh)
+
+
+@functools.lru_cache(maxsize=1)  # tracing the network takes long, and set-up asks several times
+def _abstract_state(config, mesh):
     return sharding.abstract(lambda: _create(config, mesh), mesh)
 
 

@@ -1,7 +1,10 @@
 import io
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from maskdm_jax.config import default_config
@@ -152,3 +155,12 @@ def test_sixteen_bit_grey_keeps_its_range(tmp_path):
     Image.fromarray(values).save(tmp_path / "a.png")
     data, _ = prepare._encode((str(tmp_path / "a.png"), (8, 8), 1, "png", 95))
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(data))), values >> 8)
+
+
+def test_a_worker_needs_neither_jax_nor_tfds():
+    code = (
+        "import sys, maskdm_jax.data.prepare; "
+        "print([m for m in ('jax', 'flax', 'tensorflow_datasets') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]", result

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import textbook
 from close import assert_close
 
 from maskdm_jax.config import default_config
@@ -153,3 +154,41 @@ def test_padding_tokens_change_nothing(tiny_config, monkeypatch):
     monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: 3)
     padded = uvit.apply(model, params, x, t, label_B=label)
     assert_close(padded, plain, 1e-6)
+
+
+OPTIONS = {
+    "plain": {},
+    "classes": dict(num_classes=3),
+    "time-mlp": dict(mlp_time_embed=True),
+    "qv-bias": dict(qkv_bias=True),
+    "deep": dict(depth=7),
+    "all": dict(num_classes=3, mlp_time_embed=True, qkv_bias=True, depth=5),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("how", [{}, dict(remat="blocks"), dict(padding=5)], ids=str)
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_output_and_gradients_are_those_of_a_textbook_uvit(monkeypatch, options, how, masked):
+    if (padding := how.get("padding")) is not None:
+        monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: padding)
+    fields = dict(num_patches=6, patch_dim=12, width=16, depth=3, num_heads=2) | options
+    model = uvit.UViT(**fields, remat=how.get("remat", "none"))
+    plain = textbook.UViT(**fields)
+    params = textbook.perturbed(uvit.init_params(model, jax.random.key(0)))
+    visible = jnp.asarray([[1, 2, 5], [0, 3, 4]]) if masked else None
+    x = jax.random.normal(jax.random.key(1), (2, 3 if masked else 6, 12))
+    t = jnp.asarray([3, 700])
+    label = jnp.asarray([1, 3]) if model.num_classes else None
+
+    def ours(params):
+        return uvit.apply(model, params, x, t, visible_BV=visible, label_B=label)
+
+    def expected(params):
+        return plain.apply({"params": params}, x, t, visible, label)
+
+    def loss(apply):
+        return jax.jit(jax.value_and_grad(lambda params: jnp.square(apply(params)).mean()))
+
+    assert_close(ours(params), expected(params), 1e-5)
+    assert_close(loss(ours)(params), loss(expected)(params), 2e-5)

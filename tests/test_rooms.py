@@ -1,0 +1,91 @@
+"""Who may import whom: the rooms of the package import downwards only."""
+
+import ast
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "maskdm_jax"
+# Imported by anybody: they know nothing of the rest.
+GROUND = {
+    "errors", "fields", "rng", "sharding", "run.progress", "run.files", "config", "model.sizes",
+}  # fmt: skip
+# room or module -> what it may import beside itself and the ground.
+ALLOWED = {
+    "errors": set(),
+    "fields": set(),
+    "rng": set(),
+    "sharding": set(),
+    "config": {"fields", "errors", "model.sizes"},
+    "diffusion": set(),
+    "model": set(),
+    "data": {"run.command_line"},
+    "run": set(),
+    "weights": {"checkpoint"},
+    "checkpoint": {"run"},
+    "optim": set(),
+    "images": set(),
+    "flops": {"model"},
+    "state": {"model", "optim"},
+    "step": {"model", "diffusion", "optim", "state", "data.batch"},
+    "draw": {"model", "diffusion"},
+    "report": {"flops", "run"},
+    "sample": {"checkpoint", "draw", "images", "run"},
+    "dry_run": {"step", "run"},
+    "train": {
+        "checkpoint", "data", "diffusion", "draw", "dry_run", "flops", "images", "run", "state",
+        "step", "weights",
+    },
+}  # fmt: skip
+
+
+def imports(path):
+    """Names of our modules that a file imports, such as "model.patches", wherever it does so."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    ours = {name.removeprefix("maskdm_jax.") for name in names if name.startswith("maskdm_jax.")}
+    return {name for name in ours if resolve(name)} | {
+        name.rpartition(".")[0] for name in ours if not resolve(name)
+    }
+
+
+def resolve(name):
+    path = PACKAGE / name.replace(".", "/")
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def within(name, places):
+    return any(name == place or name.startswith(f"{place}.") for place in places)
+
+
+FILES = [p for p in sorted(PACKAGE.rglob("*.py")) if p != PACKAGE / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_room_imports_downwards_only(path):
+    name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    room = name.partition(".")[0]
+    ground = set() if room in {"diffusion", *GROUND} else GROUND
+    for imported in imports(path) - {""}:
+        assert within(imported, {room} | ALLOWED[room] | ground), f"{name} imports {imported}"
+
+
+def test_every_room_and_module_has_its_rule():
+    rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(ALLOWED)
+
+
+def test_no_module_or_function_grew_too_long():
+    for path in FILES:
+        text = path.read_text()
+        if "hopper" not in path.name:
+            assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 130 if (path.stem, node.name) == ("train", "train") else 80
+                if "hopper" not in path.name:
+                    assert node.end_lineno - node.lineno < limit, f"{path}: {node.name}"
