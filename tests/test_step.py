@@ -13,9 +13,9 @@ from maskdm_jax.model import patches
 from maskdm_jax.state import abstract_state, init_state
 
 STEPS = 20
-PINNED_LOSSES = [0.9510877, 0.9951195, 0.9356966]
+PINNED_LOSSES = [0.9510877, 0.9951195, 0.9362011]
 # How far three updates move the parameters and their EMA, and the norm of the optimizer's moments.
-PINNED_NORMS = [0.5379488, 0.3159713, 0.2626985]
+PINNED_NORMS = [0.7112283, 0.4171179, 0.2626676]
 
 
 def mesh_of(config, num_devices):
@@ -215,7 +215,7 @@ def test_the_check_for_bad_numbers_moves_a_good_update_by_rounding_at_most(
 def test_a_run_of_three_steps_gives_these_numbers(tiny_config):
     # Measured with this test, on a CPU. A change of 1 % in what an update computes changes them.
     tiny_config.data.flip = True
-    tiny_config.optim.update(ema_ramp=False, ema_decay=0.5, weight_decay=1.0)
+    tiny_config.optim.update(ema_ramp=False, ema_decay=0.5, weight_decay=10.0)
     losses, state = curve(tiny_config, 1, steps=3)
     begun = init_state(tiny_config, mesh_of(tiny_config, 1)).params
     moved = (jax.tree.map(jnp.subtract, tree, begun) for tree in (state.params, state.ema))

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from maskdm_jax.model.kernels import rows
+
 # A tile is what one program reads: rows are tokens, columns channels.
 _ROWS, _COLUMNS, _WARPS = 64, 128, 8
 
@@ -62,8 +64,8 @@ bias_gelu.defvjp(_forward, _backward)
 def _call(kernel, interpret, bias_D, *arrays):
     """Runs `kernel` on tiles of [M, D] arrays; a second array adds an output of column sums."""
     x_MD = arrays[0]
-    rows, columns = x_MD.shape
-    grid = (pl.cdiv(rows, _ROWS), columns // _COLUMNS)
+    num_rows, columns = x_MD.shape
+    grid = (pl.cdiv(num_rows, _ROWS), columns // _COLUMNS)
     tile = pl.BlockSpec((_ROWS, _COLUMNS), lambda i, j: (i, j))
     out_shape = [jax.ShapeDtypeStruct(x_MD.shape, x_MD.dtype)]
     out_specs = [tile]
@@ -71,7 +73,7 @@ def _call(kernel, interpret, bias_D, *arrays):
         out_shape.append(jax.ShapeDtypeStruct((grid[0], 1, columns), jnp.float32))
         out_specs.append(pl.BlockSpec((None, 1, _COLUMNS), lambda i, j: (i, 0, j)))
     return pl.pallas_call(
-        functools.partial(kernel, num_rows=rows, interpret=interpret),
+        functools.partial(kernel, num_rows=num_rows, interpret=interpret),
         out_shape=out_shape,
         grid=grid,
         in_specs=[pl.BlockSpec((1, _COLUMNS), lambda i, j: (0, j)), *[tile] * len(arrays)],
@@ -157,16 +159,14 @@ def _hex(value):
 
 
 def _load(ref, num_rows):
-    mask = _valid_rows(ref, num_rows)
-    return triton.load(ref, mask=mask, other=None if mask is None else 0.0).astype(jnp.float32)
+    return rows.load(ref, _mask(ref, num_rows)).astype(jnp.float32)
 
 
 def _store(ref, value, num_rows):
-    triton.store(ref, value.astype(ref.dtype), mask=_valid_rows(ref, num_rows))
+    rows.store(ref, value, _mask(ref, num_rows))
 
 
-def _valid_rows(ref, num_rows):
+def _mask(ref, num_rows):
     if num_rows % _ROWS == 0:
         return None
-    row = pl.program_id(0) * _ROWS + jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0)
-    return row < num_rows
+    return rows.below(ref.shape, num_rows, pl.program_id(0) * _ROWS)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from maskdm_jax.model.kernels import rows
+
 # A program computes _ROWS rows, in turns of _WARPS, one a warp. At widths 512 and 768, these take
 # at most 1.3 % longer than the best of the sizes that benchmarks/RESULTS.md lists.
 _ROWS, _COLUMNS, _WARPS = 64, 256, 8
@@ -46,7 +48,7 @@ def add_normalize_gradient(
     """
     num_rows, width = x_MD.shape
     num_programs = pl.cdiv(num_rows, _ROWS)
-    rows = pl.BlockSpec((_ROWS, width), lambda i: (i, 0))
+    tile = pl.BlockSpec((_ROWS, width), lambda i: (i, 0))
     return pl.pallas_call(
         functools.partial(_kernel, num_rows=num_rows, epsilon=epsilon),
         out_shape=(
@@ -54,8 +56,8 @@ def add_normalize_gradient(
             jax.ShapeDtypeStruct((num_programs, width), jnp.float32),
         ),
         grid=(num_programs,),
-        in_specs=[rows] * 3,
-        out_specs=(rows, pl.BlockSpec((None, width), lambda i: (i, 0))),
+        in_specs=[tile] * 3,
+        out_specs=(tile, pl.BlockSpec((None, width), lambda i: (i, 0))),
         compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name="add_normalize_gradient",
@@ -67,17 +69,17 @@ def _kernel(x_ref, dx_ref, dnormed_ref, out_ref, sums_ref, *, num_rows, epsilon)
     first_row = pl.program_id(0) * _ROWS
     num_turns = _ROWS // _WARPS
     columns = [pl.ds(start, _COLUMNS) for start in range(0, width, _COLUMNS)]
-    row = jax.lax.broadcasted_iota(jnp.int32, (_WARPS, _COLUMNS), 0)
 
     def rows_and_mask(i):
-        mask = None if num_rows % _ROWS == 0 else first_row + i * _WARPS + row < num_rows
+        mask = None
+        if num_rows % _ROWS:
+            mask = rows.below((_WARPS, _COLUMNS), num_rows, first_row + i * _WARPS)
         return pl.ds(i * _WARPS, _WARPS), mask
 
     def load(i):
-        rows, mask = rows_and_mask(i)
-        other = None if mask is None else 0.0
+        where, mask = rows_and_mask(i)
         return [
-            [triton.load(ref.at[rows, c], mask=mask, other=other) for c in columns]
+            [rows.load(ref.at[where, c], mask) for c in columns]
             for ref in (x_ref, dx_ref, dnormed_ref)
         ]
 
@@ -99,9 +101,9 @@ def _kernel(x_ref, dx_ref, dnormed_ref, out_ref, sums_ref, *, num_rows, epsilon)
             direct + rstd * (d - dnormed_mean - n * projection)
             for direct, d, n in zip(dx, dnormed, normed, strict=True)
         ]
-        rows, mask = rows_and_mask(i)
+        where, mask = rows_and_mask(i)
         for c, part in zip(columns, out, strict=True):
-            triton.store(out_ref.at[rows, c], part.astype(out_ref.dtype), mask=mask)
+            rows.store(out_ref.at[where, c], part, mask)
         return following, [total + part for total, part in zip(totals, out, strict=True)]
 
     totals = [jnp.zeros((_WARPS, _COLUMNS), jnp.float32) for _ in columns]

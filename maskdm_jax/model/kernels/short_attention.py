@@ -15,6 +15,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from maskdm_jax.model.kernels import rows
+
 # Scores of one head stay in one program's registers.
 MAX_LENGTH = 128
 
@@ -57,16 +59,16 @@ def _call(kernel, out_shape, num_valid, interpret, *arrays):
     qkv = arrays[0]
     batch, length, _, num_heads, head_dim = qkv.shape
     # Triton's tiles are powers of two, and its matmuls take no fewer than 16 rows.
-    rows = max(pl.next_power_of_2(length), 16)
-    head = pl.BlockSpec((None, rows, None, head_dim), lambda b, h: (b, 0, h, 0))
-    head_of_each = pl.BlockSpec((None, rows, 3, None, head_dim), lambda b, h: (b, 0, 0, h, 0))
+    num_rows = max(pl.next_power_of_2(length), 16)
+    head = pl.BlockSpec((None, num_rows, None, head_dim), lambda b, h: (b, 0, h, 0))
+    head_of_each = pl.BlockSpec((None, num_rows, 3, None, head_dim), lambda b, h: (b, 0, 0, h, 0))
     return pl.pallas_call(
         functools.partial(kernel, length=length, num_valid=num_valid),
         out_shape=jax.ShapeDtypeStruct(out_shape, qkv.dtype),
         grid=(batch, num_heads),
         in_specs=[head_of_each, head][: len(arrays)],
         out_specs=head if len(out_shape) == 4 else head_of_each,
-        compiler_params=triton.CompilerParams(num_warps=max(rows // 16, 1), num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=max(num_rows // 16, 1), num_stages=1),
         interpret=interpret,
         name="short_attention" + kernel.__name__,
     )(*arrays)
@@ -105,12 +107,8 @@ def _part(ref, i):
 
 
 def _load(ref, length):
-    return triton.load(ref, mask=_valid_rows(ref, length), other=0.0)
+    return rows.load(ref, rows.below(ref.shape, length))
 
 
 def _store(ref, value, length):
-    triton.store(ref, value.astype(ref.dtype), mask=_valid_rows(ref, length))
-
-
-def _valid_rows(ref, length):
-    return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 0) < length
+    rows.store(ref, value, rows.below(ref.shape, length))
