@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 
-import grain
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -98,8 +97,7 @@ class Loader:
         reads = _ByStep(
             num_steps, lambda n: {k: v[self._local_ids(n)] for k, v in self._cache.items()}
         )
-        options = grain.ReadOptions(num_threads=4, prefetch_buffer_size=_PREFETCH_BATCHES)
-        return iter(grain.MapDataset.source(reads)[step:].to_iter_dataset(options))
+        return _prefetched(reads, step, 4, _PREFETCH_BATCHES)
 
     def _decoded(self, step):
         share = len(self._rows)
@@ -107,12 +105,8 @@ class Loader:
             self._config.train.num_steps * share,
             lambda i: self._source[self._local_ids(i // share)[i % share]],
         )
-        options = grain.ReadOptions(
-            num_threads=self._config.data.num_threads,
-            prefetch_buffer_size=_PREFETCH_BATCHES * share,
-        )
-        dataset = grain.MapDataset.source(examples)[step * share :]
-        return iter(dataset.to_iter_dataset(options).batch(share, drop_remainder=True))
+        threads = self._config.data.num_threads
+        return _prefetched(examples, step * share, threads, _PREFETCH_BATCHES * share, share)
 
 
 class _ByStep:
@@ -127,6 +121,17 @@ class _ByStep:
 
     def __getitem__(self, index):
         return self._read(int(index))
+
+
+def _prefetched(source, first, num_threads, buffer_size, batch_size=None):
+    """Iterates over a random-access source from `first` on, read ahead by threads of Grain's."""
+    import grain  # a set on the device is read without it, and importing it takes 0.1 s
+
+    options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=buffer_size)
+    dataset = grain.MapDataset.source(source)[first:].to_iter_dataset(options)
+    if batch_size is not None:
+        dataset = dataset.batch(batch_size, drop_remainder=True)
+    return iter(dataset)
 
 
 def _open_cache(config, source) -> dict[str, np.ndarray]:
@@ -168,8 +173,7 @@ def _decode_all(config, source, folder, paths):
                 stale.unlink()
     shape = (len(source), *config.data.image_size, config.data.channels)
     labels = np.zeros(len(source), np.int32)
-    options = grain.ReadOptions(num_threads=config.data.num_threads, prefetch_buffer_size=1024)
-    examples = iter(grain.MapDataset.source(source).to_iter_dataset(options))
+    examples = _prefetched(source, 0, config.data.num_threads, 1024)
     with files.whole(paths["image"]) as image_file, files.whole(paths["label"]) as label_file:
         with _explained(config, folder):
             images = np.lib.format.open_memmap(image_file, mode="w+", dtype=np.uint8, shape=shape)
