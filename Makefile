@@ -1,14 +1,14 @@
 # make demo: the whole path on real digits, in minutes on a CPU.
-# make test: the test suite, two tests at a time. With EXTRAS=peer it includes what needs PyTorch.
+# make test: the test suite, two tests at a time; EXTRAS=peer adds the tests that need PyTorch.
 # make test-kernels: the Hopper kernels in JAX's interpreter; KERNEL_PYTHON is Python 3.12 or newer.
-# make test-slow: what takes minutes each, such as killing a run 30 times.
-# make test-gpu: the numbers of kernels that only a GPU runs, with the JAX that is installed there.
+# make test-slow: the tests that take minutes each, such as killing a run 30 times.
+# make test-gpu: the numbers of kernels that only a GPU runs, with the JAX installed there.
 PYTHON ?= python3
 KERNEL_PYTHON ?= python3.12
 DEMO_DIR ?= demo_output
 BIN := .venv/bin
 PIP_INSTALL := pip install --quiet --disable-pip-version-check -c constraints.txt
-# More extras of setup.py, with commas between them. The stamp has their names, so a change installs.
+# More extras of setup.py, separated by commas. The stamp has their names: a change reinstalls.
 EXTRAS ?=
 INSTALLED := .venv/.installed-$(EXTRAS)
 

@@ -1,4 +1,4 @@
-"""The command line: train a config, or draw samples from what it trained.
+"""The command line: trains a config, or draws samples from the trained model.
 
 python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
@@ -18,18 +18,18 @@ from maskdm_jax.errors import RunError
 from maskdm_jax.run import command_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps all it writes.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to do.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, of several.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many there are, on all hosts.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "Train, or draw samples.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes over all hosts.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
 
 
 def main(argv):
     config, mode, workdir = _CONFIG.value, _MODE.value, _WORKDIR.value
     validate(config)
 
-    # A wrong value has been answered by now, without the second that these imports take.
+    # Imported only now: a wrong value is reported without the second that these imports take.
     from maskdm_jax.run import distributed, memory
 
     memory.set_gpu_memory_fraction()
@@ -61,15 +61,15 @@ def _run(config, mode, workdir):
 
 
 def _use_compilation_cache(workdir):
-    """A second start compiles nothing; JAX_COMPILATION_CACHE_DIR names another folder."""
+    """Keeps compiled programs for the next start; JAX_COMPILATION_CACHE_DIR sets another folder."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
         cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "maskdm_jax" / "xla"
         if jax.process_count() > 1:
             # In the workdir, which every process sees. Only process 0 writes to the cache, and GPU
-            # compilers on several hosts tune kernels together: a host that found the program in a
-            # cache of its own would leave the others waiting.
+            # compilers on several hosts tune kernels together: a host that found the program in its
+            # own cache would leave the others waiting.
             cache = pathlib.Path(workdir) / "xla_cache"
         jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
 

@@ -1,8 +1,8 @@
-"""The package and its extras. constraints.txt has the versions that were tested."""
+"""The package and its extras. constraints.txt lists the tested versions."""
 
 from setuptools import find_packages, setup
 
-# JAX names the libtpu that goes with it; there is a wheel for Linux on x86-64 only.
+# JAX requires the matching libtpu, which has wheels for Linux on x86-64 only.
 _TPU_COMPILER = "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'"
 
 setup(
@@ -18,7 +18,7 @@ setup(
         "einops>=0.8",
         "flax>=0.12",
         "grain>=0.2.12",
-        "importlib_resources",  # tensorflow-datasets imports it and does not ask for it
+        "importlib_resources",  # tensorflow-datasets imports it without requiring it
         "jax>=0.10,<0.12",
         "ml-collections>=1.0",
         "numpy>=2.0",
@@ -35,7 +35,7 @@ setup(
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
-        # The PyTorch network that benchmarks compare with, and FID: for tests and benchmarks only.
+        # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
         "test": [

@@ -1,11 +1,11 @@
-"""Times every implementation of attention at the lengths that the recipes have.
+"""Times every implementation of attention at the recipes' sequence lengths.
 
     python -m benchmarks.attention [--lengths 29 417 4097] [--seconds 0.5]
 
 Forward and backward in bfloat16, heads of 64 channels, each length at its recipe's batch; q, k and
-v lie as the implementation reads them in the network. The rate counts what training's FLOPs count:
-3 x the forward pass's two matmuls. Prints one JSON line each; `ratio` is the rate over this
-machine's plain XLA attention.
+v have the layout that the implementation reads in the network. The rate counts FLOPs as training
+does: 3 x the forward pass's two matmuls. Prints one JSON line each; `ratio` is the rate over plain
+XLA attention's on this machine.
 """
 
 import argparse
@@ -23,7 +23,7 @@ _HEAD_DIM = 64
 
 
 def bench(length: int, implementation: str, seconds: float) -> dict:
-    """Milliseconds of one forward and backward pass, and what really ran."""
+    """Milliseconds of one forward and backward pass, and the kernel that ran."""
     batch, heads = _SHAPES[length]
     plan = attention.plan(implementation, length, _HEAD_DIM, jnp.bfloat16)
     shape = (batch, plan.length, heads, _HEAD_DIM)

@@ -1,4 +1,4 @@
-"""What is measured: five named cases, each a shipped config at one batch, on real images."""
+"""The five cases that are measured, each a shipped config at one batch, on real images."""
 
 import importlib
 
@@ -23,13 +23,13 @@ NAMES = tuple(CASES)
 
 
 def config(name: str, data_dir: str, batch: int | None = None, fields: dict | None = None):
-    """The config of a case, its images in device memory.
+    """The config of a case, with its images in device memory.
 
     Args:
       name: one of `NAMES`.
-      data_dir: where the prepared sets celebahq (256x256) and celeba64 (64x64) live.
-      batch: another batch than the case's.
-      fields: other values of config fields, by dotted name.
+      data_dir: the folder of the prepared sets celebahq (256x256) and celeba64 (64x64).
+      batch: the batch size; None: the case's.
+      fields: values of config fields to override, by dotted name.
     """
     config_name, case_batch = CASES[name]
     result = importlib.import_module(f"configs.{config_name}").get_config()
@@ -41,7 +41,7 @@ def config(name: str, data_dir: str, batch: int | None = None, fields: dict | No
 
 
 def parse_fields(settings: list[str]) -> dict:
-    """{"model.remat": "blocks"} of ["model.remat=blocks"], each value of its field's type."""
+    """{"model.remat": "blocks"} from ["model.remat=blocks"], each value with its field's type."""
     defaults, fields = default_config(), {}
     for setting in settings:
         name, value = setting.split("=", 1)
@@ -56,15 +56,15 @@ def parse_fields(settings: list[str]) -> dict:
 
 
 def open_source(config):
-    """The config's data set at the size in which it is stored."""
+    """The config's data set at its stored size."""
     stored = config.copy_and_resolve_references()
     stored.data.image_size = (256, 256) if config.data.name == "celebahq" else (64, 64)
     return sources.open_source(stored)
 
 
 def load_images(config) -> np.ndarray:
-    """All images of a config's data set, uint8 [N, H, W, C], resized where the config's size is
-    another than the set's."""
+    """All images of a config's data set, uint8 [N, H, W, C], resized if the config's size differs
+    from the set's."""
     source = open_source(config)
     images = np.stack([source[i]["image"] for i in range(len(source))])
     if tuple(config.data.image_size) == images.shape[1:3]:

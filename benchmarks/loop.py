@@ -1,10 +1,10 @@
-"""main.py's own training loop against the bare step, for each data cache, and its start-up.
+"""Times main.py's training loop against the bare step, for each data cache, and its start-up.
 
     python -m benchmarks.loop --bench masked64 --data_dir DIR [--caches device host none]
 
-Prints one JSON line a cache: `ratio` is the rate over the bare step's, in turn on the same
-card. The first run finds an empty compilation cache, so its `first_step_s`, from the start of the
-process to the first finished update, is a cold start; the others find it filled.
+Prints one JSON line per cache: `ratio` is the loop's rate over the bare step's, in turn on the same
+card. `first_step_s` is the time from the start of the process to the first finished update: with an
+empty compilation cache in the first run, with a filled one in the others.
 """
 
 import argparse
@@ -24,7 +24,7 @@ _MAIN = pathlib.Path(__file__).parents[1] / "main.py"
 
 
 def bench(name: str, data_dir: str, cache: str, steps: int, cache_home: str) -> dict:
-    """Rate of main.py's loop over the last two thirds of `steps`, and the time to the first."""
+    """Rate of main.py's loop over the last two thirds of `steps`, and time to the first step."""
     config, batch = cases.CASES[name]
     every = max(steps // 12, 1)
     fields = {
@@ -71,7 +71,7 @@ def main():
     parser.add_argument("--bench", required=True, choices=cases.NAMES[:-1])
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--caches", nargs="*", default=["device", "host", "none"])
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each loop, about")
+    parser.add_argument("--seconds", type=float, default=12.0, help="of each loop, roughly")
     args = parser.parse_args()
     options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds / 2)]
     bare = run.run_ours(args.bench, options)["images_per_s"]

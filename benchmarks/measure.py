@@ -1,4 +1,4 @@
-"""How things are timed here: after warm-up, in groups of calls, of which the median counts."""
+"""Timing: after warm-up, the median of several groups of calls."""
 
 import datetime
 import importlib.metadata
@@ -14,11 +14,11 @@ _MATMUL_SIZE = 8192
 
 
 def seconds_per_call(call, seconds: float, warm_up: int = 5) -> float:
-    """Seconds that one call takes, the device's queue kept full.
+    """Seconds that one call takes, with the device's queue kept full.
 
     Args:
       call: (i) -> device arrays, for i = 0, 1, ...; each may depend on the one before.
-      seconds: about how long to measure, in three groups of which the median counts.
+      seconds: roughly how long to measure; the median of three groups counts.
       warm_up: calls before the clock starts.
     """
     for i in range(warm_up):
@@ -38,7 +38,7 @@ def seconds_per_call(call, seconds: float, warm_up: int = 5) -> float:
 
 
 def matmul_tflops(seconds: float = 1.5) -> float:
-    """This card's rate at one large bfloat16 matmul on random data, in TFLOP/s."""
+    """This card's rate in one large bfloat16 matmul on random data, in TFLOP/s."""
     size = _MATMUL_SIZE
     a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
     matmul = jax.jit(jnp.matmul)
@@ -46,7 +46,7 @@ def matmul_tflops(seconds: float = 1.5) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what the figures depend on."""
+    """Versions of the software that the figures depend on."""
     names = ("jax", "jaxlib", "flax")
     found = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **found}

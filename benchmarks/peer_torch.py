@@ -1,8 +1,8 @@
 """The PyTorch peer: the same network, objective and update, as a careful PyTorch user writes them.
 
 torch.compile over mask, noise, gather, forward pass and loss; scaled_dot_product_attention; bf16
-autocast over float32 parameters; fused AdamW; foreach EMA and clipping. maskdm_jax gives what needs
-no JAX: schedules, the mask's count, patchify. On a CPU, a smoke test: float32 and not compiled.
+autocast over float32 parameters; fused AdamW; foreach EMA and clipping. From maskdm_jax comes what
+needs no JAX: schedules, the mask's count, patchify. On a CPU, a smoke test: float32, not compiled.
 
     python -m benchmarks.peer_torch --bench masked256 [--batch N] [--seconds 6]
 """
@@ -33,12 +33,12 @@ from maskdm_jax.model import (
 )
 from maskdm_jax.model.sizes import dimensions, grid_shape  # noqa: E402
 
-# A single kernel for scaled_dot_product_attention to run; None: its own choice.
+# The one kernel that scaled_dot_product_attention may run; None: PyTorch's choice.
 _FLASH, _CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 ATTENTION = {"default": None, "flash": _FLASH, "cudnn": _CUDNN, "math": SDPBackend.MATH}
 _GROUPS, _WARMUP_STEPS = 3, 5
 _ON_GPU = torch.cuda.is_available()
-# A graph break would cost the peer time unseen: fullgraph makes it an error.
+# A graph break would slow the peer silently; fullgraph makes it an error.
 _COMPILE = dict(dynamic=False, fullgraph=True, disable=not _ON_GPU)
 
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """U-ViT over tokens [time, patches]; the submodules are named as in maskdm_jax.uvit."""
+    """U-ViT over tokens [time, patches]; the submodules are named as in model.uvit."""
 
     def __init__(self, num_patches, patch_dim, width, depth, num_heads, mlp_ratio=4.0):
         super().__init__()
@@ -88,8 +88,8 @@ class UViT(nn.Module):
     def forward(self, x_BVP, t_B, visible_BV=None):
         """Predicts float32 [B, V, P] from noisy patches, timesteps [B] and the patches' ids."""
         x_BVD = self.patch_embed(x_BVP.to(self.patch_embed.weight.dtype))
-        dtype = x_BVD.dtype  # of all tokens: bf16 under autocast, and so is the residual stream
-        # Gathered in the table's own dtype: the gradient then adds up in float32.
+        dtype = x_BVD.dtype  # of all tokens and the residual stream: bf16 under autocast
+        # Gathered in the table's own dtype, so its gradient is summed in float32.
         position = self.position[1:] if visible_BV is None else self.position[1 + visible_BV]
         time_BD = timestep_embedding(t_B, self.position.shape[1]) + self.position[0]
         x_BLD = torch.cat([time_BD[:, None].to(dtype), (x_BVD + position).to(dtype)], dim=1)
@@ -119,14 +119,14 @@ def make_model(config) -> UViT:
     refused += ["data.flip"] * config.data.flip + ["crop masks"] * (config.mask.kind == "crop")
     refused += ["optim.accumulate_steps"] * (config.optim.accumulate_steps > 1)
     if refused:
-        raise ValueError(f"the PyTorch peer is without {', '.join(refused)}; unset what is set")
+        raise ValueError(f"the PyTorch peer does not have {', '.join(refused)}; unset them")
     rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
     patch_dim = patches.patch_dim(config.model.patch_size, config.data.channels)
     return UViT(rows * cols, patch_dim, *dimensions(config.model), mlp_ratio=config.model.mlp_ratio)
 
 
 def draw_visible_ids(batch, mask, grid, device):
-    """Ids of the visible patches [B, V], in any order; None where nothing is hidden."""
+    """Ids of the visible patches [B, V], in any order; None if nothing is hidden."""
     if mask.kind == "none":
         return None
     size = mask.block_size if mask.kind == "block" else 1
@@ -170,8 +170,8 @@ def make_loss(config, model: UViT, device: torch.device, low_precision: bool):
 def measure(config, images_uint8_NHWC: np.ndarray, seconds: float, attention="default") -> dict:
     """Times training steps at the config's batch size.
 
-    All images go to the device. `seconds` is of the timed steps together; `attention`, one of
-    ATTENTION, is what scaled_dot_product_attention runs.
+    All images go to the device. `seconds` is for all timed steps together; `attention`, a key of
+    ATTENTION, is the kernel that scaled_dot_product_attention runs.
 
     Returns:
       "images_per_s" (the median of three groups of steps), "compile_s" (the first step),
@@ -207,7 +207,7 @@ def measure_sampling(config, batch: int, seconds: float, attention="default") ->
     device, model, low_precision = _setup(config)
     if low_precision:
         model = model.bfloat16()
-    # DDIM acts on each pixel alone, so that the walk can stay in patches.
+    # DDIM acts on each pixel alone, so the walk can stay in patches.
     x_BNP = torch.randn(batch, len(model.position) - 1, model.output.out_features, device=device)
 
     def update(x_BNP, now):
@@ -230,7 +230,7 @@ def measure_sampling(config, batch: int, seconds: float, attention="default") ->
 
 
 def ddim_table(config) -> np.ndarray:
-    """What each DDIM step at eta 1 needs, float32 [steps, 8] (Song et al. 2021, equation 12).
+    """Coefficients of each DDIM step at eta 1, float32 [steps, 8] (Song et al. 2021, equation 12).
 
     Columns: t; x0 = a x_t + b output; eps = a x_t + b output; x_s = a x0 + b eps + c z.
     """
@@ -251,7 +251,7 @@ def _setup(config):
 
 
 def _time(step, seconds, attention):
-    """(steps per second, the keys that both measurements share) of `step`, which gives a scalar."""
+    """(steps per second, fields that both measurements share) of `step`, which returns a scalar."""
 
     def timed(count):
         start = time.perf_counter()
@@ -268,7 +268,7 @@ def _time(step, seconds, attention):
     with sdpa_kernel(kernel) if kernel else contextlib.nullcontext():
         compile_s = timed(1)
         timed(_WARMUP_STEPS)
-        pace = timed(_WARMUP_STEPS) / _WARMUP_STEPS  # a few more, to know how many to time
+        pace = timed(_WARMUP_STEPS) / _WARMUP_STEPS  # sets how many steps to time
         if _ON_GPU:
             torch.cuda.reset_peak_memory_stats()
         count = max(1, round(seconds / _GROUPS / pace))
@@ -282,10 +282,10 @@ def main():
     """The command line; prints one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--bench", required=True, choices=cases.NAMES)
-    parser.add_argument("--batch", type=int, help="images; default: as the case says")
+    parser.add_argument("--batch", type=int, help="images; default: the case's")
     parser.add_argument("--seconds", type=float, default=6.0, help="of all timed steps together")
     parser.add_argument("--attention", choices=ATTENTION, default="default")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="the case's data")
+    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="folder of the sets")
     args = parser.parse_args()
     config = cases.config(args.bench, args.data_dir, args.batch)
     batch = config.train.batch_size

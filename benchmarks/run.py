@@ -1,9 +1,9 @@
-"""Ours and the PyTorch peer in turn on one card: a table, and a row each in results.json.
+"""Measures ours and the PyTorch peer in turn on one card: a table, and rows in results.json.
 
     python -m benchmarks.run --data_dir DIR [--bench masked256 ...] [--seconds 6]
 
 DIR holds the sets celebahq (256x256) and celeba64 (64x64), as maskdm_jax.data.prepare writes them.
-Each measurement is a process of its own, so that no framework holds memory of the other's.
+Each measurement is a process of its own, so neither framework holds memory that the other needs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ RESULTS = pathlib.Path(__file__).with_name("results.json")
 
 
 def run_peer(bench: str, batch: int, options: list[str]) -> dict:
-    """The peer at `batch`, or at the largest half of it that fits its memory."""
+    """The peer's result at `batch`, halved until it fits in memory."""
     while True:
         done = _run("benchmarks.peer_torch", bench, ["--batch", str(batch), *options])
         if done.returncode == 0:
@@ -30,7 +30,7 @@ def run_peer(bench: str, batch: int, options: list[str]) -> dict:
 
 
 def run_ours(bench: str, options: list[str], **env: str) -> dict:
-    """Our step, or our sampler, with those environment variables set."""
+    """The result of our step, or our sampler, with the environment variables `env` set."""
     module = "benchmarks.sampling" if bench == "sample256" else "benchmarks.train_step"
     done = _run(module, bench, options, **env)
     if done.returncode:
@@ -39,8 +39,8 @@ def run_ours(bench: str, options: list[str], **env: str) -> dict:
 
 
 def row(bench: str, ours: dict, peer: dict, command: str) -> dict:
-    """What results.json keeps of one case. `mfu` is over this card's measured matmul rate."""
-    # A sampler's rate is compared by network evaluations: runs may be of any length.
+    """One case's row of results.json. `mfu` is relative to this card's measured matmul rate."""
+    # Samplers are compared by network evaluations, since their runs may have any length.
     rate = "evaluations_per_s" if bench == "sample256" else "images_per_s"
     ratio = ours[rate] / peer[rate]
     fields = ("device", "images_per_s", "mfu", "mfu_datasheet", "matmul_tflops", "model_tflops")
@@ -87,7 +87,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--bench", nargs="*", default=cases.NAMES, choices=cases.NAMES)
-    parser.add_argument("--seconds", type=float, default=6.0, help="of timed work each")
+    parser.add_argument("--seconds", type=float, default=6.0, help="timed work of each")
     args = parser.parse_args()
     options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
     command = f"python -m benchmarks.run --bench {' '.join(args.bench)} --seconds {args.seconds:g}"

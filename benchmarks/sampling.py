@@ -1,9 +1,9 @@
-"""Times sampling: DDIM through the sampler that --mode=sample runs, from random weights.
+"""Times sampling: DDIM through the sampler that --mode=sample runs, with random weights.
 
     python -m benchmarks.sampling --bench sample256 --data_dir DIR
 
 Prints one JSON line. Weights do not change the time. `evaluations_per_s` counts images times
-network evaluations, so that runs of any length compare; MFU is that of the forward pass.
+network evaluations and compares runs of any length; MFU is that of the forward pass.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _STEPS = 25
 
 
 def bench(config, seconds: float) -> dict:
-    """Rates of the sampler, beside the time to compile it."""
+    """Rates of the sampler, and the time to compile it."""
     mesh = sharding.make_mesh(config)
     params = state.init_state(config, mesh).params
     batch = config.sample.batch_size

@@ -1,11 +1,11 @@
-"""Weak scaling: the bare step on one GPU of this host and on all, the batch of a GPU the same.
+"""Weak scaling: the bare step on one GPU of this host and on all, at the same batch per GPU.
 
     python -m benchmarks.scaling --data_dir DIR [--bench masked256 whole256:32 ...] [--seconds 4]
 
-whole256:32 is that case at batch 32 a GPU, for cards of 80 GB. One GPU is the first that
-CUDA_VISIBLE_DEVICES names. Cards differ by 2 to 3 %, and the slowest sets the pace of all:
-CUDA_VISIBLE_DEVICES=1,0 compares with the other. Prints a JSON line a case, then a table, and adds
-the rows to results.json.
+whole256:32 is that case at batch 32 per GPU, for cards of 80 GB. The one GPU is the first in
+CUDA_VISIBLE_DEVICES. Cards differ by 2 to 3 %, and the slowest sets the pace of all:
+CUDA_VISIBLE_DEVICES=1,0 compares with the other. Prints one JSON line per case, then a table, and
+adds the rows to results.json.
 """
 
 import argparse
@@ -19,23 +19,23 @@ import sys
 from benchmarks import cases, measure, run
 
 _NAMES = tuple(name for name in cases.NAMES if name != "sample256")  # those that train
-# What changes the rates from outside, and belongs to the command that a row keeps.
+# Variables that change the rates, and so belong to the command that a row keeps.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE", "XLA_FLAGS")
 
 
 def case(text: str) -> tuple[str, int]:
-    """("whole256", 32) of "whole256:32"; without a number, the case's own batch."""
+    """("whole256", 32) from "whole256:32"; without a number, the case's own batch."""
     found = re.fullmatch(rf"({'|'.join(_NAMES)})(?::([1-9]\d*))?", text)
     if not found:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no case; expected one of {', '.join(_NAMES)}; with a batch, whole256:32"
+            f"{text!r} is not a case; expected {', '.join(_NAMES)}, or, with a batch, whole256:32"
         )
     name, batch = found.groups()
     return name, int(batch or cases.CASES[name][1])
 
 
 def count_gpus() -> int:
-    """How many GPUs JAX sees, asked in another process: this one shall hold none of them."""
+    """How many GPUs JAX sees, counted in another process so that this one holds none of them."""
     code = "import jax; print(sum(d.platform == 'gpu' for d in jax.devices()))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     done.check_returncode()
@@ -43,14 +43,14 @@ def count_gpus() -> int:
 
 
 def bench(name: str, batch: int, num_gpus: int, options: list[str]) -> tuple[dict, dict]:
-    """The step at `batch` on one GPU, then at `num_gpus` times as much on all."""
+    """Results of the step at `batch` on one GPU, and at `num_gpus` times `batch` on all."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     one = run.run_ours(name, ["--batch", str(batch), *options], CUDA_VISIBLE_DEVICES=first)
     return one, run.run_ours(name, ["--batch", str(batch * num_gpus), *options])
 
 
 def row(name: str, one: dict, together: dict, command: str) -> dict:
-    """What results.json keeps of one case. `mfu` and `memory_gib` are one GPU's, among all."""
+    """One case's row of results.json. `mfu` and `memory_gib` are per GPU, in the run on all."""
     num_gpus = together["num_devices"]
     fields = ("device", "images_per_s", "mfu", "mfu_datasheet", "matmul_tflops", "model_tflops")
     return {
@@ -87,7 +87,7 @@ def main():
     parser.add_argument(
         "--bench", nargs="+", type=case, default=[case(n) for n in _NAMES], metavar="CASE[:BATCH]"
     )
-    parser.add_argument("--seconds", type=float, default=4.0, help="of timed work each")
+    parser.add_argument("--seconds", type=float, default=4.0, help="timed work of each")
     args = parser.parse_args()
     num_gpus = count_gpus()
     if num_gpus < 2:

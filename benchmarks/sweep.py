@@ -3,8 +3,8 @@
     python -m benchmarks.sweep --data_dir DIR [--part ratio size batch] >> rows.jsonl
     python -m benchmarks.sweep --plot rows.jsonl
 
-U-ViT-B, patch 4, on the celebahq set, resized for other sizes. Prints one JSON line a point;
---plot draws docs/images/step_cost.png of them, and prints the table.
+U-ViT-B, patch 4, on the celebahq set, resized for other sizes. Prints one JSON line per point;
+--plot draws docs/images/step_cost.png from these lines, and prints them as a table.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks import cases, measure, train_step
 from maskdm_jax import flops
 from maskdm_jax.run import memory
 
-# part: (case, batch, fields) of each of its points
+# part: (case, batch, fields) of each point
 _PARTS = {
     "ratio": [
         ("whole256", 32, {}),
@@ -86,7 +86,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot(rows: list[dict]) -> None:
-    """Time for one image, and model TFLOP/s, against tokens of an image."""
+    """Plots the time per image, and model TFLOP/s, against tokens per image."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -99,8 +99,8 @@ def plot(rows: list[dict]) -> None:
         label = f"{hidden:.0%} hidden"
         cost.loglog(tokens, [r["step_ms"] / r["batch"] for r in line], "o", label=label)
         rate.semilogx(tokens, [r["model_tflops"] for r in line], "o", label=label)
-    cost.set(xlabel="tokens of an image", ylabel="ms an image", title="Cost of one image's update")
-    rate.set(xlabel="tokens of an image", ylabel="model TFLOP/s", ylim=(0, None), title="Rate")
+    cost.set(xlabel="tokens per image", ylabel="ms per image", title="Cost of one image's update")
+    rate.set(xlabel="tokens per image", ylabel="model TFLOP/s", ylim=(0, None), title="Rate")
     cost.legend()
     figure.tight_layout()
     figure.savefig(_PLOT, dpi=110)
@@ -110,8 +110,8 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
     parser.add_argument("--data_dir", default="~/tensorflow_datasets")
     parser.add_argument("--part", nargs="*", default=list(_PARTS), choices=_PARTS)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of timed steps a point")
-    parser.add_argument("--plot", metavar="ROWS", help="draw what this file holds, and stop")
+    parser.add_argument("--seconds", type=float, default=1.5, help="timed steps per point")
+    parser.add_argument("--plot", metavar="ROWS", help="draw the rows of this file, and stop")
     args = parser.parse_args()
     if args.plot:
         rows = [json.loads(line) for line in pathlib.Path(args.plot).read_text().splitlines()]
@@ -123,7 +123,7 @@ def main():
     for case, batch, fields in points(args.part):
         names.append(case)
         configs.append(cases.config(case, args.data_dir, batch, fields))
-    # Compiling takes longer than measuring, and goes side by side.
+    # Compiling takes longer than measuring, so all points compile in parallel.
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(pool.map(train_step.compile_step, configs))
     for case, config, step in zip(names, configs, compiled, strict=True):

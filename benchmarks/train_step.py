@@ -1,9 +1,9 @@
-"""Times the bare training step: everything of an update but the loop around it.
+"""Times the bare training step: a whole update, without the loop around it.
 
     python -m benchmarks.train_step --bench masked256 --data_dir DIR [--profile]
 
 Prints one JSON line. The step is the one that main.py runs: images in device memory as uint8, mask,
-noise, loss, gradient, clipping, AdamW, EMA. --profile adds where the time goes, by kind of kernel.
+noise, loss, gradient, clipping, AdamW, EMA. --profile adds the time spent in each kind of kernel.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from maskdm_jax.run import memory
 from maskdm_jax.state import init_state
 from maskdm_jax.step import lower_train_step
 
-# Kinds of kernels, by their names in a trace; the first that matches counts.
+# Kinds of kernels, by their names in a trace; the first match counts.
 _KINDS = (
     ("GELU", r"^gelu_"),
     ("attention", r"sdpa|fmha|flash|cudnn|attention"),
@@ -37,13 +37,13 @@ _KINDS = (
 
 
 def compile_step(config):
-    """The compiled step. Nothing is put on the device, so several can be compiled side by side."""
+    """The compiled step. Nothing is put on the device, so several can be compiled in parallel."""
     mesh = sharding.make_mesh(config)
     return lower_train_step(config, mesh, len(cases.open_source(config))).compile()
 
 
 def start(config, compiled):
-    """call(i), which runs update i of a compiled step and returns its metrics."""
+    """Returns call(i), which runs update i of a compiled step and returns its metrics."""
     mesh = sharding.make_mesh(config)
     arrays = cases.device_arrays(config, mesh)
     order = loader.Order(config.seed, len(arrays["image"]), config.train.batch_size)
@@ -62,9 +62,9 @@ def start(config, compiled):
 
 
 def bench(config, seconds: float) -> tuple[dict, object]:
-    """Rates of the bare step on all devices, beside the time to set it up and its memory.
+    """Rates of the bare step on all devices, with its set-up time and memory.
 
-    Images are those of all devices together; TFLOP/s, MFU and GiB are one device's.
+    Image rates are for all devices together; TFLOP/s, MFU and GiB are per device.
     """
     begun = time.perf_counter()
     compiled = compile_step(config)
@@ -94,7 +94,7 @@ def bench(config, seconds: float) -> tuple[dict, object]:
 
 
 def profile(call, steps: int = 3) -> list[str]:
-    """Where the device's time goes: a table by kind of kernel, and the 25 costliest kernels."""
+    """The device's time as a table: by kind of kernel, and for the 25 costliest kernels."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for i in range(steps):
@@ -131,7 +131,7 @@ def main():
     parser.add_argument("--batch", type=int)
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--set", nargs="*", default=[], help="config fields: model.remat=blocks")
+    parser.add_argument("--set", nargs="*", default=[], help="fields, such as model.remat=blocks")
     args = parser.parse_args()
     memory.set_gpu_memory_fraction()
     config = cases.config(args.bench, args.data_dir, args.batch, cases.parse_fields(args.set))

@@ -3,7 +3,7 @@
 Command:  python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
           where W1 is the --workdir of configs/pretrain_celebahq.py
 Device:   one data-centre GPU; 50 h on an H200 at the bare step's 97.1 images/s (at batch 64, with
-          84 to 92 GiB); less memory: --config.model.remat=blocks
+          84 to 92 GiB); --config.model.remat=blocks needs less memory
 Expected: the paper's FID is 6.27; ours: not measured yet
 """
 

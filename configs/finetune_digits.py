@@ -1,9 +1,9 @@
-"""Claim: whole digits, from weights that never saw one.
+"""Claim: whole digits, from weights that never saw a whole digit.
 
 Command:  python main.py --config=configs/finetune_digits.py --workdir=W2 --config.init.path=W1
           where W1 is the --workdir of configs/pretrain_digits.py
 Device:   2 CPU cores, about 3 minutes (`make demo` runs it)
-Expected: loss about 0.16 at the end; the samples can be read by eye
+Expected: loss about 0.16 at the end; samples that can be read by eye
 """
 
 from configs import pretrain_digits

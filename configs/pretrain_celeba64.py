@@ -5,7 +5,7 @@ U-ViT-S, patch 4, 2x2 blocks, 90 % hidden: 29 tokens instead of 257.
 Prepare:  python -m maskdm_jax.data.prepare --images FOLDER --name celeba64 --size 64
 Command:  python main.py --config=configs/pretrain_celeba64.py --workdir=W1
 Device:   one GPU; 0.3 h on an H200 at the bare step's 50,400 images/s (batch 1024, 7.1 GiB)
-Expected: a start for configs/finetune_celeba64.py; score: not measured yet
+Expected: initial weights for configs/finetune_celeba64.py; score: not measured yet
 """
 
 from maskdm_jax.config import default_config

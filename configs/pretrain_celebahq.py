@@ -5,7 +5,7 @@ U-ViT-B, patch 4, 4x4 blocks, 90 % hidden: 417 tokens instead of 4097, 16.5 time
 Prepare:  python -m maskdm_jax.data.prepare --images FOLDER --name celebahq --size 256
 Command:  python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 Device:   one GPU, 35 to 38 GiB; 7.9 h on an H200 at the bare step's 1,790 images/s
-Expected: a start for configs/finetune_celebahq.py; score: not measured yet
+Expected: initial weights for configs/finetune_celebahq.py; score: not measured yet
 """
 
 from maskdm_jax.config import default_config

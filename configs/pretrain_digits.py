@@ -25,7 +25,7 @@ def get_config():
     config.mask.kind = "patch"
     config.mask.ratio = 0.5
     config.optim.lr_peak = 2e-3
-    config.optim.b1 = 0.9  # 0.99, the recipes' value, is slow to start in so few steps
+    config.optim.b1 = 0.9  # 0.99, the recipes' value, starts too slowly for so few steps
     config.optim.warmup_steps = 100
     config.optim.clip_norm = 1.0
     config.train.num_steps = 1600

@@ -3,7 +3,7 @@
 Give it the pre-training's cost in extra steps before comparing: only equal total cost is fair.
 
 Command:  python main.py --config=configs/scratch_celebahq.py --workdir=W
-Device:   as configs/finetune_celebahq.py
+Device:   as for configs/finetune_celebahq.py
 Expected: score: not measured yet
 """
 

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its HLO text."""
+"""What a compiled program sends between devices, from its HLO text."""
 
 import collections
 import math
@@ -12,15 +12,15 @@ _ARRAY = re.compile(r"\b(pred|bf16|[a-z]+(\d+))\w*\[([\d,]*)\]")
 
 
 def sizes(hlo: str, loops: int = 1) -> dict[str, int]:
-    """Bytes that each kind of collective works on, on one device, as {"all-reduce": ...}.
+    """Bytes that each kind of collective handles on one device, as {"all-reduce": ...}.
 
-    The size is that of the whole array: what an all-gather returns, what a reduce-scatter is given.
-    The TPU compiler cuts one operation into steps of one chain, which count once, and writes a
-    reduce-scatter as an all-reduce in a computation of its name.
+    The size is that of the whole array: an all-gather's output, a reduce-scatter's input. The TPU
+    compiler splits one operation into a chain of steps, which count once, and writes a
+    reduce-scatter as an all-reduce inside a computation named after it.
 
     Args:
       hlo: `compiled.as_text()`.
-      loops: how often a loop that communicates runs: the text has its body once.
+      loops: iterations of a loop that communicates; the text has its body once.
     """
     blocks = _computations(hlo)
     in_loops = _reachable(blocks, set(re.findall(r"\bbody=%?([\w.\-]+)", hlo)))
@@ -50,7 +50,7 @@ def sizes(hlo: str, loops: int = 1) -> dict[str, int]:
 
 
 def traffic(by_kind: dict[str, int]) -> int:
-    """Bytes that a device sends for those operations, each on a ring of many devices.
+    """Bytes that one device sends for these collectives, each on a ring of many devices.
 
     An all-reduce is a reduce-scatter and an all-gather, so it counts twice.
     """
@@ -81,7 +81,7 @@ def _reachable(blocks, names):
 
 
 def _bytes(shape, largest=False):
-    """Bytes of "f32[8,128]" or of a tuple; of its largest part, where a start has (in, out)."""
+    """Bytes of "f32[8,128]" or of a tuple; `largest`: of its largest part, if it is (in, out)."""
     parts = [
         _BITS.get(kind, int(width or 8)) // 8 * math.prod(int(d) for d in dims.split(",") if d)
         for kind, width, dims in _ARRAY.findall(shape)

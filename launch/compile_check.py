@@ -1,13 +1,13 @@
-"""Compiles a run for a TPU slice that one does not hold, and says whether and how it would run.
+"""Compiles a run for a TPU slice without the TPU; predicts whether it fits, and its speed.
 
     python launch/compile_check.py --config=configs/pretrain_celebahq.py --topology=v5e:16x16
     python launch/compile_check.py --config=configs/finetune_celebahq.py --topology=v5e-16 \
         --mode=sample --config.sample.batch_size=64
 
-It is the program that main.py runs, from shapes alone: it needs a CPU and the `libtpu` wheel
-(pip install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 it fits the chips'
-memory, 1 it does not, 2 bad input, 3 any other error, with its stack trace. docs/tpu.md says what
-the figures are and are not.
+It compiles the program that main.py runs, from shapes alone, with a CPU and the `libtpu` wheel (pip
+install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 if the program fits the chips'
+memory, 1 if not, 2 for bad input, 3 for any other error, with its stack trace. docs/tpu.md explains
+the figures and their limits.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ import pathlib
 import sys
 import time
 
-# Before JAX is imported: this machine computes nothing, and libtpu must look for no TPU, let other
-# processes compile too, and leave no logs.
+# Before JAX is imported: this machine computes nothing, and libtpu must not look for a TPU, must
+# let other processes compile too, and must write no logs.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
@@ -48,14 +48,14 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to compile
 _NUM_EXAMPLES = flags.DEFINE_integer(
     "num_examples",
     None,
-    "Images of the data set, where data.cache=device keeps it on the chips.",
+    "Images in the data set, if data.cache=device keeps it on the chips.",
     lower_bound=1,
 )
 _ROW = flags.DEFINE_bool(
     "row", False, "Print a row of docs/tpu.md's table; a batch that does not divide is rounded up."
 )
 
-# Images of the sets that the shipped configs keep on the device.
+# Images in the sets that the shipped configs keep on the device.
 _NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
 
 
@@ -108,18 +108,18 @@ def _lower(config, mode, mesh):
         num_examples = _NUM_EXAMPLES.value or _NUM_EXAMPLES_OF.get(config.data.name)
         if not num_examples:
             raise ConfigError(
-                f"data.cache is 'device', and how many images {config.data.name!r} has is not "
+                f"data.cache is 'device', and the number of images in {config.data.name!r} is not "
                 "known here; type --num_examples=N, or --config.data.cache=host"
             )
     return step.lower_train_step(config, mesh, num_examples)
 
 
 def _figures(config, mode, mesh, tpu, compiled):
-    """What the compiler says, per chip, and what follows from it. Times are of one train step, or
-    of drawing one batch."""
+    """The compiler's figures per chip, and what follows from them. Times are for one train step, or
+    for drawing one batch."""
     analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    # The compiler's counts have a loop's body once. The sampler is one loop. An accumulating step
-    # is one too, but for the optimizer, which reads and writes the state.
+    # The compiler counts a loop's body once. The sampler is one loop. So is an accumulating step,
+    # except for the optimizer, which reads and writes the state.
     loops, outside = config.sample.steps, 0
     if mode == "train":
         loops = config.optim.accumulate_steps
@@ -154,23 +154,23 @@ def _figures(config, mode, mesh, tpu, compiled):
 
 
 def _model_flops(config, mode):
-    """Of one train step, or of drawing one batch."""
+    """Model FLOPs of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    # What is drawn is whole, whatever the config hides in training.
+    # Drawn images are whole, whatever the config hides in training.
     whole = config.copy_and_resolve_references()
     whole.mask.kind = "none"
     return config.sample.batch_size * _evaluations(config) * flops.forward_flops(whole)
 
 
 def _evaluations(config):
-    """Of the network, for one image that is drawn."""
+    """Evaluations of the network for one drawn image."""
     guided = 2 if config.sample.guidance_scale != 1 else 1
     return guided * samplers.evaluations(config.sample.sampler, config.sample.steps)
 
 
 def _splash_flops(config, mode, mesh):
-    """FLOPs of the splash kernel on a chip: the compiler does not count those of kernels."""
+    """FLOPs of the splash kernel on one chip; the compiler does not count those of kernels."""
     whole = config.copy_and_resolve_references()
     if mode == "sample":
         whole.mask.kind = "none"
@@ -180,7 +180,7 @@ def _splash_flops(config, mode, mesh):
     plan = attention.plan(config.model.attention, length, width // heads, dtype, mesh)
     if plan.kernel != "splash":
         return 0
-    # Forward two matmuls; backward three for dq and four for dk and dv.
+    # Two matmuls forward; backward three for dq, and four for dk and dv.
     matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1
     if mode == "sample":
         matmuls, calls = 2, _evaluations(config)
@@ -200,7 +200,7 @@ def _report(config, mode, tpu, f):
         verdict = f"it does not fit; type {memory.advice(config, mode, tpu.num_chips)}"
     lines = (
         f"compiled in {f['compile_s']:.0f} s; batch {batch}, {batch / tpu.num_chips:g} a chip; "
-        "all that follows is for one chip",
+        "the figures below are for one chip",
         f"arguments    {_gib(f['argument'])}",
         f"temporaries  {_gib(f['temporary'])}",
         f"peak memory  {_gib(f['peak'])} of {tpu.chip.hbm_gib} GiB",
@@ -256,5 +256,5 @@ if __name__ == "__main__":
         required=("config", "topology"),
         example="python launch/compile_check.py --config=configs/pretrain_celebahq.py "
         "--topology=v5e:16x16",
-        unexpected=3,  # 1, Python's own, means that the program does not fit
+        unexpected=3,  # not 1, Python's default: here it means that the program does not fit
     )

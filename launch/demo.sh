@@ -3,7 +3,7 @@
 #
 #   launch/demo.sh [OUTPUT_FOLDER]
 #
-# A demo that was interrupted resumes where it stopped.
+# An interrupted demo resumes where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-demo_output}

@@ -5,10 +5,10 @@
 #       --finetune=configs/finetune_celebahq.py --workdir=runs/celebahq [--dry-run] \
 #       [-- --config.FIELD=VALUE ...]
 #
-# What follows -- goes to all three. The first time it makes .venv and installs there; with
-# PYTHON=/path/to/python it uses that one and installs nothing. A stage that ends with status 75
-# is started again, and the whole script resumes where it stopped when it is run again.
-# --dry-run prints the commands and runs none.
+# Arguments after -- go to all three. The first run makes .venv and installs there; with
+# PYTHON=/path/to/python the script uses that interpreter and installs nothing. A stage that ends
+# with status 75 is started again; run again, the script resumes where it stopped. --dry-run prints
+# the commands and runs none.
 set -euo pipefail
 
 fail() {

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command, and runs it again where it ends with status 75: "saved; start me again".
+# Runs a command, and runs it again if it ends with status 75: "saved; start me again".
 #
 #   launch/keep_running.sh [--restarts=N] COMMAND [ARGUMENT ...]
 #
-# N: how often to run it again after another failure too (a host that died, say); default 0. Where a
-# person has to act, status 1 and 2, it is never run again. SIGTERM and Ctrl-C are passed on as
-# SIGTERM, and end it.
+# N: how often to run it again after other failures (a host that died, say); default 0. After status
+# 1 or 2 a person has to act, and it is never run again. SIGTERM and Ctrl-C are passed on as
+# SIGTERM, and it is not run again.
 set -uo pipefail
 
 restarts=0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from creating it to deleting it.
+# A run on a Cloud TPU slice, from creating the slice to deleting it.
 #
 #   launch/tpu_pod.sh create  --name=maskdm --zone=us-west4-a --type=v5litepod-16 \
 #       [--spot] [--queued]
@@ -11,16 +11,16 @@
 #   launch/tpu_pod.sh stop    --name=maskdm --zone=us-west4-a
 #   launch/tpu_pod.sh delete  --name=maskdm --zone=us-west4-a [--queued]
 #
-# create   the slice; --queued waits in Google's queue until there is one, --version names another
-#          image than the type's own
+# create   creates the slice; --queued waits in Google's queue until one is free, --version replaces
+#          the type's default image
 # install  copies this checkout's code and configs to every worker, makes a virtual environment,
-#          and mounts the NFS share (Filestore, say) at /mnt/maskdm: workdir and data lie where all
-#          workers see them
-# start    main.py on every worker, in the background, with what follows --; it starts again after
-#          a preemption (status 75), and up to 10 times after a worker died
+#          and mounts the NFS share (Filestore, say) at /mnt/maskdm, where all workers see the
+#          workdir and the data
+# start    runs main.py on every worker, in the background, with the arguments after --; starts it
+#          again after a preemption (status 75), and up to 10 times after a worker dies
 # logs     follows process 0's output;  stop  saves and ends;  delete  gives the slice back
 #
-# --project=ID goes to gcloud; --dry-run, with any of them, prints the commands and runs none.
+# --project=ID goes to gcloud; --dry-run, with any action, prints the commands and runs none.
 set -euo pipefail
 
 fail() {
@@ -91,7 +91,7 @@ create() {
 install() {
   [[ $nfs == *:/* ]] || fail "--nfs is '$nfs'; expected a share, such as --nfs=10.0.0.2:/share"
   local archive=${TMPDIR-/tmp}/maskdm_jax.tar.gz
-  # By name: a checkout may hold runs and data too.
+  # Listed by name, since a checkout may also hold runs and data.
   run tar --create --gzip --file="$archive" --directory="$(realpath "$(dirname "$0")/..")" \
     --exclude=__pycache__ main.py maskdm_jax configs launch setup.py pyproject.toml constraints.txt
   run gcloud compute tpus tpu-vm scp "$archive" "$name:maskdm_jax.tar.gz" "${where[@]}" --worker=all
@@ -126,7 +126,7 @@ case $action in
   install) install ;;
   start) start "$@" ;;
   logs) on 0 'tail --lines=100 --follow=name ~/maskdm.log' ;;
-  stop) on all "xargs kill < ~/maskdm.pid" ;; # SIGTERM: saved, and not started again
+  stop) on all "xargs kill < ~/maskdm.pid" ;; # SIGTERM: main.py saves, and is not started again
   delete)
     if $queued; then
       run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet

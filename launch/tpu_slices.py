@@ -1,7 +1,7 @@
-"""TPU slices: their names, chips and figures, and compile-only devices that stand for them.
+"""TPU slices: their names, chips and figures, and devices to compile for them.
 
 A slice is named by chip and shape, "v5e:4x4", or as Google Cloud names it, "v5e-16". The number in
-Cloud's names counts chips for v5e and v6e, and TensorCores, two a chip, for v4 and v5p.
+Cloud's names counts chips for v5e and v6e, and TensorCores, two per chip, for v4 and v5p.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ from maskdm_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A chip's figures by Google's documentation; the peak of its matmuls is in `flops`.
+    """A chip's figures from Google's documentation; the peak of its matmuls is in `flops`.
 
     Fields:
       hbm_gib: memory; the compiler keeps some of it for the runtime.
-      hbm_gbps: its bandwidth in 1e9 bytes/s.
-      ici_gbps: bandwidth of all its links to other chips together, one way, in 1e9 bytes/s.
+      hbm_gbps: memory bandwidth in 1e9 bytes/s.
+      ici_gbps: one-way bandwidth of all links to other chips together, in 1e9 bytes/s.
       cores: TensorCores; JAX sees a chip as one device.
-      shapes: slices that are on offer, smallest first.
-      largest: chips of the largest slice, where any multiples of 4 are a shape; 0: only `shapes`.
+      shapes: shapes of the slices on offer, smallest first.
+      largest: chips of the largest slice, if three multiples of 4 are a shape; 0: only `shapes`.
     """
 
     hbm_gib: int
@@ -66,18 +66,18 @@ class Slice:
 
     @property
     def name(self) -> str:
-        """As Google Cloud has it, with the shape: "v5e-16 (4x4)"."""
+        """Google Cloud's name, with the shape: "v5e-16 (4x4)"."""
         return f"{self.kind}-{self.num_chips * self.chip.cores} ({'x'.join(map(str, self.shape))})"
 
     def devices(self) -> list[jax.Device]:
-        """Devices that programs can be compiled for, and nothing else.
+        """The slice's devices, for compiling only.
 
         Raises:
-          ConfigError: where the installed libtpu does not know the slice.
+          ConfigError: if the installed libtpu does not know the slice.
         """
         options = {}
         if self.chip.cores > 1:
-            options["chip_config_name"] = "megacore"  # v4 would be two devices a chip
+            options["chip_config_name"] = "megacore"  # without it, a v4 chip is two devices
         if self.num_chips == 1:
             options["chips_per_host_bounds"] = (1, 1, 1)
         name = f"{self.kind}:{'x'.join(map(str, self.shape))}"
@@ -91,10 +91,10 @@ class Slice:
 
 
 def parse(name: str) -> Slice:
-    """The slice of a name such as "v5e:16x16", "v5e-256" or "v5p-128".
+    """The slice with a name such as "v5e:16x16", "v5e-256" or "v5p-128".
 
     Raises:
-      ConfigError: where there is no such chip or slice.
+      ConfigError: if there is no such chip or slice.
     """
     match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)+)|-(\d+))", name.replace("v5litepod", "v5e"))
     if match is None or match[1] not in CHIPS:
@@ -117,7 +117,7 @@ def parse(name: str) -> Slice:
         )
     by_size = {math.prod(s) * chip.cores: s for s in sizes}
     if int(size) not in by_size:
-        what = "TensorCores, two a chip" if chip.cores == 2 else "chips"
+        what = "TensorCores, two per chip" if chip.cores == 2 else "chips"
         raise ConfigError(
             f"--topology is {name!r}; expected {kind}- and a number of {what}: "
             f"{', '.join(map(str, by_size))}; type --topology={kind}-{list(by_size)[3]}"

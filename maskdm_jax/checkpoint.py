@@ -1,8 +1,8 @@
-"""All of Orbax: saving, restoring, retention, and the digest by which two runs are compared.
+"""Checkpoints, by Orbax: saving, restoring, retention, and the digest that compares two runs.
 
-A workdir holds checkpoints/<step>/{state,config}. A save is asynchronous and appears under its own
-name only when it is whole, so a run that is killed at any moment finds its last whole one. What a
-disk or a copy has damaged since is found by reading all of it before it is used.
+A workdir holds checkpoints/<step>/{state,config}. A save is asynchronous and gets its final name
+only once it is complete, so a run killed at any moment still has its last complete checkpoint.
+Later damage, by a disk or a copy, is found by reading the whole checkpoint before it is used.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
@@ -27,13 +27,13 @@ from maskdm_jax.run import command_line, distributed, faults
 from maskdm_jax.run.progress import remark
 
 _ITEMS = ("params", "ema", "opt_state")
-# What Orbax and TensorStore raise where files are cut short, empty or missing; a JSONDecodeError
-# and TensorStore's own errors are ValueErrors.
+# What Orbax and TensorStore raise for truncated, empty or missing files; JSONDecodeError and
+# TensorStore's own errors are ValueErrors.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError)
 
 
 def directory(workdir: str | pathlib.Path) -> pathlib.Path:
-    """Where a run keeps its checkpoints."""
+    """The folder of a run's checkpoints."""
     return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
 
 
@@ -43,7 +43,7 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, config):
         self._config = config.to_dict()
         self._directory = directory(workdir)
-        self._saving = None  # (step, its bytes) of the save that may still be in progress
+        self._saving = None  # (step, bytes) of the save that may still be in progress
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -55,14 +55,14 @@ class Checkpoints:
         )
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint's step; None where there is none."""
+        """The step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state, force: bool = False) -> None:
-        """Saves where `step` is due by `checkpoint.every_steps`, or `force` is set.
+        """Saves if `step` is due by `checkpoint.every_steps` or `force` is set.
 
-        The files are written behind the next steps. Where the disk is full, RunError comes from
-        here, `check` or `close`, whichever is called first after the fact.
+        The files are written while training continues. A full disk raises RunError here or in
+        `check` or `close`, whichever is called first after the failure.
         """
         self._wait()
         if step == self._manager.latest_step():
@@ -75,22 +75,22 @@ class Checkpoints:
             self._manager.save(step, args=args, force=force)
 
     def check(self) -> None:
-        """Raises RunError where a save has failed since the last call; waits for nothing."""
+        """Raises RunError if a save has failed since the last call; does not block."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._wait()
 
     def restore(self, step: int, abstract_state):
-        """The state at `step`, laid out as `abstract_state`'s shardings say."""
+        """The state at `step`, with the shardings of `abstract_state`."""
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
         return self._manager.restore(step, args=args).state
 
     def close(self) -> None:
-        """Waits for saves in progress."""
+        """Waits for saves in progress, and closes Orbax's manager."""
         self._wait()
         self._manager.close()
 
     def newest(self) -> str:
-        """Where a run would go on, in words; waits for saves in progress."""
+        """The checkpoint a run would resume from, in words; waits for saves in progress."""
         self._wait()
         step = self.latest_step()
         return f"step {step} in {self._directory}" if step is not None else "none yet"
@@ -114,7 +114,7 @@ class Checkpoints:
 
 
 def steps(workdir: str | pathlib.Path) -> list[int]:
-    """Steps of the whole checkpoints in a workdir, ascending."""
+    """Steps of the complete checkpoints in a workdir, ascending."""
     path = directory(workdir)
     if not path.is_dir():
         return []
@@ -122,19 +122,19 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
 
 
 def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: bool = False) -> int:
-    """The step to use: `step`, or that of the newest checkpoint that is not damaged.
+    """The step to use: `step`, or that of the newest undamaged checkpoint.
 
-    Damaged ones that are passed over are reported. To know, one process reads all of a checkpoint.
+    One process reads each candidate in full, and reports the damaged ones it skips.
 
     Args:
       workdir: the run.
-      step: the one to use; None for the newest.
-      set_aside: move newer, damaged ones to <workdir>/damaged_checkpoints, so that the run can save
-        these steps again.
+      step: the step to use; None for the newest.
+      set_aside: move damaged, newer checkpoints to <workdir>/damaged_checkpoints, to let the run
+        save those steps again.
 
     Raises:
-      ConfigError: where there is no such checkpoint, `step` is damaged, or all are; where this
-        process does not see the folder that process 0 sees.
+      ConfigError: if there is no such checkpoint, if `step` or every checkpoint is damaged, or if
+        this process does not see the folder that process 0 sees.
     """
     found = distributed.agreed(steps(workdir))
     if not found:
@@ -159,13 +159,13 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
         others = [s for s in found if s != step]
         raise ConfigError(f"checkpoint {step} of {workdir} is damaged; others there: {others}")
     raise ConfigError(
-        f"every checkpoint in {directory(workdir)} is damaged: {found}; put back a copy, or, to "
-        "start afresh, type another --workdir"
+        f"every checkpoint in {directory(workdir)} is damaged: {found}; restore one from a copy, "
+        "or type another --workdir to start afresh"
     )
 
 
 def _newest_whole(workdir, candidates, set_aside):
-    """The first of `candidates` that can be read, -1 where none can."""
+    """The first readable one of `candidates`; -1 if there is none."""
     damaged = {}
     for step in candidates:
         try:
@@ -183,7 +183,7 @@ def _newest_whole(workdir, candidates, set_aside):
 
 
 def _read_all(workdir, step):
-    """Reads every array and the config, one process alone; raises one of _DAMAGE."""
+    """Reads every array and the config in this process alone; raises one of _DAMAGE."""
     load_config(workdir, step, alone=True)
     for item in _ITEMS:
         restore_item(workdir, step, item, alone=True)
@@ -201,15 +201,15 @@ def _set_aside(workdir, step):
 def restore_item(
     workdir: str | pathlib.Path, step: int, name: str, abstract=None, alone: bool = False
 ):
-    """One entry of a checkpoint's state ("params", "ema", ...), and nothing else of it.
+    """Restores only one entry of a checkpoint's state ("params", "ema", ...).
 
     Args:
       workdir: the run.
-      step: of a whole checkpoint there.
+      step: of a complete checkpoint there.
       name: the entry.
-      abstract: ShapeDtypeStructs with shardings to restore to; None for NumPy arrays in whatever
-        shape they were saved.
-      alone: whether this process reads while the others do not.
+      abstract: ShapeDtypeStructs with shardings to restore to; None for NumPy arrays of the saved
+        shapes.
+      alone: True if only this process reads.
     """
     path = directory(workdir) / str(step)
     with _reader(alone) as checkpointer:
@@ -231,7 +231,7 @@ def restore_item(
 
 
 def load_config(workdir: str | pathlib.Path, step: int, alone: bool = False):
-    """The config that a checkpoint was made with, stored beside its state."""
+    """The config stored with a checkpoint."""
     path = directory(workdir) / str(step)
     with _reader(alone) as checkpointer:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
@@ -240,7 +240,7 @@ def load_config(workdir: str | pathlib.Path, step: int, alone: bool = False):
 
 def _reader(alone):
     options = ocp.options.MultiprocessingOptions()
-    if alone:  # else Orbax waits for the other processes to read as well
+    if alone:  # otherwise Orbax waits for the other processes
         options = ocp.options.MultiprocessingOptions(
             active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
         )
@@ -269,10 +269,10 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
 
 
 def mute_late_tracebacks() -> None:
-    """Mutes, for the whole process, Orbax's reads and writes that are under way when another fails.
+    """Mutes the stack traces of Orbax's pending reads and writes once one of them has failed.
 
-    The first error is raised as ever; the others find their event loop gone, and each would print a
-    stack trace.
+    The first error is raised as usual; the others then find their event loop closed, and each would
+    print a stack trace. Affects the whole process.
     """
     show = sys.unraisablehook
 

@@ -1,8 +1,8 @@
-"""The config: one table of fields, and the checks that come before any work.
+"""The config: one table of fields, and the checks made before any work.
 
-A file in configs/ starts from `default_config`, sets its claim, and returns it. The command line's
-`--config.field=value` overrides the file. An unknown field is an error, and so is a value that
-cannot work: `ConfigError`, one sentence with the field's name and what to type.
+A file in configs/ starts from `default_config`, sets some fields, and returns the config.
+`--config.field=value` on the command line overrides the file. An unknown field is an error; a value
+that cannot work raises `ConfigError`, one sentence with the field's name and what to type.
 """
 
 import json
@@ -34,33 +34,33 @@ from maskdm_jax.model.sizes import SIZES, Dimensions, dimensions, grid_shape
 # fmt: off
 FIELDS: dict[str, Field] = {
     "seed": Field(0, SEED, UPDATE,
-        "weights, order of examples, masks and noise all follow from it"),
+        "determines the weights, the order of the examples, the masks and the noise"),
 
     "data.name": Field("", TEXT, UPDATE,
-        "a data set that maskdm_jax.data.prepare wrote, or any TFDS set with images"),
-    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where TFDS data sets live"),
+        "a data set written by maskdm_jax.data.prepare, or any TFDS set with images"),
+    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where TFDS data sets are stored"),
     "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
     "data.image_size": Field((64, 64), SIZE, SHAPE, "height, width in pixels"),
-    "data.channels": Field(3, number(1, 12), SHAPE, "of the prepared set's images"),
+    "data.channels": Field(3, number(1, 12), SHAPE, "channels of the prepared set's images"),
     "data.flip": Field(False, FLAG, UPDATE, "flip each image left-right with probability 1/2"),
     "data.cache": Field("host", one_of("none", "host", "device"), FREE,
-        "where decoded uint8 images live: none (decode in every epoch), host (a file mapped into "
+        "storage for decoded uint8 images: none (decode in every epoch), host (a file mapped into "
         "memory and shared by processes) or device (the accelerator's memory)"),
-    "data.num_threads": Field(16, COUNT, FREE, "decoding threads where nothing is cached"),
+    "data.num_threads": Field(16, COUNT, FREE, "threads that decode images"),
 
     "model.size": Field("B", one_of(*SIZES), SHAPE, "width, depth and heads, see model/sizes.py"),
-    "model.width": Field(0, COUNT_OR_0, SHAPE, "channels of a token; 0: by model.size"),
+    "model.width": Field(0, COUNT_OR_0, SHAPE, "channels of a token; 0: from model.size"),
     "model.depth": Field(0, COUNT_OR_0, SHAPE,
-        "blocks; 0: by model.size; 12 and 13 both build 6 + 1 + 6"),
-    "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: by model.size"),
+        "blocks; 0: from model.size; 12 and 13 both build 6 + 1 + 6"),
+    "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: from model.size"),
     "model.patch_size": Field(4, COUNT, SHAPE, "pixels on a patch's side"),
-    "model.mlp_ratio": Field(4.0, number(0.25), SHAPE, "width of the MLP's hidden layer over D"),
+    "model.mlp_ratio": Field(4.0, number(0.25), SHAPE, "hidden width of the MLP over D"),
     "model.qkv_bias": Field(False, FLAG, SHAPE, "biases on q and v"),
     "model.mlp_time_embed": Field(False, FLAG, SHAPE,
         "two Linear layers after the timestep's sinusoids"),
     "model.num_classes": Field(0, COUNT_OR_0, SHAPE, "0: unconditional"),
     "model.class_dropout": Field(0.1, number(0, 1), UPDATE,
-        "probability of training without the class, which guidance needs"),
+        "probability of hiding the class in training, which guidance needs"),
     "model.dropout": Field(0.0, number(0, 0.99), UPDATE,
         "of the attention's and the MLP's outputs"),
     "model.remat": Field("none", one_of("none", "blocks"), UPDATE,
@@ -72,9 +72,9 @@ FIELDS: dict[str, Field] = {
         "of matmuls and activations; parameters and statistics are float32"),
 
     "mask.kind": Field("none", one_of("none", "patch", "block", "crop"), UPDATE,
-        "which patches are hidden: single ones, blocks, or all outside a window"),
+        "what is hidden: single patches, blocks of patches, or all outside a window"),
     "mask.ratio": Field(0.9, number(0, 0.95), UPDATE,
-        "hidden share of the patches; patch and block"),
+        "share of the patches that are hidden; patch and block"),
     "mask.block_size": Field(4, COUNT, UPDATE, "patches on a block's side; divides the patch grid"),
     "mask.crop_size": Field(16, COUNT, UPDATE, "patches on the visible window's side; crop"),
 
@@ -96,7 +96,7 @@ FIELDS: dict[str, Field] = {
     "optim.clip_norm": Field(0.0, COUNT_OR_0, UPDATE,
         "of the global gradient norm; 0: no clipping"),
     "optim.accumulate_steps": Field(1, COUNT, UPDATE,
-        "parts that a batch is cut into and computed in turn, to save memory"),
+        "parts a batch is split into, computed one after another to save memory"),
     "optim.ema_decay": Field(0.999, number(0, 1), UPDATE, "of the averaged weights"),
     "optim.ema_ramp": Field(True, FLAG, UPDATE,
         "copy for 100 updates, then decay 1 - (1 + n)^(-2/3) up to ema_decay"),
@@ -112,8 +112,8 @@ FIELDS: dict[str, Field] = {
         "a grid of samples from the EMA weights; 0: never"),
 
     "checkpoint.every_steps": Field(5_000, COUNT, FREE, "the last step is always saved"),
-    "checkpoint.keep_last": Field(2, COUNT, FREE, "how many of the newest stay"),
-    "checkpoint.keep_every_steps": Field(0, COUNT_OR_0, FREE, "keep these for good; 0: none"),
+    "checkpoint.keep_last": Field(2, COUNT, FREE, "newest checkpoints to keep"),
+    "checkpoint.keep_every_steps": Field(0, COUNT_OR_0, FREE, "keep all multiples too; 0: none"),
 
     "init.path": Field("", TEXT, UPDATE,
         "another run's workdir, or an official .pt checkpoint; empty: fresh weights"),
@@ -121,10 +121,10 @@ FIELDS: dict[str, Field] = {
     "init.ignore": Field((), NAMES, UPDATE,
         'parameters to leave fresh: regular expressions over "block/layer/kernel"'),
     "init.allow": Field((), NAMES, UPDATE,
-        "fields in which that run may differ although its weights then mean something else"),
+        "fields in which that run may differ even though they change the weights' meaning"),
 
     "mesh.data": Field(-1, number(-1), FREE,
-        "devices that hold whole copies; -1: all that mesh.fsdp leaves"),
+        "whole copies of the state; -1: the number of devices / mesh.fsdp"),
     "mesh.fsdp": Field(1, COUNT, FREE,
         "devices that parameters, EMA and optimizer state are split over"),
 
@@ -133,16 +133,16 @@ FIELDS: dict[str, Field] = {
     "sample.seed": Field(0, SEED, FREE, "image i depends on (seed, i) alone"),
     "sample.sampler": Field("ddim", one_of("ddim", "ddpm"), FREE, "see diffusion/samplers.py"),
     "sample.spacing": Field("timestep", one_of("timestep", "log_snr"), FREE,
-        "the levels are even in t (the official way), or in log(signal / noise)"),
+        "levels spaced evenly in t (as the official code has them) or in log(signal / noise)"),
     "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
     "sample.eta": Field(1.0, number(0, 1), FREE,
-        "DDIM's noise: 0 deterministic, 1 as much as DDPM"),
+        "DDIM's noise: 0 is deterministic, 1 adds as much as DDPM"),
     "sample.guidance_scale": Field(1.0, COUNT_OR_0, FREE, "1: no guidance"),
     "sample.label": Field(-1, number(-1), FREE,
         "the class to draw; -1: image i has class i mod num_classes"),
-    "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights draw"),
+    "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights to draw with"),
     "sample.preview_num": Field(16, COUNT, FREE, "images in the grids that training draws"),
-    "sample.preview_steps": Field(50, COUNT, FREE, "steps of the sampler for them"),
+    "sample.preview_steps": Field(50, COUNT, FREE, "sampler steps for those grids"),
 }
 # fmt: on
 
@@ -150,8 +150,8 @@ FIELDS: dict[str, Field] = {
 def default_config() -> config_dict.ConfigDict:
     """Every field with its default.
 
-    A default never changes: configs stored by older versions are filled up from it, so the default
-    of a new field is what the code did before the field existed.
+    A default never changes: it fills the fields missing from configs stored by older versions. A
+    new field's default is therefore what the code did before the field existed.
     """
     config = config_dict.ConfigDict()
     for name, field in FIELDS.items():
@@ -187,7 +187,7 @@ def validate(config) -> None:
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:
-    """Raises ConfigError where the mesh or the batch of `mode` does not suit `num_devices`."""
+    """Raises ConfigError if the mesh, or the batch for `mode`, does not suit `num_devices`."""
     fsdp, data = config.mesh.fsdp, config.mesh.data
     if num_devices % fsdp:
         _fail(config, "mesh.fsdp", f"a divisor of the number of devices, {num_devices}", 1)
@@ -219,7 +219,7 @@ def load_json(path: str | pathlib.Path) -> config_dict.ConfigDict:
 
 
 def from_dict(stored: dict) -> config_dict.ConfigDict:
-    """A config from what `to_dict` gave, lists for tuples; fields added since have defaults."""
+    """A config from a stored `to_dict`, with lists for tuples; missing fields get defaults."""
     config = default_config()
     with config.unlocked():
         for key, value in stored.items():
@@ -232,7 +232,7 @@ def from_dict(stored: dict) -> config_dict.ConfigDict:
 
 
 def differences(config, stored, roles: Iterable[Role] = tuple(Role)) -> list[str]:
-    """Names of the fields of those roles in which two configs differ."""
+    """Names of the fields with one of `roles` in which two configs differ."""
     return [
         name
         for name, field in FIELDS.items()
@@ -248,16 +248,16 @@ def described(config, stored, names: Iterable[str]) -> str:
 
 
 def as_flags(config, names: Iterable[str]) -> str:
-    """What to type for those fields to have `config`'s values."""
+    """The flags that give those fields `config`'s values."""
     return " ".join(f"--config.{name}={_quoted(resolved(config, name))}" for name in names)
 
 
 def check_same_architecture(config, stored, where: str) -> None:
-    """Raises ConfigError where the run stored at `where` has another architecture than `config`."""
+    """Raises ConfigError if the run stored at `where` differs from `config` in architecture."""
     names = differences(config, stored, (SHAPE, MEANING))
     if names:
         raise ConfigError(
-            f"the checkpoint in {where} has another architecture: "
+            f"the checkpoint in {where} has a different architecture: "
             f"{described(config, stored, names)}; type {as_flags(stored, names)} to use it, or "
             "another --workdir to start afresh"
         )
@@ -271,7 +271,7 @@ def get(config, name: str):
 
 
 def resolved(config, name: str):
-    """As `get`, but the network's dimensions where a field leaves them to model.size."""
+    """As `get`, but with dimensions of 0 replaced by those of model.size."""
     group, _, leaf = name.rpartition(".")
     if group == "model" and leaf in Dimensions._fields:
         return getattr(dimensions(config.model), leaf)

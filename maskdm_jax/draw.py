@@ -1,7 +1,7 @@
 """Drawing: from parameters and image numbers to pixels.
 
-Image i depends on (seed, i) alone: its noise comes from its own key. Another batch size or number
-of devices therefore gives the same image i.
+Image i depends on (seed, i) alone, since its noise comes from its own key. Image i is therefore the
+same for any batch size and number of devices.
 """
 
 import jax
@@ -15,7 +15,7 @@ from maskdm_jax.model import patches, uvit
 
 
 def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None = None):
-    """`make_draw` under jit on `mesh`; the images come back laid out as `out_sharding`."""
+    """`make_draw` under jit on `mesh`; the images have `out_sharding`."""
     return jax.jit(
         make_draw(config, mesh, steps),
         out_shardings=out_sharding,
@@ -24,25 +24,25 @@ def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None 
 
 
 def lower_draw(config, mesh: Mesh, steps: int | None = None):
-    """`jit_draw` of one batch of `sample.batch_size` images, lowered from shapes alone."""
+    """`jit_draw` for one batch of `sample.batch_size` images, lowered from shapes alone."""
     by_batch = sharding.batch_sharding(mesh)
     index_B = jax.ShapeDtypeStruct((config.sample.batch_size,), np.int32, sharding=by_batch)
     return jit_draw(config, mesh, by_batch, steps).lower(abstract_params(config, mesh), index_B)
 
 
 def abstract_params(config, mesh: Mesh):
-    """The shapes, dtypes and shardings on `mesh` of a network's parameters."""
+    """Shapes, dtypes and shardings on `mesh` of the network's parameters."""
     model = uvit.make_model(config, mesh)
     return sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
 
 
 def make_draw(config, mesh: Mesh, steps: int | None = None):
-    """(params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
+    """Makes (params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
 
     Args:
-      config: its `sample`, `diffusion`, `model` and `data` fields.
+      config: the run's; its `sample`, `diffusion`, `model` and `data` fields are read.
       mesh: the devices that the batch is split over.
-      steps: of the sampler; default `config.sample.steps`.
+      steps: sampler steps; None for `config.sample.steps`.
     """
     settings, num_classes = config.sample, config.model.num_classes
     model = uvit.make_model(config, mesh)
@@ -53,7 +53,7 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
     def draw(params, index_B):
         keys = jax.vmap(lambda i: rng.stream(settings.seed, "sample", i))(index_B)
 
-        def normal(i):  # 0 is x_T, i + 1 the noise of step i
+        def normal(i):  # normal(0) is x_T, normal(i + 1) the noise of step i
             shape = (*image_size, config.data.channels)
             noise = jax.vmap(lambda k: jax.random.normal(jax.random.fold_in(k, i), shape))(keys)
             return patches.patchify(noise, patch_size)

@@ -1,4 +1,4 @@
-"""`--config.train.dry_run=True`: what the train step needs of each device, and which batches fit.
+"""`--config.train.dry_run=True`: memory of the train step on each device, and the batches that fit.
 
 The figures are the compiler's own analysis of the program; nothing is run or written.
 """
@@ -14,15 +14,15 @@ from maskdm_jax.run.memory import GPU_MEMORY_FRACTION, advice, bytes_needed
 from maskdm_jax.run.progress import say
 from maskdm_jax.step import lower_train_step
 
-# Sizes of data-centre GPUs in GB (1e9 bytes), for which a dry run finds the largest batch.
+# Memory of data-centre GPUs in GB (1e9 bytes); a dry run finds the largest batch for each.
 CARDS_GB = (80, 140)
 
-# Nobody trains with more images a step; a toy model would let the search go on for ever.
+# No one trains with more images per step; the search for a toy model would not end.
 _MAX_BATCH = 65_536
 
 
 def dry_run(config, num_examples: int) -> None:
-    """Compiles the train step for this machine, and prints what it needs and which batches fit.
+    """Compiles the train step for this machine, and prints its memory and the batches that fit.
 
     Args:
       config: the run's.
@@ -58,9 +58,9 @@ def largest_batch(
 ) -> tuple[int, int]:
     """The largest batch, a multiple of `multiple`, whose step needs at most `limit` bytes.
 
-    Memory grows almost in proportion to the batch, so each guess lies where the line through two
-    known batches meets the limit. The result was itself found to fit; a batch that was found not
-    to fit is the next one, or at most 3 % larger. The search ends at 65,536.
+    Memory grows almost linearly with the batch, so each guess is where the line through two known
+    batches meets the limit. The result has itself been compiled and fits; the smallest batch known
+    not to fit is the next multiple, or at most 3 % larger. The search ends at 65,536.
 
     Args:
       needs: batch -> bytes.
@@ -69,7 +69,7 @@ def largest_batch(
       limit: bytes.
 
     Returns:
-      (batch, its bytes); (0, bytes of the smallest batch) where not even that fits.
+      (batch, its bytes); (0, bytes of the smallest batch) if not even that fits.
     """
     smallest = needs(multiple)
     if smallest > limit:
@@ -87,7 +87,7 @@ def largest_batch(
         else:
             high = guess
         guess = multiple * int(1 + (limit - smallest) / slope / multiple)
-        # The line may lead to a batch that is known: then the next one, towards the gap.
+        # The line may meet a batch already tried; then try the next one inside the gap.
         guess = min(max(guess, low + multiple), most)
         if high is not None:
             guess = min(guess, high - multiple)

@@ -1,4 +1,4 @@
-"""The errors that end a program with one sentence instead of a stack trace, and its exit codes."""
+"""Errors that end a program with one sentence instead of a stack trace, and their exit codes."""
 
 
 class ConfigError(ValueError):
@@ -8,7 +8,7 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that began well must stop: one sentence, with what a person can do about it."""
+    """A run that started well must stop: one sentence, with what the user can do about it."""
 
     exit_code = 1
 

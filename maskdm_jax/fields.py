@@ -1,4 +1,4 @@
-"""What a config field may be: its kind, which is the values it takes, and its role."""
+"""The types of the config table: a field's kind (the values it takes) and its role."""
 
 import difflib
 import enum
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 
 class Role(enum.Enum):
-    """What a field that differs from a stored run's means."""
+    """What follows if a field differs from that of a stored run."""
 
     SHAPE = enum.auto()  # the parameters have other shapes: refused
     MEANING = enum.auto()  # the same parameters would mean something else: refused
-    UPDATE = enum.auto()  # the updates differ: remarked when a run resumes
+    UPDATE = enum.auto()  # the updates differ: reported when a run resumes
     FREE = enum.auto()  # no update differs: a resumed run may change it silently
 
 
@@ -23,8 +23,8 @@ class Kind(NamedTuple):
     """Which values a field takes.
 
     Fields:
-      expected: in words.
-      accepts: whether a value is one of them.
+      expected: the accepted values, in words.
+      accepts: value -> whether it is accepted.
       nearest: (wrong value, the field's default) -> a value to suggest.
     """
 
@@ -34,7 +34,7 @@ class Kind(NamedTuple):
 
 
 class Field(NamedTuple):
-    """A row of the table."""
+    """A row of the table in `config`."""
 
     default: Any
     kind: Kind
@@ -43,7 +43,7 @@ class Field(NamedTuple):
 
 
 def number(low: float | None = None, high: float | None = None) -> Kind:
-    """A finite number between inclusive bounds; None is no bound."""
+    """A finite number between inclusive bounds; None means unbounded."""
     if low is None:
         expected = "a finite number"
     else:
@@ -62,7 +62,7 @@ def number(low: float | None = None, high: float | None = None) -> Kind:
 
 
 def one_of(*words: str) -> Kind:
-    """One of some words."""
+    """One of `words`."""
 
     def nearest(value, default):
         near = difflib.get_close_matches(str(value), words, 1)

@@ -1,6 +1,6 @@
-"""Model FLOPs, and the peak that MFU is measured against.
+"""Model FLOPs, and the peak that MFU is relative to.
 
-Counts are 2 per multiply-add, matmuls and attention only, with no remat and no padding; training is
+Counts are 2 per multiply-add, for matmuls and attention only, without remat or padding; training is
 3 x the forward pass. MFU = model FLOPs / (step time x dense bf16 peak of the chips).
 """
 
@@ -10,7 +10,7 @@ from maskdm_jax.model import patches
 from maskdm_jax.model.masking import num_visible
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
-# Dense bf16 TFLOP/s by the vendors' datasheets, by a part of `device.device_kind`.
+# Dense bf16 TFLOP/s from the vendors' datasheets; keys are parts of `device.device_kind`.
 PEAK_TFLOPS = {
     "A100": 312.0,
     "H100": 989.0,
@@ -26,7 +26,7 @@ PEAK_TFLOPS = {
 
 
 def tokens_per_image(config) -> int:
-    """L: visible patches, time, and class where there are classes."""
+    """L: the visible patches, the time, and the class if the model has classes."""
     grid = grid_shape(config.data.image_size, config.model.patch_size)
     return num_visible(config.mask, grid) + (2 if config.model.num_classes else 1)
 
@@ -49,6 +49,6 @@ def training_flops(config) -> float:
 
 
 def peak_tflops(device: jax.Device) -> float | None:
-    """The device's dense bf16 peak in TFLOP/s; None where it is not known (a CPU, say)."""
+    """The device's dense bf16 peak in TFLOP/s; None if unknown, as for a CPU."""
     matches = [name for name in PEAK_TFLOPS if name in device.device_kind]
     return PEAK_TFLOPS[max(matches, key=len)] if matches else None

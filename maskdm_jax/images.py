@@ -1,4 +1,4 @@
-"""Images on disk: PNGs that are whole or absent, and grids of them."""
+"""Images on disk: PNGs, each complete or absent, and grids of images."""
 
 import pathlib
 
@@ -9,9 +9,9 @@ from maskdm_jax.run import files
 
 
 def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
-    """Writes a uint8 image [H, W, C]; a reader sees all of it or nothing.
+    """Writes a uint8 image [H, W, C]; a reader sees the complete file or none.
 
-    One channel is written as grey, three as RGB, another number as its channels side by side.
+    One channel is written as grey, three as RGB; any other number as grey channels side by side.
     """
     channels = image_HWC.shape[-1]
     if channels not in (1, 3):
@@ -22,12 +22,12 @@ def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
 
 
 def shown_scale(image_size: tuple[int, int]) -> int:
-    """How many times to enlarge images of that size so that they can be read by eye."""
+    """How many times to enlarge images of that size for viewing."""
     return max(1, 64 // max(image_size))
 
 
 def grid(images_BHWC: np.ndarray, scale: int = 1) -> np.ndarray:
-    """uint8 images [B, H, W, C] as one picture, about square, with a white line between them."""
+    """One roughly square picture of uint8 images [B, H, W, C], with white lines between them."""
     batch, height, width, channels = images_BHWC.shape
     cols = int(np.ceil(batch**0.5))
     rows = -(-batch // cols)
@@ -42,7 +42,7 @@ def grid(images_BHWC: np.ndarray, scale: int = 1) -> np.ndarray:
 
 
 def read_png(path: str | pathlib.Path, channels: int) -> np.ndarray:
-    """What `save_png` wrote: uint8 [H, W, channels]."""
+    """Reads a PNG written by `save_png`: uint8 [H, W, channels]."""
     with Image.open(path) as picture:
         image = np.asarray(picture)
     image = image[..., None] if image.ndim == 2 else image

@@ -23,9 +23,9 @@ def learning_rate(config) -> optax.Schedule:
 
 
 def make_optimizer(config) -> optax.GradientTransformation:
-    """Clipping where `optim.clip_norm` is set, then AdamW with decay on every parameter.
+    """Clipping if `optim.clip_norm` is set, then AdamW with decay on every parameter.
 
-    The state has one structure with clipping and without, so that a run can go on with either.
+    The state has the same structure with and without clipping, so a run can resume with either.
     """
     optim = config.optim
     adamw = optax.adamw(
@@ -36,14 +36,14 @@ def make_optimizer(config) -> optax.GradientTransformation:
 
 
 def global_norm(tree) -> jax.Array:
-    """The L2 norm of all leaves together, a float32 scalar.
+    """The L2 norm over all leaves, a float32 scalar.
 
-    `optax.tree.norm` sums leaf by leaf, 160 more kernels on a GPU. Here rows are summed, and then
-    all sums at once.
+    `optax.tree.norm` sums leaf by leaf, which takes 160 more kernels on a GPU. This sums rows, then
+    all row sums at once.
     """
     squares = [jnp.square(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)]
     sums = [jnp.sum(x, axis=-1) if x.ndim > 1 else x for x in squares]
-    # Without the barrier, XLA takes the last sum apart again.
+    # Without the barrier, XLA splits the last sum up again.
     joined = jax.lax.optimization_barrier(jnp.concatenate([x.ravel() for x in sums]))
     return jnp.sqrt(jnp.sum(joined))
 
@@ -57,10 +57,10 @@ def _clip_by_global_norm(max_norm):
 
 
 def ema_decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:
-    """The EMA's decay at the update that makes `step` completed updates into `step + 1`.
+    """The EMA's decay at the update that follows `step` completed updates, a float32 scalar.
 
     With `ramp`, the official rule: 0 (a copy) for the first 100 updates, then 1 - (1 + n)^(-2/3)
-    with n counted from there, up to `decay`.
+    up to `decay`, where n counts the updates since.
     """
     if not ramp:
         return jnp.float32(decay)
@@ -69,6 +69,6 @@ def ema_decay(step: jax.Array, decay: float, ramp: bool) -> jax.Array:
 
 
 def update_ema(ema, params, step: jax.Array, config):
-    """The EMA after one more update of `params`."""
+    """The EMA after the update that gave `params`."""
     decay = ema_decay(step, config.optim.ema_decay, config.optim.ema_ramp)
     return optax.incremental_update(params, ema, 1 - decay)

@@ -26,13 +26,13 @@ _FINETUNE = "fine-tuning on whole images"
 def write_report(
     pretrain: str | pathlib.Path, finetune: str | pathlib.Path, out: str | pathlib.Path
 ) -> pathlib.Path:
-    """Writes report.md with its pictures into `out`, from the workdirs of both stages.
+    """Writes report.md and its pictures to `out`, from the workdirs of both stages.
 
     Returns:
       The report's path.
 
     Raises:
-      ConfigError: where a workdir holds no metrics, or the second holds no samples.
+      ConfigError: if a workdir holds no metrics, or the second one no samples.
     """
     stages = {_PRETRAIN: _read(pretrain), _FINETUNE: _read(finetune)}
     grids = sorted(
@@ -60,7 +60,7 @@ Stage 1 sees only the visible patches of each image; stage 2 starts from its wei
 images. The losses of the two stages are means over different patches, so they are not comparable
 with each other.
 
-| stage | tokens an image | training GFLOP an image | steps | images/s | last loss |
+| stage | tokens per image | training GFLOP per image | steps | images/s | last loss |
 | --- | --- | --- | --- | --- | --- |
 {rows}
 
@@ -83,7 +83,7 @@ Images/s is the median over the records; the last loss is the mean of the last t
 def _read(workdir):
     records = read_metrics(pathlib.Path(workdir).expanduser())
     if not records:
-        raise ConfigError(f"{workdir} holds no metrics.jsonl; expected a --workdir of training")
+        raise ConfigError(f"{workdir} holds no metrics.jsonl; expected a training --workdir")
     return load_json(pathlib.Path(workdir).expanduser() / "config.json"), records
 
 

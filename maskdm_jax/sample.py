@@ -1,6 +1,6 @@
 """`--mode=sample`: draws images from a checkpoint into numbered files.
 
-Image i depends on (seed, i) alone, so an interrupted run resumes with the images that are missing.
+Image i depends on (seed, i) alone, so an interrupted run resumes with the missing images.
 """
 
 import json
@@ -21,16 +21,16 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """Draws `config.sample.num` images from the newest checkpoint of `workdir`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
-    settings.json. Images that are there already are kept.
+    settings.json. Existing images are kept.
 
     Returns:
       The folder.
 
     Raises:
-      ConfigError: where the workdir holds no checkpoint, or one of another architecture.
+      ConfigError: if the workdir holds no checkpoint or one of a different architecture.
     """
     workdir = pathlib.Path(workdir).expanduser()
-    # Process 0 alone writes: the others go by what it finds, and help to draw.
+    # Process 0 alone writes; the others follow what it finds, and help to draw.
     step = checkpoint.find_step(workdir)
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
@@ -42,14 +42,14 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
             (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be written to: {error}; samples go below --workdir, so make it "
+            f"{folder} cannot be written to: {error}; samples go under --workdir, so make it "
             "writable, or copy the run and type the copy's --workdir"
         ) from error
 
     todo = [i for i in range(settings.num) if not _path(folder, i).exists()]
     todo = distributed.agreed(todo)
     if len(todo) < settings.num:
-        say(f"{settings.num - len(todo)} of {settings.num} images are in {folder} already")
+        say(f"{settings.num - len(todo)} of {settings.num} images are already in {folder}")
     if todo:
         _draw_missing(config, workdir, step, folder, todo)
     if not distributed.is_main():
@@ -74,7 +74,7 @@ def _draw_missing(config, workdir, step, folder, todo):
     firsts = range(0, len(todo), size)
     for first in progress.track(firsts, len(firsts), "sampling", f"batches of {size}"):
         batch = todo[first : first + size]
-        # The last batch is filled up, so that one shape is compiled.
+        # The last batch is padded: one shape is compiled.
         index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
         index_B = jax.make_array_from_callback((size,), by_batch, index_B.__getitem__)
         drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
@@ -84,7 +84,7 @@ def _draw_missing(config, workdir, step, folder, todo):
 
 
 def _folder_name(config, step):
-    """Images that differ in anything but their index lie in different folders."""
+    """Images that differ in more than their index go to different folders."""
     s = config.sample
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
     if s.spacing != "timestep":

@@ -1,7 +1,7 @@
-"""The device mesh (data, fsdp) and what lies where on it.
+"""The device mesh (data, fsdp) and the placement of arrays on it.
 
 A batch is split over both axes. Parameters, EMA and optimizer state are split over fsdp by the
-first rule whose pattern their path matches; what a rule cannot divide evenly is kept whole.
+first rule whose pattern matches their path; an array that no rule divides evenly is replicated.
 """
 
 import re
@@ -18,32 +18,32 @@ _RULES = (
     (r"(position|embedding)$", PartitionSpec(None, "fsdp")),
 )
 
-# XLA's options, by backend (benchmarks/RESULTS.md has what they bring). Triton's matmuls never beat
-# cuBLAS's at this network's shapes, and trying them out doubles the time to compile. Merged, small
-# matmuls that share a factor are no faster than apart, and copies cut their results.
+# XLA's options, by backend (benchmarks/RESULTS.md has the gains). Triton's matmuls never beat
+# cuBLAS's at this network's shapes, and autotuning them doubles the compile time. Merging small
+# matmuls that share a factor makes them no faster, and splitting the result costs copies.
 _COMPILER_OPTIONS = {
     "gpu": {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
 }
 
 
 def make_mesh(config, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `config.mesh` over `devices`; None: all that there are."""
+    """The mesh of `config.mesh` over `devices`; None for all devices."""
     devices = np.asarray(jax.devices() if devices is None else devices)
     return Mesh(devices.reshape(-1, config.mesh.fsdp), ("data", "fsdp"))
 
 
 def first_device(mesh: Mesh | None) -> jax.Device:
-    """A device of `mesh`, which are all alike; None: this process's first."""
+    """The first device of `mesh`, whose devices are all alike; JAX's first if `mesh` is None."""
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def compiler_options(mesh: Mesh) -> dict:
-    """XLA's options for programs on `mesh`, for `jax.jit`."""
+    """The `compiler_options` of `jax.jit` for programs on `mesh`."""
     return _COMPILER_OPTIONS.get(first_device(mesh).platform, {})
 
 
 def unfit_for_gpu_kernels(device: jax.Device) -> str:
-    """Why kernels for NVIDIA GPUs since Ampere cannot run on `device`; "" where they can."""
+    """Why kernels for NVIDIA GPUs since Ampere cannot run on `device`; "" if they can."""
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return f"the device is {device.device_kind}, not an NVIDIA GPU"
     if float(device.compute_capability) < 8.0:
@@ -54,15 +54,16 @@ def unfit_for_gpu_kernels(device: jax.Device) -> str:
 def on_each_device(
     kernel: Callable, mesh: Mesh | None, num_rows: int, num_whole: int = 0
 ) -> Callable:
-    """`kernel`, a function of arrays, where each device of the mesh computes its own rows.
+    """`kernel` over the mesh: each device computes its own rows.
 
-    XLA cannot split a kernel that it did not write.
+    XLA cannot partition a custom kernel by itself.
 
     Args:
-      kernel: of arrays [num_rows, ...], and after them `num_whole` that every device has whole.
-      mesh: None is one device.
-      num_rows: where the devices do not divide it, as in a preview, each computes all rows.
-      num_whole: see `kernel`.
+      kernel: a function of arrays [num_rows, ...], followed by `num_whole` replicated arrays.
+      mesh: None for one device.
+      num_rows: leading size; if the devices do not divide it, as in a preview, each device computes
+        all rows.
+      num_whole: the number of replicated arrays.
     """
     if mesh is None or mesh.size == 1:
         return kernel
@@ -70,7 +71,7 @@ def on_each_device(
 
     def run(*arrays):
         specs = (rows,) * (len(arrays) - num_whole) + (PartitionSpec(),) * num_whole
-        # What a kernel returns does not say over which axes it varies, so that is not checked.
+        # A kernel's outputs do not declare which mesh axes they vary over, so JAX cannot check it.
         shards = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=rows, check_vma=False)
         return shards(*arrays)
 
@@ -78,19 +79,19 @@ def on_each_device(
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis over every device."""
+    """Splits the leading axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
-    """Ids of the rows, of `size` in a batch, that lie on this process's devices, ascending."""
+    """Ids of the rows of a batch of `size` that this process's devices hold, ascending, [n]."""
     rows = np.arange(size)
     parts = sharding.addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([rows[part] for part in parts]))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """Puts a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -108,7 +109,7 @@ def state_shardings(abstract_state, mesh: Mesh):
 
 
 def abstract(make, mesh: Mesh):
-    """The shapes, dtypes and shardings on `mesh` of what `make()` returns; nothing is computed."""
+    """Shapes, dtypes and shardings on `mesh` of `make()`'s result; nothing is computed."""
     shapes = jax.eval_shape(make)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),

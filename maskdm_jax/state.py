@@ -1,4 +1,4 @@
-"""TrainState: all that a run is, beside its config. Every leaf is float32 or int32."""
+"""TrainState: all of a run's state except its config. Every leaf is float32 or int32."""
 
 import functools
 from typing import Any
@@ -15,7 +15,7 @@ from maskdm_jax.model import uvit
 
 @flax.struct.dataclass
 class TrainState:
-    """Completed updates, the parameters, their EMA, and the optimizer's state."""
+    """The number of completed updates, the parameters, their EMA, and the optimizer's state."""
 
     step: jax.Array
     params: Any
@@ -24,29 +24,29 @@ class TrainState:
 
 
 def abstract_state(config, mesh: Mesh) -> TrainState:
-    """The shapes, dtypes and shardings on `mesh` of a run's state; nothing is computed."""
+    """Shapes, dtypes and shardings on `mesh` of a run's state; nothing is computed."""
     return _abstract_state(FrozenConfigDict(config), mesh)
 
 
-@functools.lru_cache(maxsize=1)  # tracing the network takes long, and set-up asks several times
+@functools.lru_cache(maxsize=1)  # tracing is slow, and set-up calls this several times
 def _abstract_state(config, mesh):
     return sharding.abstract(lambda: _create(config, mesh), mesh)
 
 
 def init_state(config, mesh: Mesh, params=None) -> TrainState:
-    """A state at step 0 on the devices of `mesh`, with fresh parameters unless some are given."""
+    """A state at step 0 on the devices of `mesh`, with `params`, or fresh ones if None."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
     return jax.jit(lambda given: _create(config, mesh, given), out_shardings=shardings)(params)
 
 
 def fresh_params(config, mesh: Mesh):
-    """The parameters that a run starts with where no others are given."""
+    """The random parameters that a run starts with by default."""
     return uvit.init_params(uvit.make_model(config, mesh), rng.stream(config.seed, "init"))
 
 
 def _create(config, mesh, params=None):
     params = fresh_params(config, mesh) if params is None else params
-    # The EMA is a copy of its own: the step donates its input, and donates no buffer twice.
+    # The EMA needs its own buffers: the step donates its input, and no buffer can be donated twice.
     return TrainState(
         step=jnp.int32(0),
         params=params,

@@ -1,7 +1,7 @@
-"""One update: draw t, masks and noise for the global batch, take the gradient, step, average.
+"""One update: draw t, masks and noise for the global batch; then gradient, AdamW and EMA.
 
-The same function serves both stages; only `config.mask` differs. An update whose loss or gradients
-are not finite is not applied.
+The same function serves both stages; only `config.mask` differs. An update with a non-finite loss
+or gradient is not applied.
 """
 
 from collections.abc import Callable
@@ -22,11 +22,11 @@ from maskdm_jax.state import TrainState
 
 
 def jit_train_step(config, mesh: Mesh):
-    """The update under jit on `mesh`: what main.py runs.
+    """The update under jit on `mesh`, as main.py runs it.
 
     Returns:
-      (state, arrays, batch) -> (state, metrics), see `make_train_step`; arrays and batch are those
-      of `data.batch`. The state is donated, and comes back laid out as it was.
+      (state, arrays, batch) -> (state, metrics), see `make_train_step`; `data.batch` defines arrays
+      and batch. The state is donated, and the new one has the same shardings.
     """
     abstract = state_lib.abstract_state(config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
@@ -39,7 +39,7 @@ def jit_train_step(config, mesh: Mesh):
 
 
 def lower_train_step(config, mesh: Mesh, num_examples: int):
-    """`jit_train_step` lowered from shapes alone, for a set of `num_examples` images."""
+    """`jit_train_step` lowered from shapes alone, for a data set of `num_examples` images."""
     arrays, batch = batch_lib.abstract_inputs(config, num_examples, mesh)
     state = state_lib.abstract_state(config, mesh)
     return jit_train_step(config, mesh).lower(state, arrays, batch)
@@ -48,12 +48,12 @@ def lower_train_step(config, mesh: Mesh, num_examples: int):
 def make_train_step(
     config, mesh: Mesh
 ) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict]]:
-    """The update of one step, to be jitted.
+    """Makes the update of one step, to be jitted.
 
     Returns:
-      (state, arrays, batch) -> (state, metrics): float32 scalars "loss", "grad_norm" (before
-      clipping), "lr", and "skipped": 1 where the loss or the norm is not finite. A skipped update
-      still advances `step`, which the random draws and the data order depend on.
+      (state, arrays, batch) -> (state, metrics). The metrics are float32 scalars: "loss",
+      "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
+      skipped update still advances `step`, which the random draws and the data order depend on.
     """
     model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
     process = make_process(config.diffusion, config.data.image_size)
@@ -91,7 +91,7 @@ def make_train_step(
             ema=optim.update_ema(state.ema, params, state.step, config),
             opt_state=opt_state,
         )
-        # The choice is fused into the update's own loops, which read the old values anyway.
+        # XLA fuses this choice into the update's own loops, which read the old values anyway.
         kept = jax.tree.map(lambda new, old: jnp.where(applied, new, old), updated, state)
         new_state = kept.replace(step=updated.step)
         metrics = {
@@ -106,14 +106,14 @@ def make_train_step(
 
 
 def value_and_gradient(loss, params, examples: dict, key: jax.Array, num_parts: int):
-    """The loss and its gradient, with the batch cut into `num_parts` that are added up in turn.
+    """(loss, gradient), accumulated over `num_parts` parts of the batch.
 
     Args:
-      loss: (params, examples, key) -> the mean over the examples.
-      params: what the gradient is of.
-      examples: arrays [B, ...], and `num_parts` divides B.
-      key: for what `loss` draws; each part has its own.
-      num_parts: 1 is the whole batch at once.
+      loss: (params, examples, key) -> the mean over the examples, float32 scalar.
+      params: the tree to differentiate with respect to.
+      examples: arrays [B, ...]; `num_parts` must divide B.
+      key: for the random draws of `loss`; each part folds in its index.
+      num_parts: 1 for the whole batch at once.
     """
     gradient = jax.value_and_grad(loss)
     if num_parts == 1:
@@ -132,22 +132,22 @@ def value_and_gradient(loss, params, examples: dict, key: jax.Array, num_parts: 
 
 
 def is_finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
-    """Whether an update can be applied: bool scalar. One bad gradient makes the norm bad too."""
+    """Whether to apply an update, a bool scalar. One non-finite gradient makes the norm so too."""
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
 
 def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
-    """All that a batch's loss needs, drawn from (seed, name, step).
+    """Everything the loss of a batch needs, drawn from (seed, name, step).
 
     Args:
       config: the run's config.
-      process: its noise process.
+      process: the config's noise process.
       batch: "image" uint8 [B, H, W, C] and "label" int32 [B].
       step: completed updates, int32 scalar.
 
     Returns:
-      "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] where patches are hidden,
-      and "label" int32 [B] where the model has classes.
+      "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden, and
+      "label" int32 [B] if the model has classes.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]

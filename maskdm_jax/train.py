@@ -1,4 +1,4 @@
-"""Training: set-up and the loop, read from top to bottom. Both stages are this one path."""
+"""Training: set-up and the loop, to be read from top to bottom. Both stages take this path."""
 
 import pathlib
 import tempfile
@@ -27,22 +27,22 @@ from maskdm_jax.weights import start
 def train(
     config, workdir: str | pathlib.Path, preempted: Callable[[int], bool] = lambda step: False
 ) -> None:
-    """Trains to `config.train.num_steps` updates, from the newest checkpoint where there is one.
+    """Trains to `config.train.num_steps` updates, from the newest checkpoint if there is one.
 
     Args:
       config: the run's.
-      workdir: where it keeps all it writes.
-      preempted: step -> whether to save and stop after that many updates; asked at each.
+      workdir: the folder for everything the run writes.
+      preempted: step -> whether to save and stop after that many updates; called before each.
 
     Raises:
-      ConfigError: for a data set, weights or a checkpoint that do not go with the config.
-      RunError: where numbers stay bad, or the disk is full.
-      Preempted: once it has saved because `preempted` said so.
+      ConfigError: for a data set, weights or a checkpoint that do not match the config.
+      RunError: if too many updates in a row are not finite, or the disk is full.
+      Preempted: after the save that follows `preempted` returning True.
     """
     workdir = pathlib.Path(workdir).expanduser()
     num_steps = config.train.num_steps
 
-    # ------------------------------------------------------------------ what is there already
+    # ------------------------------------------------------------------ what already exists
     own_step = _own_step(config, workdir)
     if own_step is not None and own_step >= num_steps:
         say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
@@ -84,7 +84,7 @@ def train(
     compiled = jit_train_step(config, mesh).lower(state, batches.arrays, batch).compile()
     say(
         f"compiled in {time.perf_counter() - compile_start:.1f} s; "
-        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB a device"
+        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
     )
     preview = draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
 
@@ -98,7 +98,7 @@ def train(
         peak and peak * jax.device_count(),
     )
     skips = faults.SkipCounter(config.train.max_skipped_steps, checkpoints, telemetry.skipped)
-    pending = None  # (step, its metrics on the device), read once the next step is under way
+    pending = None  # (step, its metrics on the device), read once the next step is running
     while step < num_steps and not preempted(step):
         state, metrics = compiled(state, batches.arrays, batch)
         step += 1
@@ -114,7 +114,7 @@ def train(
         if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
             _log(telemetry, skips, config, *pending)
             pending = None
-            # The grid first: a run that dies in between draws it again when it resumes.
+            # The grid first: a run killed in between draws it again after it resumes.
             if wants_preview:
                 _draw_preview(config, preview, state.ema, workdir, step)
             checkpoints.save(step, state, force=step == num_steps)
@@ -134,7 +134,7 @@ def train(
 
 
 def _log(telemetry, skips, config, step, metrics):
-    """Waits for a step's metrics, and records them where they are due or the step was skipped."""
+    """Waits for a step's metrics, and records them if they are due or the step was skipped."""
     values = {name: float(value) for name, value in metrics.items()}
     skipped = values.pop("skipped") > 0
     total = skips.total + skipped
@@ -161,7 +161,7 @@ def _say_start(config, source, mesh, params):
     say(
         f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
         f"{flops.tokens_per_image(config)} tokens and "
-        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP an image"
+        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP per image"
     )
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     say(
@@ -170,17 +170,17 @@ def _say_start(config, source, mesh, params):
     )
     peak = flops.peak_tflops(jax.devices()[0])
     if peak:
-        say(f"MFU is over the datasheet's dense bf16 peak, {peak:g} TFLOP/s a device")
+        say(f"MFU is relative to the datasheet's dense bf16 peak, {peak:g} TFLOP/s per device")
 
 
 def _own_step(config, workdir):
-    """The step that the run resumes from, None for a new run."""
+    """The step that the run resumes from; None for a new run."""
     if not distributed.agreed(checkpoint.steps(workdir)):
         return None
     step = checkpoint.find_step(workdir, set_aside=True)
     stored = checkpoint.load_config(workdir, step)
     check_same_architecture(config, stored, str(workdir))
-    # Not on top of the pre-training's own workdir, with its optimizer and step count.
+    # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
     if (config.mask.kind == "none") != (stored.mask.kind == "none"):
         raise ConfigError(
             f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "

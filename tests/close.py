@@ -1,4 +1,4 @@
-"""How near a computed value has to be to the expected one, whatever the size of both."""
+"""How close a computed value must be to the expected one, relative to the expected values."""
 
 import jax
 import numpy as np
@@ -7,8 +7,9 @@ import numpy as np
 def assert_close(actual, expected, tolerance):
     """Asserts that no |actual - expected| exceeds `tolerance` times the largest |expected|.
 
-    In trees, this holds for each leaf on its own. The measure is the largest and not each entry,
-    because a sum is rounded by the size of its terms, also where they cancel.
+    In trees, this holds for each leaf separately. The tolerance is relative to the largest entry,
+    not to each one, because the rounding of a sum depends on the size of its terms, even if they
+    cancel.
     """
 
     def check(actual, expected):

@@ -8,8 +8,8 @@ import tempfile
 
 
 def xla_flags(num_devices):
-    """For a process with so many CPU devices, and compilers that take the least time: most tests
-    compile for longer than they compute. The user's XLA_FLAGS stay in force."""
+    """XLA_FLAGS for a process with `num_devices` CPU devices and fast compilation: most tests
+    compile for longer than they compute. The user's own XLA_FLAGS are kept."""
     return (
         f"{os.environ['TEST_XLA_FLAGS']} --xla_force_host_platform_device_count={num_devices} "
         "--xla_cpu_parallel_codegen_split_count=1 "
@@ -17,8 +17,8 @@ def xla_flags(num_devices):
     )
 
 
-# Before JAX is imported: 8 devices on the CPU, and compilations that processes share. The tests of
-# kernels for GPUs run there with TEST_PLATFORM=cuda (`make test-gpu`).
+# Before JAX is imported: 8 CPU devices, and a compilation cache that processes share. With
+# TEST_PLATFORM=cuda (`make test-gpu`) the tests of GPU kernels run on a GPU.
 os.environ["JAX_PLATFORMS"] = os.environ.get("TEST_PLATFORM", "cpu")
 if os.environ["JAX_PLATFORMS"] == "cpu":
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
@@ -90,7 +90,7 @@ def official_model():
 
 @pytest.fixture
 def run_main(data_dir):
-    """Runs main.py in a process of its own, on tiny digits."""
+    """Runs main.py in a process of its own: a tiny model on the digits."""
 
     def run(config, workdir, *flags, wait=True, devices=1):
         command = [sys.executable, "main.py", f"--config=configs/{config}.py"]

@@ -42,10 +42,10 @@ def by_xla(q, k, v, num_valid):
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-# 1,025 takes the way of 4,097: several blocks of 384 tokens, the last of them part padding.
+# 1,025 takes the same path as 4,097: several blocks of 384 tokens, the last partly padding.
 @pytest.mark.parametrize("length", [5, 17, 417, 1025])
 @pytest.mark.parametrize("implementation", [by_xla, short, long])
-def test_it_is_softmax_attention(implementation, length, padding):
+def test_every_implementation_is_softmax_attention(implementation, length, padding):
     if implementation is short and length > MAX_LENGTH:
         length = MAX_LENGTH - padding
     q, k, v = qkv(length + padding, num_heads=1)
@@ -98,18 +98,18 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_own_images(
 
     def loss(q, k, v, implementation, mesh):
         out = attend(q, k, v, Plan(implementation, length, length - 2, mesh))
-        return jnp.sum(jnp.square(out[:, : length - 2]))  # nothing cancels in it
+        return jnp.sum(jnp.square(out[:, : length - 2]))  # a sum without cancellation
 
     gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)), static_argnums=(3, 4))
     value, grads = gradients(q, k, v, implementation, mesh)
-    assert set(batches_seen) == {1 if batch == 8 else 3}  # 3 do not divide: all run all
+    assert set(batches_seen) == {1 if batch == 8 else 3}  # 3 do not divide: each device runs all
     assert all(grad.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4) for grad in grads)
     expected_value, expected_grads = gradients(q, k, v, "xla", None)
     assert_close((value, grads), (expected_value, expected_grads), 1e-5)
 
 
 @pytest.mark.parametrize("qkv_bias", [False, True])
-def test_a_network_that_packs_qkv_computes_what_one_that_splits_it_does(monkeypatch, qkv_bias):
+def test_packed_and_split_qkv_give_the_same_loss_and_gradients(monkeypatch, qkv_bias):
     original = short_attention.short_attention
     monkeypatch.setattr(
         short_attention, "short_attention", lambda x, num_valid: original(x, num_valid, True)
@@ -119,7 +119,7 @@ def test_a_network_that_packs_qkv_computes_what_one_that_splits_it_does(monkeypa
     t_B = jnp.array([3, 40])
     fields = dict(num_patches=16, patch_dim=12, width=32, depth=3, num_heads=2, qkv_bias=qkv_bias)
     packed, split = (uvit.UViT(**fields, attention=name) for name in ("pallas", "xla"))
-    # No bias is zero then; one number added to all weights would cost digits in every norm.
+    # No bias stays zero; a constant added to all weights would cost digits in every norm.
     params = jax.tree.map(
         lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape),
         uvit.init_params(split, jax.random.key(1)),
@@ -149,7 +149,7 @@ def mesh_of(**device):
     return types.SimpleNamespace(devices=devices, size=1)
 
 
-def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
+def test_on_a_gpu_the_length_decides_the_kernel_and_its_padding():
     a100 = mesh_of(platform="gpu", device_kind="NVIDIA A100", compute_capability="8.0")
     h200 = mesh_of(platform="gpu", device_kind="NVIDIA H200", compute_capability="9.0")
 
@@ -170,7 +170,7 @@ def test_a_gpu_chooses_by_length_and_pads_to_what_the_kernel_takes():
     assert planned("auto", 4097, 64, h200) == ("hopper", 0, True)
 
 
-def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():
+def test_on_a_tpu_the_length_decides_the_kernel_and_only_little_padding_is_carried():
     v5e = mesh_of(platform="tpu", device_kind="TPU v5 lite")
     expected = {17: 17, 29: 29, 128: 128, 257: 257, 417: 417, 512: 512, 4097: 4224}
     for length, padded in expected.items():
@@ -178,7 +178,7 @@ def test_a_tpu_chooses_by_length_and_carries_padding_where_it_is_little():
         assert (made.kernel, made.length) == ("splash" if length > 128 else "xla", padded)
 
 
-def test_packed_arguments_are_refused_where_no_kernel_takes_them():
+def test_packed_arguments_are_refused_if_no_kernel_takes_them():
     with pytest.raises(ValueError, match="xla attention takes q, k and v apart"):
         attention.attend_packed(jnp.zeros((1, 2, 3, 1, 4)), Plan("xla", 2, 2, None))
 

@@ -27,7 +27,7 @@ def test_every_case_is_a_shipped_config_that_is_valid(name):
     assert config.data.cache == "device"
 
 
-def test_every_point_of_the_sweep_is_valid_and_stands_once():
+def test_every_point_of_the_sweep_is_valid_and_appears_once():
     points = list(sweep.points(["ratio", "size", "batch"]))
     for case, batch, fields in points:
         config_lib.validate(cases.config(case, "/data", batch, fields))
@@ -52,7 +52,7 @@ def test_a_row_compares_training_by_images_and_sampling_by_evaluations():
     assert line.startswith("| sample256 | 64 | 10 | 60.0% of 700 TFLOP/s | 40.0% | 5 (32) | 2.00")
 
 
-def test_the_peer_runs_at_the_largest_batch_that_fits_it(monkeypatch):
+def test_the_peers_batch_is_halved_until_it_fits(monkeypatch):
     asked = []
 
     def pretend(module, bench, options):
@@ -67,14 +67,14 @@ def test_the_peer_runs_at_the_largest_batch_that_fits_it(monkeypatch):
     assert asked == [64, 32, 16]
 
 
-def test_another_failure_of_the_peer_is_told(monkeypatch):
+def test_other_failures_of_the_peer_are_reported(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "no such kernel")
     monkeypatch.setattr(run, "_run", lambda *a: failed)
     with pytest.raises(RuntimeError, match="no such kernel"):
         run.run_peer("whole256", 64, [])
 
 
-def test_efficiency_is_the_rate_of_all_over_as_many_times_the_rate_of_one(monkeypatch):
+def test_efficiency_is_the_rate_per_gpu_over_the_rate_of_one_gpu(monkeypatch):
     asked = []
 
     def pretend(module, bench, options, **env):
@@ -100,11 +100,11 @@ def test_efficiency_is_the_rate_of_all_over_as_many_times_the_rate_of_one(monkey
     "arguments, num_gpus, expected",
     [
         ([], 1, "error: expected at least 2 GPUs; JAX sees 1"),
-        (["--bench", "whole256:0"], 2, "'whole256:0' is no case; expected one of masked256, "),
-        (["--bench", "sample256"], 2, "'sample256' is no case"),
+        (["--bench", "whole256:0"], 2, "'whole256:0' is not a case; expected masked256, "),
+        (["--bench", "sample256"], 2, "'sample256' is not a case"),
     ],
 )
-def test_scaling_says_what_it_cannot_measure(monkeypatch, capsys, arguments, num_gpus, expected):
+def test_scaling_refuses_what_it_cannot_measure(monkeypatch, capsys, arguments, num_gpus, expected):
     monkeypatch.setattr("sys.argv", ["scaling", *arguments])
     monkeypatch.setattr(scaling, "count_gpus", lambda: num_gpus)
     with pytest.raises(SystemExit) as stop:
@@ -113,7 +113,7 @@ def test_scaling_says_what_it_cannot_measure(monkeypatch, capsys, arguments, num
     assert expected in capsys.readouterr().err
 
 
-def test_mfu_on_several_devices_is_that_of_one(monkeypatch, tiny_config):
+def test_mfu_is_per_device(monkeypatch, tiny_config):
     monkeypatch.setattr(train_step, "compile_step", lambda config: None)
     monkeypatch.setattr(train_step, "start", lambda config, compiled: None)
     monkeypatch.setattr(memory, "bytes_needed", lambda compiled: 2**30)
@@ -136,7 +136,7 @@ def test_mfu_on_several_devices_is_that_of_one(monkeypatch, tiny_config):
         ("fusion_571", "other fusions"),
     ],
 )
-def test_kernels_are_told_apart_by_their_names(name, kind):
+def test_kernels_are_sorted_into_kinds_by_name(name, kind):
     assert next(k for k, pattern in train_step._KINDS if re.search(pattern, name)) == kind
 
 

@@ -31,12 +31,12 @@ def saved(workdir, steps, seed=0, **fields):
     return state
 
 
-def test_the_last_ones_and_every_nth_are_kept(tmp_path):
+def test_the_last_checkpoints_and_every_nth_are_kept(tmp_path):
     saved(tmp_path, range(1, 12), every_steps=2, keep_last=2, keep_every_steps=4)
     assert checkpoint.steps(tmp_path) == [4, 8, 10, 11]
 
 
-def test_a_state_comes_back_as_it_was_on_another_mesh(tmp_path):
+def test_a_state_is_restored_unchanged_on_another_mesh(tmp_path):
     state = saved(tmp_path, [3])
     config = default_config()
     config.mesh.fsdp = 4
@@ -49,7 +49,7 @@ def test_a_state_comes_back_as_it_was_on_another_mesh(tmp_path):
     assert not restored.params["mid_block"]["qkv"]["kernel"].sharding.is_fully_replicated
 
 
-def test_digest_compares_states(tmp_path, capsys):
+def test_digests_are_equal_for_equal_states_only(tmp_path, capsys):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         saved(tmp_path / name, [5, 6], seed, every_steps=5)
     a, b, c = (checkpoint.digest(tmp_path / name) for name in "abc")
@@ -66,7 +66,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
     assert "no checkpoint of step 7; it holds [5]" in capsys.readouterr().err
 
 
-def test_a_process_that_does_not_see_the_checkpoint_of_process_0_says_so(tmp_path, monkeypatch):
+def test_a_checkpoint_that_only_process_0_sees_is_an_error(tmp_path, monkeypatch):
     saved(tmp_path, [5])
     monkeypatch.setattr(checkpoint.distributed, "is_main", lambda: False)
     monkeypatch.setattr(checkpoint.distributed, "agreed", lambda numbers: [6])
@@ -74,14 +74,14 @@ def test_a_process_that_does_not_see_the_checkpoint_of_process_0_says_so(tmp_pat
         checkpoint.find_step(tmp_path)
 
 
-def test_a_half_written_checkpoint_is_not_seen(tmp_path):
+def test_a_half_written_checkpoint_is_ignored(tmp_path):
     saved(tmp_path, [5])
     (tmp_path / "checkpoints" / "6.orbax-checkpoint-tmp-123").mkdir()
     assert checkpoint.find_step(tmp_path) == 5
 
 
 def files(workdir, step):
-    """Those that a restore reads: of the config, and of the arrays after their merge."""
+    """The files that a restore reads: the config's, and the arrays' after their merge."""
     folder = workdir / "checkpoints" / str(step)
     data = sorted((folder / "state" / "d").iterdir())
     return [
@@ -108,7 +108,7 @@ def two_checkpoints(tmp_path_factory):
 
 @pytest.mark.parametrize("harm", HARM)
 @pytest.mark.parametrize("file", range(4), ids=["config", "arrays", "manifest", "data"])
-def test_a_damaged_checkpoint_is_reported_and_passed_over(
+def test_a_damaged_checkpoint_is_reported_and_skipped(
     two_checkpoints, tmp_path, capsys, file, harm
 ):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
@@ -137,7 +137,7 @@ def test_a_checkpoint_without_a_part_is_damaged(two_checkpoints, tmp_path, part)
     assert checkpoint.find_step(run) == 5
 
 
-def test_files_that_a_restore_does_not_need_are_no_damage(two_checkpoints, tmp_path):
+def test_files_that_a_restore_does_not_need_may_be_missing(two_checkpoints, tmp_path):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     needed = files(run, 6)
     for path in (run / "checkpoints" / "6").rglob("*"):
@@ -150,7 +150,7 @@ def test_files_that_a_restore_does_not_need_are_no_damage(two_checkpoints, tmp_p
     assert int(restored.step) == 6
 
 
-def test_nothing_but_damage_is_an_error_that_moves_nothing(two_checkpoints, tmp_path, capsys):
+def test_only_damaged_checkpoints_are_an_error_and_stay_in_place(two_checkpoints, tmp_path, capsys):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     for step in (5, 6):
         files(run, step)[3].unlink()
@@ -161,7 +161,7 @@ def test_nothing_but_damage_is_an_error_that_moves_nothing(two_checkpoints, tmp_
     assert "every checkpoint" in capsys.readouterr().err
 
 
-def test_digest_takes_the_one_before_a_damaged_one(two_checkpoints, tmp_path, capsys):
+def test_digest_takes_the_checkpoint_before_a_damaged_one(two_checkpoints, tmp_path, capsys):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
     files(run, 6)[3].unlink()
     assert checkpoint.main(["digest", str(run)]) == 0

@@ -11,7 +11,7 @@ _SHARD = 16 * 4 * 4  # bytes of a device's float32 [16, 4]
 
 @pytest.fixture(scope="module")
 def hlo():
-    """Of a program with one collective of each kind, and an all-reduce in a loop, on 8 devices."""
+    """HLO of a program with collectives of four kinds, one in a loop too, on 8 devices."""
 
     def program(x):
         total = jax.lax.psum(x, "data")
@@ -32,7 +32,7 @@ def hlo():
     return jax.jit(shards).lower(jax.ShapeDtypeStruct((8 * 16, 4), jnp.float32)).compile().as_text()
 
 
-def test_sizes_are_of_the_whole_array_and_loops_count_as_often_as_they_run(hlo):
+def test_sizes_are_of_the_whole_array_and_a_loop_counts_once_per_iteration(hlo):
     expected = {
         "all-gather": 8 * _SHARD,
         "reduce-scatter": 8 * _SHARD,
@@ -42,7 +42,7 @@ def test_sizes_are_of_the_whole_array_and_loops_count_as_often_as_they_run(hlo):
     assert collectives.sizes(hlo, loops=5) == expected | {"all-reduce": 6 * _SHARD}
 
 
-def test_the_steps_of_one_chain_count_once_and_a_written_out_reduce_scatter_as_one():
+def test_a_chain_counts_once_and_an_all_reduce_scatter_as_a_reduce_scatter():
     hlo = """HloModule tpu
 
 %all-reduce-scatter.1 (input: f32[8,128]) -> f32[2,128] {

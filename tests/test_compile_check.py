@@ -14,11 +14,11 @@ needs_libtpu = pytest.mark.skipif(
     reason="This needs libtpu, which has wheels for Linux on x86-64.",
 )
 
-SMALL = "--config.model.depth=1"  # where the number of layers does not matter
+SMALL = "--config.model.depth=1"  # for tests in which the number of layers does not matter
 
 
 def start(config, topology, *flags):
-    # The command sets the environment itself: this one would hide a missing part of it.
+    # The command sets its own environment; the tests' would hide a missing part of it.
     env = {k: v for k, v in os.environ.items() if not k.startswith(("JAX_", "XLA_", "TPU_"))}
     command = [sys.executable, "launch/compile_check.py", f"--config=configs/{config}.py"]
     return subprocess.Popen(
@@ -45,28 +45,28 @@ def number(text, pattern):
 
 
 @needs_libtpu
-def test_both_stages_compile_for_16_chips_at_once_and_fit():
-    # At once: libtpu by itself refuses a second process.
+def test_both_stages_compile_for_16_chips_in_parallel_and_fit():
+    # In parallel, because by default libtpu refuses a second process.
     stages = [start(f"{stage}_digits", "v5e-16") for stage in ("pretrain", "finetune")]
     for done in map(finish, stages):
         assert done.returncode == 0, done.stderr
         peak_gib = number(done.stdout, r"peak memory +([\d.]+) GiB of 16 GiB")
         assert number(done.stdout, r"arguments +([\d.]+)") < peak_gib < 16
-        # Every gradient crosses once: 1.19 million of them in float32.
+        # Every gradient is reduced once: 1.19 million in float32.
         assert number(done.stdout, r"all-reduce ([\d.,]+) MB") == pytest.approx(4.77, rel=0.02)
         assert 0 < number(done.stdout, r"MFU +at most ([\d.]+)%") <= 100
         assert "it fits, with" in done.stdout
 
 
 @needs_libtpu
-def test_the_splash_kernel_compiles_in_a_step_and_its_flops_count():
+def test_the_splash_kernel_compiles_in_a_step_and_its_flops_are_counted():
     small = ["model.depth=1", "train.batch_size=4", "data.cache=host"]
     done = check("finetune_celeba64", "v6e:2x2", *(f"--config.{field}" for field in small))
     assert done.returncode == 0, done.stderr
     model, compiled = (
         number(done.stdout, pattern) for pattern in (r"FLOPs +([\d.]+)", r"([\d.]+) as compiled")
     )
-    # 7 of its 9 matmuls are the backward pass, which the model counts as 4; and 257 tokens are 384.
+    # 7 of its 9 matmuls are the backward pass, which the model counts as 4; 257 tokens become 384.
     assert 1.1 < compiled / model < 1.4
 
 
@@ -80,7 +80,7 @@ def test_a_config_at_full_size_compiles_for_16_chips_and_fits(config):
 
 
 @needs_libtpu
-def test_the_sampler_compiles_and_its_loop_counts_as_often_as_it_runs():
+def test_the_sampler_compiles_and_its_loop_counts_once_per_iteration():
     few, many = (
         check(
             "finetune_digits", "v4-8", "--mode=sample", f"--config.sample.steps={n}", SMALL
@@ -92,7 +92,7 @@ def test_the_sampler_compiles_and_its_loop_counts_as_often_as_it_runs():
 
 
 @needs_libtpu
-def test_a_batch_that_is_too_large_does_not_fit_and_is_told_what_to_type():
+def test_a_batch_that_is_too_large_does_not_fit_and_the_output_has_what_to_type():
     done = check("pretrain_digits", "v5e-4", "--config.train.batch_size=4194304")
     assert done.returncode == 1, done.stderr
     assert "exceeds available HBM" in done.stdout
@@ -101,7 +101,7 @@ def test_a_batch_that_is_too_large_does_not_fit_and_is_told_what_to_type():
 
 
 @needs_libtpu
-def test_a_row_names_the_batch_that_divides():
+def test_a_row_rounds_the_batch_up_until_it_divides():
     done = check("pretrain_digits", "v5p-128", "--row", "--config.train.batch_size=60", SMALL)
     assert done.stdout.startswith("| pretrain_digits | v5p-128 (4x4x4) | 64 |")
     assert done.stdout.rstrip().endswith("| yes |")

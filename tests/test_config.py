@@ -90,7 +90,7 @@ def test_a_mesh_or_batch_that_does_not_fit_the_devices_is_named(fields, mode, fi
     assert field in str(error.value) and remedy in str(error.value)
 
 
-def test_sampling_does_not_ask_for_the_training_batch():
+def test_sampling_does_not_check_the_training_batch():
     validate_devices(changed(train__batch_size=3), 8, "sample")
 
 
@@ -99,7 +99,7 @@ NUMBERS = [n for n, f in FIELDS.items() if type(f.default) in (int, float)]
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_every_number_is_finite_and_the_suggestion_works(name, value):
+def test_every_number_must_be_finite_and_the_suggestion_works(name, value):
     config = default_config()
     with config.unlocked(), config.ignore_type():
         config.update_from_flattened_dict({name: value})

@@ -39,7 +39,7 @@ def test_shifted_cosine_is_the_cosine_at_64_pixels():
 
 
 def test_ancestral_posterior_equals_the_official_one(golden_schedules):
-    # A walk of all 1000 steps, so that the posteriors are those of single steps.
+    # A walk of all 1000 steps has the posteriors of single steps.
     ours = samplers.ancestral(make_process(settings(), SIZE).ladder(1000, "timestep"))
     for name, expected in (
         ("x0", "cosine_posterior_mean_coef1"),
@@ -56,7 +56,7 @@ def test_noising_equals_the_official_code(golden):
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-def test_the_true_output_gives_back_x0_and_eps(prediction):
+def test_the_true_output_recovers_x0_and_eps(prediction):
     x0, eps = np.random.default_rng(0).normal(size=(2, 5))
     level = make_process(settings(prediction=prediction), SIZE).ladder(5, "timestep")
     x_t = process.noised(level, x0, eps)
@@ -75,7 +75,7 @@ def test_each_prediction_is_trained_towards_its_own_target(prediction, expected)
     assert_close(target, {"eps": eps, "x0": x0, "v": v}[expected], 1e-5)
 
 
-def test_training_draws_every_timestep_alike():
+def test_training_draws_every_timestep_equally_often():
     t = np.asarray(make_process(settings(num_timesteps=50), SIZE).draw(jax.random.key(0), 50_000))
     counts = np.bincount(t, minlength=50)
     assert len(counts) == 50 and np.abs(counts - 1000).max() < 5 * 1000**0.5

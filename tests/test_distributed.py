@@ -30,18 +30,18 @@ FLAGS = [
     "--config.sample.preview_steps=2",
 ]  # fmt: skip
 ROOT = pathlib.Path(__file__).parents[1]
-STEP = 3  # that two_processes.py reads
+STEP = 3  # the step that two_processes.py reads
 _TWO_TASKS = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_NTASKS": "2"}
 
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """(environment) -> what JAX's start-up is called with there; None where it is not called."""
+    """(environment) -> arguments of jax.distributed.initialize there; None if it is not called."""
     for name in list(os.environ):
         if name.startswith(_CLUSTERS):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    # The tests' own platform is not what a cluster's host has.
+    # A cluster's host does not have the tests' platform.
     monkeypatch.setattr(type(jax.config), "jax_platforms", None)
 
     def started(environment):
@@ -79,7 +79,7 @@ def cluster(monkeypatch):
         "slurm-sees-one-gpu", "mpi-one", "mpi-two", "gke-one-host", "gke-two-hosts", "two-slices",
     ],
 )  # fmt: skip
-def test_processes_are_found_where_there_are_several(cluster, environment, expected):
+def test_several_processes_are_detected(cluster, environment, expected):
     assert cluster(environment) == expected
 
 
@@ -93,7 +93,7 @@ def test_processes_are_found_where_there_are_several(cluster, environment, expec
     ],
     ids=["one-host", "two-hosts", "two-slices", "no-tpu"],
 )
-def test_a_tpu_vm_asks_its_metadata_how_many_hosts_there_are(
+def test_a_tpu_vm_finds_the_number_of_hosts_in_its_metadata(
     cluster, monkeypatch, attributes, expected
 ):
     class Metadata(http.server.BaseHTTPRequestHandler):
@@ -124,7 +124,7 @@ def test_a_tpu_vm_asks_its_metadata_how_many_hosts_there_are(
         (("node0:1234", 2, 2), "--process_id is 2; expected 0 to 1"),
     ],
 )
-def test_flags_that_cannot_be_are_named(given, expected):
+def test_incomplete_and_impossible_flags_are_named(given, expected):
     with pytest.raises(ConfigError) as error:
         distributed.start(*given)
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -137,7 +137,7 @@ def test_one_process_of_one_starts_nothing():
 
 
 @pytest.mark.parametrize("process_id", [0, 1])
-def test_processes_that_do_not_come_together_say_so(process_id):
+def test_processes_that_do_not_come_together_end_with_one_sentence(process_id):
     code = (
         "from maskdm_jax.run import distributed; distributed._START_S = 1; "
         f"distributed.start('127.0.0.1:{free_port()}', 2, {process_id})"
@@ -147,7 +147,7 @@ def test_processes_that_do_not_come_together_say_so(process_id):
     assert result.stderr.count("\n") == 1 and "error: the coordinator 127.0.0.1" in result.stderr
 
 
-def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_dir, tmp_path):
+def test_each_process_reads_its_own_rows_and_agrees_with_process_0(data_dir, tmp_path):
     coordinator = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
@@ -161,7 +161,7 @@ def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_di
         for i in range(2)
     ]
     output = ended(processes)
-    # The check of the last lines, for a folder that the processes do not share.
+    # From the last lines of two_processes.py: a folder that the processes do not share.
     assert processes[1].returncode == 2 and processes[0].returncode != 0, output
     assert "is not the folder that process 0 has there" in output[1]
 
@@ -176,7 +176,7 @@ def test_each_process_reads_its_own_rows_and_goes_by_what_process_0_sees(data_di
         np.testing.assert_array_equal(images[..., 0], np.rint(digits[order] * 255 / 16))
 
 
-def test_two_processes_train_as_one_through_a_kill_and_a_sigterm(run_main, tmp_path):
+def test_two_processes_train_like_one_through_a_kill_and_a_sigterm(run_main, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     flags = ["--config.train.num_steps=40", *FLAGS]
     result = run_main("pretrain_digits", alone, *flags, devices=8)
@@ -196,7 +196,7 @@ def test_two_processes_train_as_one_through_a_kill_and_a_sigterm(run_main, tmp_p
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_other_and_the_run_goes_on_as_if_undisturbed(run_main, tmp_path):
+def test_a_killed_process_ends_the_other_and_the_run_resumes_as_if_undisturbed(run_main, tmp_path):
     alone, calm, killed = (tmp_path / name for name in ("alone", "calm", "killed"))
     flags = ["--config.train.num_steps=40", *FLAGS]
     further = ["--config.train.num_steps=44", *FLAGS]
@@ -212,7 +212,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_as_if_undisturbed(r
     print(f"\nkilled after checkpoints {left}, resumed to {checkpoint.digest(killed)}; undisturbed "
           f"{checkpoint.digest(calm)}; {len(losses(calm))} losses equal")  # fmt: skip
 
-    # The same checkpoint resumes in one process, of 8 devices and of 2.
+    # The same checkpoint resumes in one process, with 8 devices and with 2.
     for devices in (8, 2):
         workdir = tmp_path / f"on_{devices}"
         shutil.copytree(killed, workdir)
@@ -221,7 +221,7 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on_as_if_undisturbed(r
         assert losses(workdir)[:40] == losses(calm)
         np.testing.assert_allclose(losses(workdir), losses(alone), rtol=1e-5)
         furthest = np.max(np.abs(np.divide(losses(workdir), losses(alone)) - 1))
-        print(f"on from 40 to 44 in one process of {devices} devices: losses within {furthest:.1e}")
+        print(f"40 to 44 in one process with {devices} devices: losses within {furthest:.1e}")
 
 
 def pair(run_main, workdir, *flags):
@@ -237,7 +237,7 @@ def pair(run_main, workdir, *flags):
 
 
 def kill(processes, index, workdir):
-    """Kills one with kill -9 after the second checkpoint, and sees the other one end."""
+    """Kills one with kill -9 after the second checkpoint, and waits for the other to end."""
     try:
         deadline = time.time() + 120
         while (checkpoint.steps(workdir) or [0])[-1] < 10:
@@ -249,13 +249,13 @@ def kill(processes, index, workdir):
             process.kill()
         raise
     ended(processes)
-    # 1 and 2 would say that a person has to act.
+    # 1 and 2 would mean that a person has to act.
     assert processes[1 - index].returncode in (errors.StartError.exit_code, -signal.SIGABRT)
     assert 10 <= checkpoint.steps(workdir)[-1] < 40
 
 
 def terminate(processes, index, workdir):
-    """Sends SIGTERM to one in mid-run; both save at one step, returned here, and exit with 75."""
+    """Sends SIGTERM to one in mid-run; both save and exit with 75. Returns the step of the save."""
     before = len(read_metrics(workdir))
     try:
         deadline = time.time() + 120
@@ -281,7 +281,7 @@ def finish(processes):
 
 
 def ended(processes):
-    """What each printed, once all have ended."""
+    """The output of each, after all have ended."""
     try:
         return [p.communicate(timeout=120)[0] for p in processes]
     finally:

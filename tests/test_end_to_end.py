@@ -55,7 +55,7 @@ def test_training_and_sampling_import_no_tensorflow(run_main, tmp_path, monkeypa
     assert result.returncode == 0, result.stderr
 
 
-def test_fine_tuning_over_the_pre_training_is_refused(run_main, tmp_path):
+def test_fine_tuning_in_the_workdir_of_the_pre_training_is_refused(run_main, tmp_path):
     assert run_main("pretrain_digits", tmp_path, "--config.train.num_steps=2").returncode == 0
     result = run_main("finetune_digits", tmp_path)
     assert result.returncode == 2
@@ -111,7 +111,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run_main, tmp_path, flags, ex
     assert len(errors) == 1 and errors[0].startswith("error: ") and expected in errors[0]
 
 
-def test_damaged_checkpoints_cost_a_line_and_never_a_silent_fresh_start(run_main, tmp_path):
+def test_damaged_checkpoints_are_reported_and_never_start_a_run_afresh(run_main, tmp_path):
     flags = ["--config.train.num_steps=6", "--config.checkpoint.every_steps=2"]
     assert run_main("pretrain_digits", tmp_path, *flags).returncode == 0
     undisturbed = checkpoint.digest(tmp_path)

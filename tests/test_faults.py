@@ -1,4 +1,4 @@
-"""What a run does when its numbers stay bad or its disk is full."""
+"""What a run does if its numbers stay bad or its disk is full."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def run_with_nan_at(monkeypatch, config, workdir, bad_steps):
     train.train(config, workdir)
 
 
-def test_skipped_steps_are_counted_and_the_run_goes_on(tiny_config, tmp_path, monkeypatch, capsys):
+def test_skipped_steps_are_counted_and_a_run_continues(tiny_config, tmp_path, monkeypatch, capsys):
     tiny_config.train.num_steps = 8
     tiny_config.train.log_every_steps = 100
     tiny_config.train.max_skipped_steps = 3
@@ -52,7 +52,7 @@ def test_skipped_steps_are_counted_and_the_run_goes_on(tiny_config, tmp_path, mo
     assert "skipped 3" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path) == [8]
 
-    tiny_config.train.num_steps = 10  # the count continues with the run
+    tiny_config.train.num_steps = 10  # a resumed run continues the count
     run_with_nan_at(monkeypatch, tiny_config, tmp_path, (9,))
     assert read_metrics(tmp_path)[-1]["skipped"] == 4
 
@@ -83,7 +83,7 @@ def state_of(num_floats):
 
 
 def fill_up(workdir, last_call):
-    """Saves 1, which fits into 1 MB, then 2, which does not; the error comes at `last_call`."""
+    """Saves step 1, which fits into 1 MB, then 2, which does not; `last_call` raises the error."""
     config = default_config()
     config.checkpoint.every_steps = 1
     checkpoints = checkpoint.Checkpoints(workdir, config)
@@ -113,13 +113,13 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("last_call", ["check", "save", "close"])
-def test_a_full_disk_is_one_sentence_whichever_call_meets_it(small_disk, last_call):
+def test_a_full_disk_is_one_sentence_whichever_call_finds_it(small_disk, last_call):
     text = fill_up(small_disk, last_call)
     assert text.startswith(f"checkpoint 2 could not be written to {small_disk}/checkpoints: No sp")
     assert "it takes about 3.8 MiB" in text and "the same command resumes from step 1" in text
 
 
-def test_a_file_size_limit_is_met_like_a_full_disk(tmp_path):
+def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
     try:
@@ -145,7 +145,7 @@ def test_other_errors_pass_unchanged(tmp_path):
     assert not faults.disk_is_full(PermissionError(errno.EACCES, "no"))
 
 
-def test_an_unexpected_error_is_told_and_ends_main_with_exit_code_70(tmp_path):
+def test_an_unexpected_error_is_printed_and_ends_main_with_exit_code_70(tmp_path):
     code = "import runpy; from maskdm_jax import train; train.train = None; "
     code += "runpy.run_path('main.py', run_name='__main__')"
     flags = ["--config=configs/pretrain_digits.py", f"--workdir={tmp_path}"]

@@ -1,9 +1,9 @@
 """The kernels for Hopper GPUs: their schedule and numbers in JAX's interpret mode on the CPU, and
-on such a GPU as they are (`make test-gpu`).
+unmodified on such a GPU (`make test-gpu`).
 
-Interpret mode simulates warpgroups, copies and barriers, and notices a deadlock. It has
-no matmul whose left side is in registers, so the two functions that multiply are replaced there,
-and no two views of the same bytes, so blocks of shared memory have one.
+Interpret mode simulates warpgroups, copies and barriers, and detects a deadlock. It has no matmul
+with its left side in registers, so the two functions that multiply are replaced, and no two views
+of the same bytes, so blocks of shared memory have one.
 """
 
 import functools
@@ -25,7 +25,7 @@ needs_hopper = pytest.mark.skipif(
 
 needs_interpreter = pytest.mark.skipif(
     jax.default_backend() != "cpu" or not hasattr(plgpu, "force_gpu_interpret_mode"),
-    reason="This needs a CPU and the interpreter of JAX 0.11, which takes Python 3.12.",
+    reason="This needs a CPU and the interpreter of JAX 0.11, which needs Python 3.12.",
 )
 
 
@@ -69,7 +69,7 @@ def interpreted(monkeypatch):
     )
     monkeypatch.setattr(hopper_pipeline, "_plain", lambda blocks: blocks)
     monkeypatch.setattr(hopper_pipeline, "_tiled", lambda blocks: blocks)
-    jax.clear_caches()  # of what was traced with the real ones
+    jax.clear_caches()  # of traces with the real functions
     with plgpu.force_gpu_interpret_mode():
         yield
     jax.clear_caches()
@@ -80,8 +80,8 @@ def _dot(a, b):
 
 
 @needs_interpreter
-# Heads that fit into shared memory, and 641 tokens of which only the forward kernel's do; their 11
-# tiles are no whole number of passes for 2 or 3 workers. Three have a tail of one token or two.
+# Heads that fit into shared memory; for 641 tokens only the forward kernel's do, and 11 tiles are
+# not a whole number of passes for 2 or 3 workers. Three lengths have a tail of one token or two.
 @pytest.mark.parametrize("length, num_heads", [(190, 3), (257, 3), (130, 1), (641, 1)])
 def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
     interpreted, length, num_heads
@@ -101,19 +101,19 @@ def test_long_sequences_are_right_with_and_without_the_running_maximum(interpret
         assert relative_error(ours, true) < 4e-3
 
     q, k, v, dout = arrays
-    k = k.at[1].multiply(40)  # the second image's exponentials would overflow as they are
+    k = k.at[1].multiply(40)  # the second image's exponentials overflow without the maximum
     out = hopper_attention.hopper_attention(jnp.stack([q, k, v], axis=2))
     assert relative_error(out, exact_output_and_gradients(q, k, v, dout)[0]) < 4e-3
     check_neighbours_that_disagree(193)
 
 
 def check_neighbours_that_disagree(length):
-    """Of tiles that a block computes side by side, one needs the maximum and others do not."""
+    """One of the tiles that a block computes side by side needs the maximum, the others do not."""
     q, k, v, dout = inputs(length, batch=1, num_heads=1)
     q = q.at[:, 64:128].multiply(40)
     got = hopper_output_and_gradients(q, k, v, dout)
     for ours, true in zip(got, exact_output_and_gradients(q, k, v, dout), strict=True):
-        assert relative_error(ours, true) < 3e-2  # weights near 0 and 1: rounding weighs more
+        assert relative_error(ours, true) < 3e-2  # weights near 0 and 1: rounding matters more
 
 
 def hopper_output_and_gradients(q, k, v, dout):
@@ -157,11 +157,11 @@ def test_the_kernels_lower_on_a_mesh_with_activations_recomputed(tiny_config):
     assert lowered.count("@mosaic_gpu") == 3
 
 
-def test_what_the_kernels_do_not_take_is_known():
+def test_supports_is_false_for_what_the_kernels_do_not_take():
     assert hopper_attention.supports(129, 64, jnp.bfloat16)
     assert not hopper_attention.supports(128, 64, jnp.bfloat16)
     assert not hopper_attention.supports(417, 72, jnp.bfloat16)
-    assert not hopper_attention.supports(417, 64, jnp.float16)  # its exponents are too few
+    assert not hopper_attention.supports(417, 64, jnp.float16)  # its exponents are too small
 
 
 @needs_hopper
@@ -171,7 +171,7 @@ def test_outputs_and_gradients_are_those_of_float32_softmax_attention(length):
     with jax.default_matmul_precision("highest"):
         expected = exact_output_and_gradients(*arrays)
     got = output_and_gradients("hopper", *arrays)
-    # Ours are rounded to bfloat16, once on the way and at the end.
+    # Ours are rounded to bfloat16, once on the way and once at the end.
     for ours, true in zip(got, expected, strict=True):
         assert relative_error(ours, true) < 4e-3
 
@@ -185,7 +185,7 @@ def test_gradients_are_the_same_bits_every_time(length):
 
 
 @needs_hopper
-def test_tiles_side_by_side_choose_for_themselves():
+def test_tiles_side_by_side_use_the_maximum_independently():
     with jax.default_matmul_precision("highest"):
         check_neighbours_that_disagree(1025)
 

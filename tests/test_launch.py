@@ -21,7 +21,7 @@ HOST = [
     "launch/gpu_host.sh", "--pretrain=configs/pretrain_celeba64.py",
     "--finetune=configs/finetune_celeba64.py",
 ]  # fmt: skip
-AWKWARD = "--config.data.image_size=(128, 128)"  # wants quotes in every shell
+AWKWARD = "--config.data.image_size=(128, 128)"  # needs quotes in every shell
 
 
 def run(command, **env):
@@ -38,7 +38,7 @@ def dry_run(command, **env):
 
 
 def stub(folder, name, script):
-    """Puts a program of that name first in the PATH it returns."""
+    """Writes a program of that name; returns a PATH in which it comes first."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
     (folder / name).chmod(stat.S_IRWXU)
@@ -67,7 +67,7 @@ def test_a_gpu_host_trains_both_stages_and_draws(tmp_path):
     ]
 
 
-def test_a_gpu_host_installs_only_where_no_interpreter_is_named(tmp_path, monkeypatch):
+def test_a_gpu_host_installs_only_if_no_interpreter_is_given(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHON", raising=False)
     # A checkout without .venv.
     for name in ("launch", "configs"):
@@ -129,7 +129,7 @@ def test_a_pod_is_created_filled_started_followed_and_deleted():
     ]
 
 
-def test_a_pod_gets_the_code_and_nothing_else_of_the_checkout(tmp_path):
+def test_a_pod_gets_the_code_and_nothing_else_from_the_checkout(tmp_path):
     install = [*POD, "install", *NAMED, "--nfs=a:/b"]
     assert run(dry_run(install, TMPDIR=str(tmp_path))[0]).returncode == 0
     with tarfile.open(tmp_path / "maskdm_jax.tar.gz") as archive:
@@ -181,7 +181,7 @@ def test_wrong_arguments_are_one_sentence_and_status_2(command, expected):
     assert expected in result.stderr
 
 
-# A command that ends with the next of the given statuses each time, and the last for good.
+# Ends with the next of the given statuses at each run, and then always with the last.
 _COUNTED = 'read -r first rest < $1; echo "${rest:-$first}" > $1; echo ran; exit "$first"'
 
 
@@ -197,7 +197,7 @@ _COUNTED = 'read -r first rest < $1; echo "${rest:-$first}" > $1; echo ran; exit
         ("134", 2, 3, 134),
     ],
 )
-def test_a_command_is_run_again_where_that_can_help(
+def test_a_command_is_run_again_if_that_can_help(
     tmp_path, statuses, restarts, expected_runs, expected_status
 ):
     (tmp_path / "statuses").write_text(statuses + "\n")
@@ -221,7 +221,7 @@ def test_a_signal_is_passed_on_and_nothing_is_run_again(tmp_path):
     assert (tmp_path / "saved").read_text() == "saved\n"
 
 
-def test_a_signal_in_the_pause_before_a_restart_ends_it(tmp_path):
+def test_a_signal_in_the_pause_before_a_restart_prevents_it(tmp_path):
     keep = ["launch/keep_running.sh", "bash", "-c", f"echo ran >> {tmp_path}/runs; exit 75"]
     process = subprocess.Popen(
         keep, cwd=ROOT, env={**os.environ, "RESTART_PAUSE_S": "2"}, stderr=subprocess.PIPE
@@ -243,7 +243,7 @@ def test_a_signal_in_the_pause_before_a_restart_ends_it(tmp_path):
         (137, 10, False, 137),
     ],
 )
-def test_a_slurm_job_queues_itself_again(tmp_path, status, restarted, requeued, expected):
+def test_a_slurm_job_queues_itself_again_if_useful(tmp_path, status, restarted, requeued, expected):
     stub(tmp_path, "scontrol", 'echo "scontrol $*"')
     path = stub(tmp_path, "srun", f'printf "%s\\n" "$@" $SLURM_EXIT_ERROR; exit {status}')
     result = run(
@@ -272,7 +272,7 @@ def test_the_jobset_starts_one_process_on_each_host_of_the_slice():
     rows, columns = map(int, pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x"))
     hosts = rows * columns // container["resources"]["limits"]["google.com/tpu"]
     assert job["parallelism"] == job["completions"] == hosts
-    # One pod that ends starts all again, unless a person has to act.
+    # A pod that ends restarts all pods, unless a person has to act.
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]

@@ -31,7 +31,7 @@ def test_the_largest_batch_fits_and_the_next_does_not(limit, multiple, largest):
         assert size > limit
 
 
-def test_the_largest_batch_is_found_where_memory_grows_in_jumps():
+def test_the_largest_batch_is_found_if_memory_grows_in_jumps():
     def needs(batch):
         return gigabyte_of_four_images(batch) + (batch > 50) * 4_000_000_000
 
@@ -39,9 +39,9 @@ def test_the_largest_batch_is_found_where_memory_grows_in_jumps():
     assert size == needs(found) <= 16_000_000_000 < needs(int(1.03 * found) + 1)
 
 
-def test_a_dry_run_says_what_fits_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "CARDS_GB", (0.01,))  # what suits a tiny model
-    monkeypatch.setattr(dry_run, "_MAX_BATCH", 32)  # the search itself needs no compiler: see above
+def test_a_dry_run_prints_what_fits_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "CARDS_GB", (0.01,))  # suits a tiny model
+    monkeypatch.setattr(dry_run, "_MAX_BATCH", 32)  # the tests above cover the search
     tiny_config.model.depth = 1
     tiny_config.train.dry_run = True
     tiny_config.data.cache = "device"
@@ -53,7 +53,7 @@ def test_a_dry_run_says_what_fits_and_writes_nothing(tiny_config, tmp_path, caps
     assert not (tmp_path / "run").exists()
 
 
-def test_running_out_of_memory_says_what_to_type(tiny_config):
+def test_running_out_of_memory_is_an_error_with_what_to_type(tiny_config):
     tiny_config.data.cache = "device"
     with pytest.raises(ConfigError) as error, memory.explained(tiny_config, "train"):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to ...")

@@ -82,7 +82,7 @@ def test_the_loss_compares_the_output_with_the_chosen_target(small, prediction, 
     assert_close(loss_B, expected, 1e-5)
 
 
-def test_the_plain_loss_of_another_framework_is_its_own_weighted_one(small):
+def test_the_plain_loss_with_edms_levels_is_edms_weighted_loss(small):
     from test_samplers import edm
 
     model, params, x0, eps, _ = small

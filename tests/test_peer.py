@@ -1,4 +1,4 @@
-"""The PyTorch peer is the same network as ours, or its speed would say nothing."""
+"""The PyTorch peer is the same network as ours; otherwise its speed would mean nothing."""
 
 import jax
 import jax.numpy as jnp

@@ -16,7 +16,7 @@ FLAGS = [*STEPS, "--config.checkpoint.every_steps=100000"]
 
 
 def wait_for(process, happened, seconds=120):
-    """Polls until `happened()`, while the process lives; returns what it gave."""
+    """Polls until `happened()`, while the process lives; returns its result."""
     deadline = time.time() + seconds
     while not (result := happened()):
         assert process.poll() is None, process.communicate()
@@ -39,7 +39,7 @@ def send_in_mid_run(process, happened, *signals):
 
 
 def complaints(err):
-    """What is on standard error beside the progress of decoding."""
+    """Lines on standard error other than the progress of decoding."""
     return [line for line in err.splitlines() if "images in" not in line]
 
 
@@ -48,7 +48,7 @@ def newest(workdir):
 
 
 def terminated(run_main, workdir, num_signals):
-    """The step at which a run of 1,000 saved itself and ended, after so many SIGTERMs."""
+    """The step at which a run of 1,000 steps saved and ended after `num_signals` SIGTERMs."""
     process = run_main("pretrain_digits", workdir, *FLAGS, wait=False)
     under_way = lambda: len(read_metrics(workdir)) >= 20  # noqa: E731
     code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * num_signals)
@@ -64,7 +64,7 @@ def test_sigterm_saves_that_very_step(run_main, tmp_path):
     assert terminated(run_main, tmp_path, 1) < 1000
 
 
-def test_a_run_that_got_five_sigterms_ends_as_an_undisturbed_one(run_main, tmp_path):
+def test_a_run_that_gets_five_sigterms_ends_like_an_undisturbed_one(run_main, tmp_path):
     calm, stopped_early = tmp_path / "calm", tmp_path / "stopped"
     assert run_main("pretrain_digits", calm, *FLAGS).returncode == 0
     stopped = terminated(run_main, stopped_early, 5)
@@ -85,17 +85,17 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
     assert int(told[1]) >= int(told[2]) == newest
 
 
-def test_a_run_that_is_asked_to_stop_saves_once_and_goes_on(tiny_config, tmp_path):
+def test_a_run_that_must_stop_saves_once_and_resumes(tiny_config, tmp_path):
     tiny_config.train.num_steps = 6
     tiny_config.train.sample_every_steps = 0
     with pytest.raises(preemption.Preempted, match="at step 4 of 6; the newest checkpoint is 4"):
         train.train(tiny_config, tmp_path, lambda step: step == 4)
-    # Asked again before any step: there is nothing new to save.
+    # Stopped again before any step: there is nothing new to save.
     with pytest.raises(preemption.Preempted, match="at step 4 of 6; the newest checkpoint is 4"):
         train.train(tiny_config, tmp_path, lambda step: True)
     with pytest.raises(preemption.Preempted, match="the newest checkpoint is none"):
         train.train(tiny_config, tmp_path / "other", lambda step: True)
-    train.train(tiny_config, tmp_path, lambda step: step == 6)  # there already: finished
+    train.train(tiny_config, tmp_path, lambda step: step == 6)  # the last step: finished
     assert checkpoint.steps(tmp_path) == [4, 6]
 
 
@@ -132,7 +132,7 @@ def test_thirty_kills_at_random_moments_lose_nothing(run_main, tmp_path):
         print(f"kill {kill + 1}: newest checkpoint {before}, half-written {half_written}")
     assert in_saves >= 5
 
-    # The run is ended soon after the last kill, and so is the undisturbed one.
+    # Both runs, the killed and the undisturbed, end soon after the last checkpoint.
     num_steps = f"--config.train.num_steps={before + 50}"
     assert run_main("pretrain_digits", workdir, *flags, num_steps).returncode == 0
     rare = "--config.checkpoint.every_steps=1000000"

@@ -37,7 +37,7 @@ def test_the_report_has_both_stages_and_pictures(tmp_path):
         assert picture in text and (path.parent / picture).stat().st_size > 0
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path, capsys):
+def test_a_folder_that_is_not_a_run_is_named(tmp_path, capsys):
     flags = [f"--pretrain={tmp_path}", f"--finetune={tmp_path}", f"--out={tmp_path}"]
     assert report.main(flags) == 2
     assert "holds no metrics.jsonl" in capsys.readouterr().err

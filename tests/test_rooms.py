@@ -6,11 +6,11 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "maskdm_jax"
-# Imported by anybody: they know nothing of the rest.
+# Any room may import these; they import nothing of the rest.
 GROUND = {
     "errors", "fields", "rng", "sharding", "run.progress", "run.files", "config", "model.sizes",
 }  # fmt: skip
-# room or module -> what it may import beside itself and the ground.
+# room or module -> what it may import besides itself and the ground.
 ALLOWED = {
     "errors": set(),
     "fields": set(),
@@ -40,7 +40,7 @@ ALLOWED = {
 
 
 def imports(path):
-    """Names of our modules that a file imports, such as "model.patches", wherever it does so."""
+    """Names of our modules, such as "model.patches", that a file imports anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -74,12 +74,12 @@ def test_a_room_imports_downwards_only(path):
         assert within(imported, {room} | ALLOWED[room] | ground), f"{name} imports {imported}"
 
 
-def test_every_room_and_module_has_its_rule():
+def test_every_room_and_module_has_a_rule():
     rooms = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in FILES}
     assert rooms == set(ALLOWED)
 
 
-def test_no_module_or_function_grew_too_long():
+def test_no_module_or_function_is_too_long():
     for path in FILES:
         text = path.read_text()
         if "hopper" not in path.name:

@@ -32,7 +32,7 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
     assert len(first) == 10 and (folder / "grid.png").exists()
     assert json.loads((folder / "settings.json").read_text())["step"] == 2
 
-    # An interrupted run: what is there stays, what is missing comes back, in another batch size.
+    # An interrupted run: existing images stay, missing ones are drawn, with another batch size.
     kept = (folder / "000001.png").stat().st_mtime_ns
     for index in (0, 5, 9):
         (folder / f"{index:06d}.png").unlink()

@@ -16,7 +16,7 @@ def ddpm(schedule="linear", prediction="eps"):
 
 
 def edm(data_std=0.5):
-    """A second framework (Karras et al. 2022, table 1), which samplers and loss must not notice."""
+    """A second framework (Karras et al. 2022, table 1); samplers and loss need no change for it."""
 
     def at(sigma):
         xp = np if isinstance(sigma, np.ndarray) else jnp
@@ -51,7 +51,7 @@ def test_ddim_with_the_official_noises_gives_the_official_samples(golden, offici
 
 
 def best_output(level_at, mean, std):
-    """(scaled x_t, time) -> what the best network outputs for data N(mean, std^2)."""
+    """(scaled x_t, time) -> output of the best network for data N(mean, std^2)."""
 
     def predict(x_in, time_B):
         level = level_at(time_B)
@@ -102,7 +102,7 @@ def test_samplers_approach_the_true_distribution_as_steps_grow(framework, settin
 
 
 def test_the_log_snr_ladder_reaches_the_true_spread_too():
-    # Its times lie between timesteps, where the network is asked for the first time here.
+    # Its times lie between timesteps, so this finds their levels by interpolation.
     def level_at(time_B):
         made = ddpm()
         low, high = (made.at(f(time_B).astype(jnp.int32)) for f in (jnp.floor, jnp.ceil))
@@ -143,7 +143,7 @@ def test_samples_stay_in_range_when_the_network_is_wrong():
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
-def test_a_sampler_evaluates_the_network_as_often_as_it_says(sampler):
+def test_evaluations_is_how_often_a_sampler_calls_the_network(sampler):
     calls = []
 
     def predict(x_t, time_B):

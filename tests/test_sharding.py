@@ -1,4 +1,4 @@
-"""What lies where: no large array stays whole under fsdp, at the sizes that need it."""
+"""Under fsdp no large array stays whole, at the sizes that need it."""
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ def test_fsdp_leaves_an_eighth_of_the_state_on_each_of_8_devices(size):
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         on_device = int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-        # A new matrix or table that no rule names fails here; vectors are small enough.
+        # A new matrix or table that no rule covers fails here; vectors are small enough.
         assert on_device * 8 == leaf.size or leaf.ndim < 2, name
         total += leaf.size
         on_each += on_device

@@ -76,7 +76,7 @@ def test_every_weight_that_does_not_fit_is_listed(workdir):
     assert "position has shape [5, 8], expected [5, 16]" in str(error.value)
 
 
-def test_named_weights_stay_fresh(workdir):
+def test_ignored_weights_stay_fresh(workdir):
     fresh = small(depth=5)
     ignore = (".*_block_1/.*", "position")
     params, note = load(init(workdir[0], "raw", ignore), fresh)
@@ -84,7 +84,7 @@ def test_named_weights_stay_fresh(workdir):
     np.testing.assert_array_equal(
         params["mid_block"]["qkv"]["kernel"], workdir[1].params["mid_block"]["qkv"]["kernel"]
     )
-    assert "fresh, as init.ignore says" in note and "position" in note
+    assert "fresh because of init.ignore" in note and "position" in note
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_an_official_pt_file_is_read(tmp_path, official_model):
     params, note = load(init(path), fresh)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
-    # The file's betas tell its schedule and number of timesteps; it predicts eps.
+    # The file's betas give its schedule and number of timesteps; it predicts eps.
     for field, value, there in (
         ("diffusion.schedule", "linear", "cosine"),
         ("diffusion.num_timesteps", 500, "1000"),

@@ -70,7 +70,7 @@ def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, f
 
 
 def test_a_narrow_h_trains_split_over_8_devices(tiny_config):
-    # An eighth of H's width: what divides there divides here.
+    # An eighth of H's width, which divides as H's own does.
     tiny_config.model.update(width=1152 // 8, num_heads=16)
     whole, _ = curve(tiny_config, 1, steps=2)
     tiny_config.mesh.fsdp = 8
@@ -145,7 +145,7 @@ def test_an_unmasked_stage_draws_whole_images(tiny_config):
 
 
 def materialize_nan(config, arrays, batch):
-    """The first image turns to NaN where the label of the first example is 9."""
+    """The first image becomes NaN if its label is 9."""
     bad = (batch["label"] == 9) & (jnp.arange(16) == 0)
     image = batch["image"].astype(jnp.float32)
     return batch | {"image": jnp.where(bad[:, None, None, None], jnp.nan, image)}
@@ -198,10 +198,10 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(
 
 
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
-def test_the_check_for_bad_numbers_moves_a_good_update_by_rounding_at_most(
+def test_the_check_for_bad_numbers_changes_a_good_update_by_rounding_at_most(
     tiny_config, one_update, monkeypatch, num_devices, fsdp
 ):
-    # Rounding: the compiler fuses the update with the choice, and then may round a sum once less.
+    # Rounding: the compiler fuses the update with the choice, and may then skip one rounding.
     tiny_config.mesh.fsdp = fsdp
     tiny_config.optim.ema_ramp = False  # with it, the EMA is a copy at first
     update, state, batch = one_update(tiny_config, num_devices)
@@ -253,7 +253,7 @@ def test_a_rectangular_image_goes_through_a_step_and_is_drawn(tiny_config, kind)
     assert image.shape == (2, 8, 24, 1) and image.dtype == np.uint8
 
 
-def test_ids_of_images_on_the_device_give_the_update_that_the_images_give(tiny_config):
+def test_ids_of_images_on_the_device_give_the_same_update_as_the_images(tiny_config):
     mesh = mesh_of(tiny_config, 8)
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     cache = {"image": images, "label": np.arange(40, dtype=np.int32) % 10}
@@ -268,7 +268,7 @@ def test_ids_of_images_on_the_device_give_the_update_that_the_images_give(tiny_c
         given = init_state(tiny_config, mesh), arrays, jax.device_put(batch, by_batch)
         # Compiled from shapes alone, as the dry run and the benchmarks do.
         states.append(step.lower_train_step(tiny_config, mesh, 40).compile()(*given)[0])
-    # The first learning rate is 0: what the images and labels decide is in the moments.
+    # The first learning rate is 0, so the images and labels affect only the moments.
     assert_same_bits(states[0].opt_state, states[1].opt_state)
 
 

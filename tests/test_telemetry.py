@@ -13,7 +13,7 @@ def record(workdir, first, steps, peak=None):
     telemetry.close()
 
 
-def test_records_have_rates_and_mfu_where_the_peak_is_known(tmp_path):
+def test_records_have_rates_and_mfu_if_the_peak_is_known(tmp_path):
     record(tmp_path, 0, [1, 2], peak=10.0)
     first, second = read_metrics(tmp_path)
     assert (first["step"], second["step"]) == (1, 2)
@@ -22,7 +22,7 @@ def test_records_have_rates_and_mfu_where_the_peak_is_known(tmp_path):
     assert list((tmp_path / "tensorboard").iterdir())
 
 
-def test_going_on_drops_records_beyond_the_checkpoint(tmp_path):
+def test_resuming_drops_records_beyond_the_checkpoint(tmp_path):
     record(tmp_path, 0, [1, 2, 3, 4])
     record(tmp_path, 2, [3])
     assert [r["step"] for r in read_metrics(tmp_path)] == [1, 2, 3]

@@ -64,7 +64,7 @@ def given(model, batch=2):
     return jnp.asarray(x), jnp.asarray([3, 700])
 
 
-def test_depth_12_and_13_build_the_same_network():
+def test_an_even_depth_builds_the_network_of_the_next_odd_depth():
     trees = [
         jax.tree.structure(uvit.init_params(small(depth=depth), jax.random.key(0)))
         for depth in (2, 3)
@@ -136,7 +136,7 @@ def test_running_visible_tokens_equals_running_all_when_all_are_visible():
     )
 
 
-def test_official_weights_with_no_place_are_named(official_model):
+def test_missing_official_weights_are_named(official_model):
     _, params = official_model
     state = {"model.encoder.encoder_pos_embed": params["position"][None]}
     with pytest.raises(ValueError, match="missing: .*patch_embed.proj.weight.*mid_block"):

@@ -1,4 +1,4 @@
-"""A U-ViT as a textbook has it: plain layers, softmax attention, nothing rearranged."""
+"""A textbook U-ViT: plain layers, softmax attention, nothing rearranged."""
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def norm(name):
 
 
 def perturbed(params, seed=0):
-    """The parameters away from fresh ones, whose biases are 0 and scales 1."""
+    """The parameters with noise added, since fresh biases are 0 and fresh scales 1."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]

@@ -17,7 +17,7 @@ STEP = 3
 
 
 class Watched(sources.Source):
-    """A source that remembers which examples were asked of it."""
+    """A source that records which examples are read."""
 
     def __getitem__(self, index):
         asked.append(int(index))
@@ -31,7 +31,7 @@ distributed.start(coordinator, 2, process_id)
 assert distributed.agreed([process_id, 7]) == [0, 7]
 assert distributed.agreed([1] * process_id) == []
 
-# Devices of the two processes in turn, so that no process's rows lie together.
+# The two processes' devices alternate, so no process's rows are contiguous.
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2).swapaxes(0, 1).reshape(4, 2), ("data", "fsdp"))
 config = pretrain_digits.get_config()
 config.data.dir = data_dir

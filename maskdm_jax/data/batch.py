@@ -1,7 +1,7 @@
-"""What a step reads: a batch as it arrives on the devices, and the images that it stands for.
+"""What a step reads: a batch as it arrives on the devices, and its images.
 
-Images live on the devices as uint8, either batch by batch, or all of them (`data.cache` is
-"device"), and then a batch is the ids of its images.
+Images are uint8 on the devices. A batch holds its images or, if the devices hold the whole set
+(`data.cache` is "device"), only their ids.
 """
 
 import math
@@ -14,10 +14,10 @@ from maskdm_jax import sharding
 
 
 def flat(cache: dict) -> dict[str, np.ndarray]:
-    """A whole set as it lies on the devices: one row an image, uint8 [N, H * W * C].
+    """A whole set in its layout on the devices: one row per image, uint8 [N, H * W * C].
 
-    As [N, H, W, C], with 3 channels last, a TPU would copy all of it into another layout in every
-    step before it gathers the batch.
+    A TPU would copy all of [N, H, W, C], with 3 channels last, into another layout in every step
+    before gathering the batch.
     """
     image, label = np.asarray(cache["image"]), np.asarray(cache["label"])
     return {"image": image.reshape(len(image), -1), "label": label}
@@ -28,8 +28,8 @@ def materialize(config, arrays: dict, batch: dict) -> dict:
 
     Args:
       config: the run's.
-      arrays: what stays on the devices, see `flat`; empty where the batch holds the images.
-      batch: {"ids": int32 [B]}, or what is returned.
+      arrays: what stays on the devices, see `flat`; empty if the batch holds the images.
+      batch: {"ids": int32 [B]}, or already what this returns.
 
     Returns:
       {"image": uint8 [B, H, W, C], "label": int32 [B]}.
@@ -42,7 +42,7 @@ def materialize(config, arrays: dict, batch: dict) -> dict:
 
 
 def abstract_inputs(config, num_examples: int, mesh: Mesh) -> tuple[dict, dict]:
-    """Shapes of `arrays` and of one batch, for a set of `num_examples` images."""
+    """Shapes, dtypes and shardings of `arrays` and a batch, for a set of `num_examples` images."""
     size = config.train.batch_size
     shape = (*config.data.image_size, config.data.channels)
 

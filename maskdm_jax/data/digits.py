@@ -1,7 +1,7 @@
 """The embedded data set: scikit-learn's 1,797 real 8x8 grey digits in 10 classes.
 
-Optical Recognition of Handwritten Digits, test part (UCI; Alpaydin & Kaynak 1998). It is written
-once as a TFDS ArrayRecord set, and from there on read like any other.
+Optical Recognition of Handwritten Digits, test part (UCI; Alpaydin & Kaynak 1998). Written once as
+a TFDS ArrayRecord set, then read like any other.
 """
 
 import io
@@ -20,7 +20,7 @@ def write_digits(data_dir: str | pathlib.Path) -> pathlib.Path:
     """Writes the set into `data_dir` and returns its folder.
 
     Raises:
-      ConfigError: without scikit-learn, with the command that installs it.
+      ConfigError: if scikit-learn is missing, with the command that installs it.
     """
     try:
         from sklearn.datasets import load_digits
@@ -29,7 +29,7 @@ def write_digits(data_dir: str | pathlib.Path) -> pathlib.Path:
             "data.name digits needs scikit-learn; type: pip install 'maskdm_jax[demo]'"
         ) from error
     digits = load_digits()
-    # 0 .. 16 in the source.
+    # The source's values are 0 to 16.
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     examples = (
         (_png(image), str(label), f"{i:04d}")

@@ -48,7 +48,7 @@ class Order:
         if permutation is None:
             generator = np.random.default_rng([self._seed, epoch])
             permutation = generator.permutation(self._num_examples)
-            # A few epochs stay, since prefetching threads run ahead.
+            # Keeps a few epochs, since prefetching threads run ahead.
             self._epochs = dict([*self._epochs.items()][-3:]) | {epoch: permutation}
         return permutation
 
@@ -56,9 +56,9 @@ class Order:
 class Loader:
     """Feeds the train step.
 
-    `arrays` is what stays on the devices (the whole set where `data.cache` is "device", else
-    nothing), and `batches(step)` yields what each step adds; `batch.materialize` makes images and
-    labels of both.
+    `arrays` is what stays on the devices: the whole set if `data.cache` is "device", else nothing.
+    `batches(step)` yields what each step adds. `batch.materialize` turns both into images and
+    labels.
     """
 
     def __init__(self, config, source: Source, mesh: Mesh):
@@ -77,7 +77,7 @@ class Loader:
             }
 
     def batches(self, step: int) -> Iterator[dict]:
-        """Batches from `step` on, each already on its way to the devices."""
+        """Batches of `step` and all later steps, each already on its way to the devices."""
         if self._config.data.cache == "none":
             local = self._decoded(step)
         else:
@@ -110,7 +110,7 @@ class Loader:
 
 
 class _ByStep:
-    """A random-access source for Grain, made of a length and a function of the index."""
+    """A random-access source for Grain, from a length and a function of the index."""
 
     def __init__(self, length, read):
         self._length = length
@@ -135,10 +135,10 @@ def _prefetched(source, first, num_threads, buffer_size, batch_size=None):
 
 
 def _open_cache(config, source) -> dict[str, np.ndarray]:
-    """The decoded set as memory maps, decoded first where no process has done so yet."""
+    """The decoded set as memory maps; decodes it first if no process has done so yet."""
     folder = source.folder / "decoded"
     stamp = (source.folder / "dataset_info.json").stat()
-    # A set that was prepared again has other bytes under the same name.
+    # A set that is prepared again has other bytes under the same name.
     key = hashlib.sha256(f"{stamp.st_mtime_ns} {stamp.st_size}".encode()).hexdigest()[:12]
     paths = {k: folder / f"{source.split}-{k}-{key}.npy" for k in ("image", "label")}
     if not _all_exist(paths):
@@ -168,7 +168,7 @@ def _explained(config, folder):
 
 def _decode_all(config, source, folder, paths):
     with _explained(config, folder):
-        for stale in folder.glob("*.npy"):  # of a set that was prepared again since
+        for stale in folder.glob("*.npy"):  # of an earlier preparation
             if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
                 stale.unlink()
     shape = (len(source), *config.data.image_size, config.data.channels)

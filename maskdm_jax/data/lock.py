@@ -1,4 +1,4 @@
-"""One process does the work that several find undone; the others wait for it."""
+"""A lock on a folder: one of several processes does the work, and the others wait for it."""
 
 import fcntl
 import pathlib
@@ -6,12 +6,12 @@ from typing import IO
 
 
 def hold(folder: str | pathlib.Path) -> IO:
-    """Waits for `folder`'s lock; closing what is returned, or dying, lets go of it.
+    """Waits for `folder`'s lock; closing the returned file, or the end of the process, releases it.
 
-    A file system that has no locks gives none: then each process does the work, to its own file.
+    On a file system without locks nothing is locked: each process does the work, in its own file.
 
     Raises:
-      OSError: where nothing can be written in `folder`.
+      OSError: if `folder` is not writable.
     """
     file = open(pathlib.Path(folder) / ".lock", "w")
     try:

@@ -2,10 +2,10 @@
 
     python -m maskdm_jax.data.prepare --images DIR --name celebahq --size 256
 
-Every image is cropped to its central square (or --size HxW shape), resized, and kept encoded in
-TFDS ArrayRecord format; a JPEG or PNG that has the right size already is kept byte for byte.
-A class is a sub-folder of DIR. Files that cannot be read are listed and skipped; more than 1 % of
-them is an error, and then nothing is written.
+Every image is cropped to its central square (or to the shape of --size HxW), resized, and stored
+encoded in TFDS ArrayRecord format; a JPEG or PNG of the right size is kept byte for byte. Each
+sub-folder of DIR is a class. Files that cannot be read are listed and skipped; if they are more
+than 1 %, that is an error, and nothing is written.
 """
 
 import argparse
@@ -43,19 +43,19 @@ def prepare(
 
     Args:
       images: the folder, searched with its sub-folders.
-      name: of the set: lower-case letters, digits and underscores.
+      name: the set's name: lower-case letters, digits and underscores.
       size: (height, width) in pixels.
-      data_dir: where TFDS sets live.
+      data_dir: the folder of TFDS sets.
       channels: 3 (RGB) or 1 (grey).
       encoding: "png" (lossless) or "jpeg", for images that have to be resized.
-      quality: of JPEG, 1 to 100.
+      quality: JPEG quality, 1 to 100.
       num_processes: default: one per core.
 
     Returns:
       The set's folder.
 
     Raises:
-      ConfigError: for a folder, a name or images that cannot be used.
+      ConfigError: if the folder, the name or the images cannot be used.
     """
     root, data_dir = (pathlib.Path(p).expanduser().absolute() for p in (images, data_dir))
     _check(root, name, data_dir, size)
@@ -64,7 +64,7 @@ def prepare(
         raise ConfigError(
             f"--images {images} holds no image files; expected some of {sorted(_SUFFIXES)}"
         )
-    # Classes where every image lies in a sub-folder; else the folder is one class.
+    # Sub-folders are classes if they hold every image; otherwise the folder is one class.
     loose = [p.name for p in files if p.parent == root]
     has_classes = not loose
     if loose and len(loose) < len(files):
@@ -92,7 +92,7 @@ def prepare(
         if len(unreadable) > len(files) * _MAX_UNREADABLE_SHARE:
             raise ConfigError(
                 f"--images {images}: {len(unreadable)} of {len(files)} files cannot be read, more "
-                "than 1 %; remove or mend those listed above, then run again"
+                "than 1 %; remove or repair those listed above, then run again"
             )
 
     folder = writer.write(
@@ -132,7 +132,7 @@ def _check(root, name, data_dir, size):
 
 
 def _find(root):
-    """Image files below `root`, links followed, hidden files and folders left out."""
+    """Image files below `root`; follows links, and skips hidden files and folders."""
     files, seen = [], set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -167,7 +167,7 @@ def _encode(job):
         else:
             image.save(out, "PNG")
         return out.getvalue(), None
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders raise errors of any type on a broken file
         reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", str(error))
         return None, f"{type(error).__name__}: {reason}"
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="as config.data.dir")
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--encoding", choices=("png", "jpeg"), default="png")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG")
+    parser.add_argument("--quality", type=int, default=95, help="JPEG quality")
     parser.add_argument("--num_processes", type=_positive, help="default: one per core")
     args = vars(parser.parse_args(argv))
     return command_line.exit_code(lambda: prepare(**args))

@@ -1,4 +1,4 @@
-"""Finding a data set: any TFDS set with images, read through `data_source`, with no TensorFlow."""
+"""Opens a data set: any TFDS set with images, read through `data_source`, without TensorFlow."""
 
 import dataclasses
 import pathlib
@@ -13,7 +13,7 @@ from maskdm_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set, by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}."""
+    """A data set by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}."""
 
     records: Any  # TFDS's random-access data source
     folder: pathlib.Path  # of the prepared set
@@ -32,8 +32,8 @@ def open_source(config) -> Source:
     """The set of `config.data`; the embedded digits are written on first use.
 
     Raises:
-      ConfigError: where the set is missing, has other images than the config says, or fewer
-        classes than the model.
+      ConfigError: if the set is missing, or its images or number of classes differ from the
+        config's.
     """
     data = config.data
     data_dir = pathlib.Path(data.dir).expanduser().absolute()
@@ -78,7 +78,7 @@ def _checked(config, builder):
         )
     if tuple(shape) != expected:
         raise ConfigError(
-            f"data.image_size and data.channels say {expected} (height, width, channels), but "
+            f"data.image_size and data.channels are {expected} (height, width, channels), but "
             f"{data.name} has images of {tuple(shape)}; type --config.data.image_size="
             f'"{tuple(shape[:2])}" --config.data.channels={shape[2]}, or prepare the set at '
             f"--size {_size(data.image_size)}"

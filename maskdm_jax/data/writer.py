@@ -1,6 +1,6 @@
-"""Writes encoded images as a TFDS data set in ArrayRecord format, with no TensorFlow.
+"""Writes encoded images as a TFDS data set in ArrayRecord format, without TensorFlow.
 
-The set appears under its own name only when it is whole: TFDS writes beside it and renames.
+The set appears under its name only once it is whole: TFDS writes a folder beside it and renames it.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ def write(
     """Writes split "train" of a new set.
 
     Args:
-      name: of the set, a lower-case identifier.
-      data_dir: where TFDS sets live.
-      examples: (encoded image, class name, id) each; encoded as JPEG or PNG, kept byte for byte.
+      name: the set's name, a lower-case identifier.
+      data_dir: the folder of TFDS sets.
+      examples: (encoded image, class name, id) of each; JPEG or PNG, kept byte for byte.
       image_shape: (height, width, channels) that every image decodes to.
       classes: all class names; their order gives the labels.
       description: one sentence on where the images come from, kept with the set.
@@ -44,7 +44,7 @@ def write(
         }
     )
 
-    # Registered by nothing but its folder: two sets of one process may share a name.
+    # Not in TFDS's registry, which allows a name only once per process.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version(globals()["VERSION"])
         pkg_dir_path = pathlib.Path(data_dir)  # TFDS looks here for a card; there is none
@@ -78,7 +78,7 @@ def exists(name: str, data_dir: str | pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def _quiet(tfds):
-    """Switches off TFDS's own progress bars and remarks: the caller shows progress."""
+    """Switches off TFDS's own progress bars and messages; the caller shows progress."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     tfds.disable_progress_bar()

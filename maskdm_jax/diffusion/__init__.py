@@ -1,4 +1,4 @@
-"""The mathematics of noise: processes, the loss, and samplers. Imports nothing else of ours."""
+"""Diffusion: noise processes, the loss and samplers. Imports no other part of maskdm_jax."""
 
 from maskdm_jax.diffusion import ddpm
 from maskdm_jax.diffusion.process import Process

@@ -1,8 +1,8 @@
 """DDPM: the discrete, variance-preserving process of Ho et al. 2020, and its noise schedules.
 
 signal = sqrt(abar_t), noise = sqrt(1 - abar_t), abar = cumprod(1 - beta), t = 0 .. T - 1 (equation
-4 there). v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022). Schedules are float64
-NumPy, made once; what runs on the device is float32.
+4 there). v = sqrt(abar_t) eps - sqrt(1 - abar_t) x_0 (Salimans & Ho 2022). Schedules are computed
+once in float64 NumPy; the device computes in float32.
 """
 
 import jax
@@ -14,7 +14,7 @@ from maskdm_jax.diffusion.process import Level, Process, to_device
 def make_process(diffusion, image_size: tuple[int, int]) -> Process:
     """The process of `config.diffusion`: its schedule, num_timesteps and prediction.
 
-    Times are t itself, int32; a "log_snr" ladder has real-valued ones, float64.
+    The network's time is t, int32; in a "log_snr" ladder it is real-valued, float64.
     """
     alphas_cumprod = make_alphas_cumprod(diffusion, image_size)
     signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
@@ -28,7 +28,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
         return jax.random.randint(key, (batch,), 0, num_timesteps)
 
     def at(t_B):
-        # The roots were taken in float64: near t = 0, 1 - abar_t has few digits in float32.
+        # Tables of the float64 square roots: near t = 0, 1 - abar_t has few digits in float32.
         return level(*(to_device(table)[t_B] for table in (signal, noise)), time=t_B)
 
     def ladder(steps, spacing):
@@ -49,7 +49,7 @@ def make_alphas_cumprod(diffusion, image_size: tuple[int, int]) -> np.ndarray:
 
 
 def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -> np.ndarray:
-    """The noise schedule's betas, float64 [T].
+    """The betas of a noise schedule, float64 [T].
 
     Args:
       schedule: "linear" (1e-4 .. 2e-2 at T = 1000, Ho et al. 2020), "cosine" (s = 0.008, Nichol &
@@ -58,10 +58,10 @@ def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -
         of 64 pixels (Hoogeboom et al. 2023, equation 5); size is the geometric mean of height and
         width.
       num_timesteps: T.
-      image_size: (height, width) in pixels; only "shifted_cosine" reads it.
+      image_size: (height, width) in pixels; only "shifted_cosine" uses it.
 
     Raises:
-      ValueError: for a schedule that does not exist.
+      ValueError: for an unknown schedule.
     """
     if schedule == "linear":
         # The range is defined at T = 1000; another T keeps the same total noise.
@@ -78,7 +78,7 @@ def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -
 
 
 def schedule_of(betas: np.ndarray, image_size: tuple[int, int]) -> str:
-    """The name of the noise schedule with these betas, to float32; "unknown" where none has."""
+    """The name of the schedule with these betas, to float32 precision, or "unknown"."""
     for schedule in ("linear", "cosine", "shifted_cosine"):
         if np.allclose(betas, make_betas(schedule, len(betas), image_size), rtol=1e-4, atol=1e-8):
             return schedule
@@ -86,10 +86,10 @@ def schedule_of(betas: np.ndarray, image_size: tuple[int, int]) -> str:
 
 
 def timesteps(num_timesteps: int, steps: int) -> np.ndarray:
-    """The official walk from noise to image: int32 [steps + 1], T - 1 first and -1 last."""
+    """The official code's timesteps, from T - 1 (noise) to -1 (image), int32 [steps + 1]."""
     return np.linspace(-1, num_timesteps - 1, steps + 1).astype(np.int32)[::-1]
 
 
 def _output(prediction, signal, noise):
-    """(p, q) of what the network outputs."""
+    """(p, q) of the network's output p x0 + q eps."""
     return {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v": (-noise, signal)}[prediction]

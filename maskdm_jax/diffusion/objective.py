@@ -1,6 +1,6 @@
 """The loss of both stages: denoising score matching on the given patches (arXiv 2306.11363, 3.1).
 
-With every patch given it is the ordinary diffusion loss.
+With all patches given, this is the ordinary diffusion loss.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def denoising_loss(
       process: the noise process.
       x0_BVP: clean patches in [-1, 1], [B, V, P].
       eps_BVP: unit normal noise [B, V, P].
-      t_B: what `process.draw` drew, [B].
+      t_B: draws of `process.draw`, [B].
       norm: "l2" (mean of squares) or "l1" (mean of absolute values).
     """
     level = process.at(t_B)

@@ -1,8 +1,8 @@
 """Samplers as tables of coefficients over one `lax.scan`: DDIM and ancestral DDPM.
 
-One step is x' = a sum of the columns of a table, each times x_t, the predicted x0, the predicted
-eps, or fresh noise. The predicted x0 is clipped to [-1, 1], and the last step returns it. eps is
-what the network predicted, as in the official sampler, not recomputed from the clipped x0.
+One step is a linear combination of x_t, the predicted x0, the predicted eps and fresh noise, whose
+coefficients are the columns of a table. The predicted x0 is clipped to [-1, 1], and the last step
+returns it. As in the official sampler, eps is not recomputed from the clipped x0.
 """
 
 from collections.abc import Callable
@@ -30,11 +30,11 @@ def walk(
     Args:
       predict: (scale x_t [B, ...], time_B) -> the network's output, of x_t's shape.
       x_T: unit normal noise [B, ...], float32.
-      draw_noise: (i) -> unit normal noise of x_T's shape for step i, a traced int32 from 0. Not
-        called where no step adds noise (DDIM with eta 0).
-      levels: a process's ladder.
+      draw_noise: i -> unit normal noise of x_T's shape for step i, a traced int32 from 0. Not
+        called if no step adds noise (DDIM with eta 0).
+      levels: the ladder of a process.
       sampler: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
-      eta: DDIM's noise level: 0 is deterministic, 1 has the variance of DDPM's posterior.
+      eta: DDIM's noise: 0 is deterministic, 1 gives the variance of DDPM's posterior.
 
     Returns:
       float32 images in [-1, 1] of x_T's shape.
@@ -42,7 +42,7 @@ def walk(
     table = ancestral(levels) if sampler == "ddpm" else ddim(levels, eta)
     adds_noise = bool(np.any(table["noise"] > 0))
     num_steps = len(levels.signal)
-    # The variance with which a process that preserves it ends: exactly 1 for DDPM's.
+    # sqrt(signal^2 + noise^2) at the first level: exactly 1 for DDPM, which preserves variance.
     x_T = x_T * np.float32(np.hypot(levels.signal[0], levels.noise[0]))
 
     def step(x_t, at):
@@ -67,8 +67,8 @@ def walk(
 
 
 def evaluations(sampler: str, steps: int) -> int:
-    """How often `sampler` evaluates the network for one image in `steps` steps."""
-    del sampler  # a table costs one evaluation a step
+    """The number of network evaluations of `sampler` for one image in `steps` steps."""
+    del sampler  # every table takes one evaluation per step
     return steps
 
 
@@ -79,7 +79,7 @@ def guided(predict_label, label_B: jax.Array, num_classes: int, guidance_scale: 
       predict_label: (x_t, time_B, label_B) -> the network's output.
       label_B: classes [B], int32.
       num_classes: the id that means "no class".
-      guidance_scale: 1 is the plain conditional model, and costs one evaluation instead of two.
+      guidance_scale: 1 is the plain conditional model, with one evaluation instead of two.
 
     Returns:
       (x_t, time_B) -> output, for `walk`.
@@ -99,7 +99,7 @@ def guided(predict_label, label_B: jax.Array, num_classes: int, guidance_scale: 
 def ddim(levels: Level, eta: float) -> dict[str, np.ndarray]:
     """x_s = signal_s x0 + sqrt(noise_s^2 - sigma^2) eps + sigma z (Song et al., equation 12)."""
     # float32 arithmetic, as in the official code: at eta 1 the first step's noise_s^2 - sigma^2
-    # nearly cancels, and what rounding leaves of it shows in the image at 1e-4.
+    # nearly cancels, and its rounding error changes the image by 1e-4.
     signal, noise, next_signal, next_noise = (x.astype(np.float32) for x in _steps(levels))
     sigma = np.float32(eta) * _posterior_std(signal, noise, next_signal, next_noise)
     return {
@@ -110,7 +110,7 @@ def ddim(levels: Level, eta: float) -> dict[str, np.ndarray]:
 
 
 def ancestral(levels: Level) -> dict[str, np.ndarray]:
-    """The posterior q(x_s | x_t, x0) (Ho et al., equations 6 and 7), of strides of any length."""
+    """The posterior q(x_s | x_t, x0) (Ho et al., equations 6 and 7), for strides of any length."""
     signal, noise, next_signal, next_noise = _steps(levels)
     alpha = (signal / next_signal) ** 2
     return {
@@ -121,7 +121,7 @@ def ancestral(levels: Level) -> dict[str, np.ndarray]:
 
 
 def _steps(levels):
-    """signal and noise of each step, and of where it leads; the last leads to the clean image."""
+    """signal and noise before and after each step; the last step ends at the clean image."""
     signal, noise = np.append(levels.signal, 1.0), np.append(levels.noise, 0.0)
     return signal[:-1], noise[:-1], signal[1:], noise[1:]
 

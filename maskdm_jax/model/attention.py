@@ -1,12 +1,12 @@
-"""The entry to attention: XLA's everywhere, and a fused kernel where there is one for the device.
+"""The choice of attention kernel: a fused one if the device has one, XLA's otherwise.
 
-On NVIDIA GPUs there are two kernels of ours, one for short sequences and one for Hopper's, and
-cuDNN's where neither fits; on TPUs it is JAX's splash kernel. Attention is 47 % of a U-ViT-B block
-at 4097 tokens and 8 % at 417, so the kernel decides the cost of stage 2.
+NVIDIA GPUs run one of two kernels in `kernels/`, for short sequences and for Hopper GPUs, or
+cuDNN's if neither fits; TPUs run JAX's splash kernel. Attention is 47 % of a U-ViT-B block at 4097
+tokens and 8 % at 417, so the kernel decides the cost of stage 2.
 
-A network plans its attention once, for all its blocks: which kernel, and how many tokens of padding
-it wants. Padding q, k and v in every block would cost a copy of each; the network instead carries
-the padding through all its blocks, where it is little.
+A network plans its attention once for all blocks: the kernel, and the tokens of padding it needs.
+Padding q, k and v in every block would cost a copy of each; if the padding is small, the network
+carries it through all its blocks instead.
 
 XLA cannot split a Pallas kernel over devices: on a mesh, each device runs it on its own images.
 """
@@ -23,20 +23,20 @@ from jax.sharding import Mesh
 from maskdm_jax import sharding
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "pallas", "hopper", "splash")
-# Kernels that read q, k and v as one matmul makes them, and write their gradients likewise.
+# Kernels that read q, k and v as one array, the output of one matmul, and write one gradient.
 _PACKED = ("pallas", "hopper")
 
-# JAX refuses odd lengths to cuDNN's backward pass.
+# JAX rejects odd lengths in cuDNN's backward pass.
 _CUDNN_MULTIPLE = 2
-# On an NVIDIA GPU, the kernel for short sequences takes fewer tokens than this.
+# NVIDIA GPUs: the kernel for short sequences runs below this many tokens.
 _LONG_FROM = 128
-# On a TPU, the splash kernel takes this many tokens and more, XLA's attention fewer. The latter
-# keeps K L^2 scores of 4 bytes an image and block: at 4097 tokens 5 times all else that a step of
-# U-ViT-B needs, at 417 as much as all else, at 257 (U-ViT-S) half (launch/compile_check.py with
-# model.attention xla and splash). Of shorter sequences the kernel's block is mostly padding.
+# TPUs: the splash kernel runs from this many tokens on, XLA's attention below. XLA's keeps K L^2
+# scores of 4 bytes per image and block: 5 times all other memory of a U-ViT-B step at 4097 tokens,
+# as much as all other memory at 417, half of it at 257 with U-ViT-S (launch/compile_check.py with
+# model.attention xla and splash). For shorter sequences the kernel's block is mostly padding.
 _SPLASH_MIN_LENGTH = 256
-# The compiler counts less traffic where 4097 tokens become 4224 in all blocks of the network, and
-# where 417 become 512 in the kernel alone. The rule lies between.
+# By the compiler's count of memory traffic, padding 4097 tokens to 4224 is cheaper in all blocks of
+# the network, and padding 417 to 512 in the kernel alone. The threshold is between the two.
 _CARRIED_PADDING = 1 / 16
 
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     Fields:
       kernel: "xla", "cudnn", "pallas" (kernels.short_attention), "hopper", or "splash".
       length: tokens of an image, with padding.
-      num_valid: tokens that are real; the padding's outputs are arbitrary but finite.
+      num_valid: tokens that are not padding; padding's outputs are arbitrary but finite.
       mesh: the devices that the batch is split over; None: this process's first device.
     """
 
@@ -57,26 +57,26 @@ class Plan(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether the kernel reads q, k and v side by side, as one matmul makes them."""
+        """Whether the kernel reads q, k and v as one array, the output of one matmul."""
         return self.kernel in _PACKED
 
 
 def plan(
     implementation: str, num_tokens: int, head_dim: int, dtype, mesh: Mesh | None = None
 ) -> Plan:
-    """What attends to `num_tokens` tokens on the devices of `mesh`.
+    """The plan for attention over `num_tokens` tokens on the devices of `mesh`.
 
     Args:
-      implementation: a kernel, see `Plan`, or "auto": the fused kernel for that many tokens where
-        device and dtype allow it, XLA otherwise. A kernel that is named where it cannot run is
-        replaced by XLA, with one warning.
+      implementation: a kernel, see `Plan`, or "auto": the fused kernel for that many tokens if
+        device and dtype allow it, XLA otherwise. A named kernel that cannot run is replaced by
+        XLA, with one warning.
       num_tokens: of an image.
       head_dim: channels of a head.
       dtype: of q, k and v.
-      mesh: None is this process's first device.
+      mesh: None for this process's first device.
 
     Raises:
-      ValueError: for an implementation that does not exist.
+      ValueError: for an unknown implementation.
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
@@ -124,10 +124,10 @@ def attend(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, plan: Plan) 
 
 
 def attend_packed(qkv_BLTKH: jax.Array, plan: Plan) -> jax.Array:
-    """`attend` of q, k and v that lie side by side, [B, L, 3, K, H].
+    """`attend` for q, k and v in one array, [B, L, 3, K, H].
 
     Raises:
-      ValueError: where the plan is not `packed`.
+      ValueError: if the plan is not `packed`.
     """
     if not plan.packed:
         raise ValueError(f"{plan.kernel} attention takes q, k and v apart; expected {_PACKED}")
@@ -141,7 +141,7 @@ def attend_packed(qkv_BLTKH: jax.Array, plan: Plan) -> jax.Array:
 
 
 def _kernels(name):
-    # Imported where they run: importing all of them takes longer than all else of the network.
+    # Imported on use: importing all kernels takes longer than everything else in the network.
     return importlib.import_module(f"maskdm_jax.model.kernels.{name}")
 
 
@@ -156,8 +156,8 @@ def _fastest(device, num_tokens, head_dim, dtype):
 
 
 def _padding(kernel, num_tokens):
-    """Tokens to add so that `attend` need not copy its arguments to pad them; 0 where so many
-    would cost the rest of the network more than those copies."""
+    """Tokens of padding for the whole network, which spare `attend` copies to pad its arguments; 0
+    if that many would cost the rest of the network more than those copies."""
     if kernel == "cudnn":
         return -num_tokens % _CUDNN_MULTIPLE
     if kernel == "splash":
@@ -167,7 +167,7 @@ def _padding(kernel, num_tokens):
 
 
 def _misses(device, kernel, num_tokens, head_dim, dtype) -> str:
-    """Why the kernel cannot run; "" where it can."""
+    """Why the kernel cannot run; "" if it can."""
     if kernel == "xla":
         return ""
     if kernel == "splash":
@@ -178,13 +178,13 @@ def _misses(device, kernel, num_tokens, head_dim, dtype) -> str:
         return f"model.dtype is {dtype.name}, not bfloat16"
     if kernel == "cudnn":
         if head_dim > 128 or head_dim % 8:
-            return f"heads of {head_dim} channels are not a multiple of 8 up to 128"
+            return f"{head_dim} channels per head are not a multiple of 8 up to 128"
         return ""
     if kernel == "hopper" and getattr(device, "compute_capability", None) != "9.0":
         return f"the device is {device.device_kind}, not a Hopper GPU"
     module = "hopper_attention" if kernel == "hopper" else "short_attention"
     if not _kernels(module).supports(num_tokens, head_dim, dtype):
-        return f"{num_tokens} tokens, heads of {head_dim} channels or {dtype.name} do not fit it"
+        return f"it does not take {num_tokens} tokens, {head_dim} channels per head, {dtype.name}"
     return ""
 
 

@@ -1,8 +1,8 @@
-"""The parts of a block that memory traffic bounds, written so that XLA moves little for them.
+"""The memory-bound parts of a block, with hand-written gradients that move less data than XLA's.
 
-Differentiated as they stand, XLA keeps two intermediates of GELU at four times the width, and reads
-every token again to sum the gradients of LayerNorm's scale and bias. benchmarks/RESULTS.md has what
-these rules save.
+With automatic gradients, XLA keeps two intermediates of GELU at four times the width, and reads
+every token again to sum the gradients of LayerNorm's scale and bias. benchmarks/RESULTS.md has the
+savings.
 """
 
 import functools
@@ -21,12 +21,12 @@ _EPSILON = 1e-5
 def normalize(x: jax.Array) -> jax.Array:
     """(x - mean) / sqrt(var + 1e-5) over the last axis: LayerNorm before scale and bias.
 
-    Scale and bias belong to the matmul that follows (see `uvit.Block`). Their gradients then come
-    from the weights' gradients, and no pass over the tokens is needed for them.
+    Scale and bias belong to the matmul that follows (see `uvit.Block`). Their gradients then follow
+    from the weights' gradients, without a pass over the tokens.
 
     Args:
-      x: [..., D], any float dtype; statistics are float32, by the two-pass formula: the one-pass
-        one loses digits on large means.
+      x: [..., D], any float dtype. Statistics are float32, by the two-pass formula: the one-pass
+        formula loses digits on large means.
 
     Returns:
       [..., D] of x's dtype.
@@ -46,8 +46,8 @@ def _normalize_forward(x):
 
 
 def _normalize_backward(x, dnormed):
-    # The barrier keeps XLA from sharing the statistics with the forward pass: recomputed, they
-    # cost nothing, since x is read anyway; shared, they cost the forward pass its one kernel.
+    # The barrier keeps XLA from sharing the statistics with the forward pass. Recomputing them is
+    # free, since x is read anyway; sharing them would split the forward pass's one kernel.
     normed, rstd = _normed_and_rstd(jax.lax.optimization_barrier(x))
     dnormed = dnormed.astype(jnp.float32)
     projected = normed * jnp.mean(dnormed * normed, -1, keepdims=True)
@@ -61,10 +61,10 @@ normalize.defvjp(_normalize_forward, _normalize_backward)
 def add_normalize(
     x_MD: jax.Array, y_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """x + y + bias, and `normalize` of it.
+    """(x + y + bias, its `normalize`).
 
     Args:
-      x_MD, y_MD: [M, D], of one float dtype.
+      x_MD, y_MD: [M, D], both of the same float dtype.
       bias_D: float32 [D].
       mesh: the devices that the rows are split over; None: this process's first device.
 
@@ -105,7 +105,7 @@ _add_normalize.defvjp(_add_normalize_forward, _add_normalize_backward)
 
 @jax.custom_vjp
 def add_to_first(x_MN: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """x with the bias added to its first D channels. Its gradient is summed over those only."""
+    """x with the bias added to its first D channels; the bias's gradient sums over those only."""
     return x_MN + jnp.pad(bias_D, (0, x_MN.shape[1] - bias_D.shape[0]))
 
 
@@ -117,7 +117,7 @@ add_to_first.defvjp(lambda x, bias: (add_to_first(x, bias), bias), _add_to_first
 
 
 def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """y Phi(y) of y = x + bias, exact (Hendrycks & Gimpel 2016), computed in float32.
+    """Exact GELU (Hendrycks & Gimpel 2016), y Phi(y) with y = x + bias, computed in float32.
 
     Args:
       x_MD: [M, D], any float dtype.
@@ -144,11 +144,11 @@ def _bias_gelu_forward(x, bias):
 
 
 def _bias_gelu_backward(kept, dout):
-    # The barrier keeps XLA from sharing erf with the forward pass, which would store it.
+    # The barrier keeps XLA from storing the forward pass's erf to use it here.
     x, bias = jax.lax.optimization_barrier(kept)
     y = x.astype(jnp.float32) + bias
     pdf = jnp.exp(-0.5 * jnp.square(y)) * (2 * jnp.pi) ** -0.5
-    # Rounded before the product: XLA then sums and stores dx in one pass.
+    # Rounding before the product lets XLA sum and store dx in one pass.
     dx = (_cdf(y) + y * pdf).astype(x.dtype) * dout
     return dx, jnp.sum(dx, tuple(range(x.ndim - 1)), dtype=jnp.float32)
 
@@ -161,9 +161,9 @@ _bias_gelu.defvjp(_bias_gelu_forward, _bias_gelu_backward)
 
 
 def _kernel(name, x_MD, mesh):
-    """That module of model.kernels, where the devices and the array suit it, else None.
+    """The module `name` of model.kernels if it supports the devices and the array, else None.
 
-    Imported only then: Pallas is slow to import.
+    It is imported only then, because importing Pallas is slow.
     """
     if sharding.unfit_for_gpu_kernels(sharding.first_device(mesh)):
         return None

@@ -1,8 +1,8 @@
 """Which patches are visible: patch, block and crop masks (section 3 of arXiv 2306.11363).
 
-Hidden patches are dropped, not zeroed, so a mask is the ids of the patches that stay. How many stay
-is a Python int of the config: a training stage compiles once. Ids are drawn on the device, a fresh
-draw per image and step.
+Hidden patches are dropped, not zeroed, so a mask is the ids of the patches that stay. Their number
+is a Python int fixed by the config, so a training stage compiles once. Ids are drawn on the device,
+afresh for each image and step.
 """
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 
 def num_visible(mask, grid: tuple[int, int]) -> int:
-    """Number V of visible patches of an image, counted as the official implementation counts.
+    """The number V of visible patches of an image, as in the official implementation.
 
     Args:
       mask: `config.mask`: kind ("none", "patch", "block", "crop"), ratio, block_size, crop_size.
@@ -40,7 +40,7 @@ def draw_visible_ids(key: jax.Array, batch: int, mask, grid: tuple[int, int]) ->
       grid: patches (down, across).
 
     Returns:
-      int32 [B, V], each row ascending (row-major patch order) and without repeats; None where the
+      int32 [B, V], each row ascending (row-major patch order) and without repeats; None if the
       kind is "none".
     """
     if mask.kind == "none":
@@ -50,7 +50,7 @@ def draw_visible_ids(key: jax.Array, batch: int, mask, grid: tuple[int, int]) ->
     block = mask.block_size if mask.kind == "block" else 1
     rows, cols = grid[0] // block, grid[1] // block
     keep = num_visible(mask, grid) // block**2
-    # A random order of the blocks, of which the first `keep` are visible: the count is exact.
+    # A random permutation of the blocks; the first `keep` are visible, so the count is exact.
     order = jnp.argsort(jax.random.uniform(key, (batch, rows * cols)), axis=-1)
     ids = order[:, :keep].astype(jnp.int32)
     if block > 1:

@@ -1,8 +1,8 @@
-"""The only gate between pixels and tokens, for rectangular grids too.
+"""The conversion between pixels and tokens, also for rectangular images; no other code does it.
 
 A patch is `patch_size` x `patch_size` pixels. Its P = patch_size * patch_size * C values are in
 (row, column, channel) order, and patches are in row-major order, as in the official model's output.
-Pixels 0 .. 255 are -1 .. 1 as tokens.
+Pixels 0 .. 255 map to -1 .. 1 in tokens.
 """
 
 import einops
@@ -13,7 +13,7 @@ from maskdm_jax.model.sizes import grid_shape
 
 
 def patch_dim(patch_size: int, channels: int) -> int:
-    """P, the number of values of one patch."""
+    """P, the number of values in a patch."""
     return patch_size**2 * channels
 
 
@@ -22,22 +22,22 @@ def cut(image_BHWC: jax.Array, patch_size: int, visible_BV: jax.Array | None = N
 
     Args:
       image_BHWC: uint8 [B, H, W, C]; H and W are multiples of patch_size.
-      patch_size: pixels.
-      visible_BV: ids of the patches to keep, [B, V]; None for all N, in order.
+      patch_size: side of a patch in pixels.
+      visible_BV: ids of the patches to keep, int32 [B, V]; None for all N, in order.
     """
-    # Gathered as uint8 and scaled after: the hidden patches are never converted.
+    # Gather uint8 first, then scale: hidden patches are never converted.
     x_BVP = gather(patchify(image_BHWC, patch_size), visible_BV)
     return x_BVP.astype(jnp.float32) / 127.5 - 1
 
 
 def join(x_BNP: jax.Array, patch_size: int, image_size: tuple[int, int]) -> jax.Array:
-    """Tokens as pixels: uint8 images [B, H, W, C] of all N patches, rounded and clipped."""
+    """Tokens as pixels: all N patches to uint8 images [B, H, W, C], rounded and clipped."""
     image_BHWC = unpatchify(x_BNP, patch_size, image_size)
     return jnp.clip(jnp.rint((image_BHWC + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def gather(x_BNP: jax.Array, visible_BV: jax.Array | None) -> jax.Array:
-    """The visible patches [B, V, P] of [B, N, P]; all of them where `visible_BV` is None."""
+    """The visible patches [B, V, P] of [B, N, P]; all of them if `visible_BV` is None."""
     if visible_BV is None:
         return x_BNP
     return jnp.take_along_axis(x_BNP, visible_BV[:, :, None], axis=1)

@@ -1,4 +1,4 @@
-"""The sizes of the network and of its patch grid: plain numbers, known without JAX."""
+"""The sizes of the network and of its patch grid: plain numbers, without importing JAX."""
 
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ class Dimensions(NamedTuple):
     num_heads: int
 
 
-# An even number of blocks builds one more: n/2 + 1 + n/2.
+# An even depth n builds n + 1 blocks: n/2 + 1 + n/2.
 SIZES = {
     "S": Dimensions(512, 13, 8),
     "B": Dimensions(768, 13, 12),

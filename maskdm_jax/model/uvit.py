@@ -1,8 +1,8 @@
 """The U-ViT (Bao et al. 2022) as the official masked diffusion implementation builds it.
 
 Tokens are [class, time, patches] or [time, patches], plus a learned position table over all of
-them. Hidden patches never reach the network: `visible_BV` names the patches that are given, and
-selects their position rows. `init_params` and `apply` are all that the rest of the code sees.
+them. Hidden patches never reach the network: `visible_BV` holds the ids of the given patches and
+selects their position rows. Other code uses only `make_model`, `init_params` and `apply`.
 """
 
 import functools
@@ -41,7 +41,7 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
 
 
 def init_params(model: "UViT", key: jax.Array) -> dict:
-    """Fresh float32 parameters. No shape depends on the mask, so both stages share them."""
+    """Random float32 parameters. No shape depends on the mask, so both stages share them."""
     x_BNP = jnp.zeros((1, model.num_patches, model.patch_dim))
     t_B = jnp.zeros((1,), jnp.int32)
     label_B = jnp.zeros((1,), jnp.int32) if model.num_classes else None
@@ -65,12 +65,12 @@ def apply(
       params: from `init_params`.
       x_BVP: noisy patches [B, V, P], float32.
       t_B: times [B], int32 or float32; DDPM's are 0 .. T - 1.
-      visible_BV: ids of those patches [B, V], int32; None where all N are given in order.
+      visible_BV: ids of those patches [B, V], int32; None if all N are given in order.
       label_B: classes [B], int32; `num_classes` means "no class". None for an unconditional model.
-      dropout_key: training with dropout; None switches dropout off.
+      dropout_key: the key for dropout in training; None switches dropout off.
 
     Returns:
-      float32 [B, V, P].
+      The network's output, float32 [B, V, P].
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     return model.apply(
@@ -79,7 +79,7 @@ def apply(
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
-    """Sinusoids of the timestep, cosines first, float32 [B, width] (Ho et al. 2020)."""
+    """Sinusoids of the timesteps [B], cosines first, float32 [B, width] (Ho et al. 2020)."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = t_B[:, None].astype(jnp.float32) * frequencies
@@ -88,7 +88,7 @@ def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10000.0) 
 
 
 class UViT(nn.Module):
-    """See the module's docstring; the fields are those of `config.model`, resolved."""
+    """The network; its fields are those of `config.model`, with dimensions resolved."""
 
     num_patches: int
     patch_dim: int
@@ -107,7 +107,7 @@ class UViT(nn.Module):
 
     @property
     def num_extra_tokens(self) -> int:
-        """Tokens before the patches: time, and class where there are classes."""
+        """Tokens before the patches: the time, and the class if the model has classes."""
         return 2 if self.num_classes else 1
 
     @property
@@ -121,8 +121,8 @@ class UViT(nn.Module):
         num_tokens, head_dim = x_BLD.shape[1], self.width // self.num_heads
         plan = attention.plan(self.attention, num_tokens, head_dim, self.dtype, self.mesh)
         x_BLD = jnp.pad(x_BLD, ((0, 0), (0, plan.length - num_tokens), (0, 0)))
-        # Blocks see one long list of M = B * L tokens: given [B, L, D], XLA may lay tokens out
-        # batch-last, and pay for it with transposes in every block.
+        # Blocks take one list of M = B * L tokens: given [B, L, D], XLA may choose a batch-last
+        # layout, which costs transposes in every block.
         x_MD = x_BLD.reshape(-1, self.width)
         make_block = functools.partial(
             nn.remat(Block, static_argnums=(3,)) if self.remat == "blocks" else Block,
@@ -148,8 +148,8 @@ class UViT(nn.Module):
         return out_BVP.astype(jnp.float32) + bias
 
     def _embed(self, x_BVP, t_B, visible_BV, label_B):
-        # A convolution of stride p is a matmul over patches; its init is the framework's default,
-        # uniform in 1 / sqrt(fan_in), for the bias too.
+        # A convolution of stride p is a matmul over patches. Its weights and bias have PyTorch's
+        # default init, uniform within 1 / sqrt(fan_in).
         bound = self.patch_dim**-0.5
         x_BVD = nn.Dense(
             self.width,
@@ -164,7 +164,7 @@ class UViT(nn.Module):
             time_BD = self._dense(self.width, "time_mlp_out")(nn.silu(time_BD))
         extra = [time_BD]
         if self.num_classes:
-            # The last row stands for "no class": what classifier-free guidance needs.
+            # The last row is "no class", for classifier-free guidance.
             table = nn.Embed(
                 self.num_classes + 1, self.width, embedding_init=_kernel_init, name="class_embed"
             )
@@ -173,7 +173,7 @@ class UViT(nn.Module):
             "position", _kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
         )
         extra_BED = jnp.stack(extra, axis=1) + position_LD[: self.num_extra_tokens]
-        # Gathered in float32, so that their gradient, a sum over images, is summed in float32.
+        # Gathered in float32, because their gradient, a sum over images, takes the same dtype.
         rows = position_LD[self.num_extra_tokens :]
         rows = rows if visible_BV is None else rows[visible_BV]
         x_BVD += rows.astype(self.dtype)
@@ -188,15 +188,15 @@ class Block(nn.Module):
 
         x += proj(attention(LN(x)));  x += mlp_out(GELU(mlp_in(LN(x))))
 
-    Three products are rearranged, to the same result with less memory traffic:
+    Three products are rearranged, for the same result with less memory traffic:
 
-    - A LayerNorm's scale and shift are `folded` into the matmul that follows, so that they cost
-      nothing per token. The shift reaches q and v as biases. It would shift all keys of a head
-      alike, which moves no softmax, so k needs none. v's passes through attention unchanged, since
-      the weights of a softmax sum to 1, and joins the bias of `proj`.
-    - q, k and v are one matmul where the attention kernel reads them side by side; elsewhere they
-      are three, on parts of one kernel, since the result of one would have to be cut up.
-    - [x, skip] W = x W_1 + skip W_2: the two are never laid side by side.
+    - A LayerNorm's scale and shift are `folded` into the matmul that follows, and cost nothing per
+      token. The shift reaches q and v as biases. k needs none: a shift of all keys of a head adds
+      the same to all scores of a query, which leaves the softmax unchanged. v's bias passes through
+      attention unchanged, since softmax weights sum to 1, and joins the bias of `proj`.
+    - q, k and v are one matmul if the attention kernel reads them as one array; otherwise they are
+      three, with parts of one kernel, because splitting the result of one would cost copies.
+    - [x, skip] W = x W_1 + skip W_2: x and skip are never concatenated.
     """
 
     num_heads: int
@@ -226,14 +226,14 @@ class Block(nn.Module):
         qkv = Linear(width, 3 * width, use_bias=False, name="qkv")()
         kernel, bias = folded(norm, qkv, dtype)
         q_bias, _, v_bias = jnp.split(bias, 3)
-        if self.qkv_bias:  # on q and v only, as the official code has it
+        if self.qkv_bias:  # on q and v only, as in the official code
             q_bias += self.param("q_bias", nn.initializers.zeros, (width,))
             v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
         out_BLKH = self._attend(normed_MD, kernel, q_bias.astype(dtype))
         kernel, bias = Linear(width, width, name="proj")()
         bias += _dot(v_bias, kernel)
         out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype)
-        if self.dropout:  # which falls on the bias too, so it cannot be added later
+        if self.dropout:  # dropout applies to the bias too, so add it first
             out_MD = drop(out_MD + bias.astype(dtype))
             bias = jnp.zeros_like(bias)
         x_MD, normed_MD = layers.add_normalize(x_MD, out_MD, bias, mesh)
@@ -259,12 +259,12 @@ class Block(nn.Module):
 
 
 def folded(norm, linear, dtype) -> tuple[jax.Array, jax.Array]:
-    """The kernel and bias with which LN(x) W + b = normalize(x) @ kernel + bias.
+    """(kernel [D, F], bias [F]) such that LN(x) W + b = normalize(x) @ kernel + bias.
 
     Args:
       norm: (scale, shift) of a LayerNorm, float32 [D] each.
       linear: (W [D, F],) or (W, b [F]), float32.
-      dtype: of the kernel that is returned; the bias is float32.
+      dtype: of the returned kernel; the returned bias is float32.
     """
     (scale, shift), (kernel, *bias) = norm, linear
     return (scale[:, None] * kernel).astype(dtype), sum(bias) + _dot(shift, kernel)
@@ -297,7 +297,7 @@ class Affine(nn.Module):
 
 
 def _dot(x, kernel):
-    # A vector: exact float32 costs nothing, and GPUs and TPUs would round it otherwise.
+    # Exact float32 costs nothing for a vector; by default GPUs and TPUs would round the factors.
     return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 

@@ -18,13 +18,13 @@ def run(
     example: str,
     unexpected: int = UNEXPECTED,
 ) -> None:
-    """Parses the absl flags, among them a `--config`, runs `main`, and exits.
+    """Parses the absl flags, which include `--config`, runs `main`, and exits.
 
     Args:
       main: what to run, given the positional arguments; returns the exit code, None for 0.
       required: flags that must be given.
-      example: a command that has them.
-      unexpected: the exit code of an error that nobody expected.
+      example: a command that gives them, for the error message.
+      unexpected: the exit code of an unexpected error.
     """
     # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
     # raised anyway.
@@ -36,7 +36,7 @@ def run(
 
 
 def exit_code(work: Callable[[], object]) -> int:
-    """Runs `work` and returns the program's exit code; an expected error is one sentence."""
+    """Runs `work` and returns the program's exit code; prints an expected error as one sentence."""
     try:
         work()
     except (ConfigError, RunError, KeyboardInterrupt) as error:
@@ -60,7 +60,7 @@ def _parse(argv, required, example):
     try:
         left = flags.FLAGS(argv)
         if flags.FLAGS.config is not None:
-            flags.FLAGS.config["seed"]  # loads the file, or raises what kept it from loading
+            flags.FLAGS.config["seed"]  # loads the file, or raises its error
     except (flags.Error, TypeError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     except (OSError, SyntaxError, ImportError) as error:

@@ -1,7 +1,7 @@
-"""Several processes: how a run starts on them, and what they must see alike.
+"""Several processes: starting a run on them, and what they must agree on.
 
-Every process runs the same program on its own devices; process 0 alone writes what people read.
-JAX's coordination service, which process 0 hosts, notices one that died and ends the others.
+Every process runs the same program on its own devices; only process 0 writes what people read.
+JAX's coordination service, which process 0 hosts, notices a dead process and ends the others.
 """
 
 import contextlib
@@ -24,9 +24,9 @@ from maskdm_jax.errors import ConfigError, StartError
 from maskdm_jax.run import command_line, progress
 
 _START_S = 300  # the slowest host of a cluster has this long to come up
-_HEARTBEAT_S = 60  # a process that is silent for so long is dead, and the others are ended
-_SHUTDOWN_S = 60  # the first to finish waits so long for the last
-_SHARED_S = 60  # network file systems show others' new files after their caches' time
+_HEARTBEAT_S = 60  # a process that is silent for this long counts as dead, and the others end
+_SHUTDOWN_S = 60  # the first process to finish waits this long for the last
+_SHARED_S = 60  # network file systems show other hosts' new files only after a delay
 _LINGER_S = 5  # see `errors_end_all_processes`
 
 
@@ -35,17 +35,17 @@ def start(
 ) -> None:
     """Joins the processes of one run; call it before JAX touches a device.
 
-    With all three arguments it does what they say. With none it asks Slurm, Open MPI or the TPU
-    pod, and does nothing where there is one process.
+    With no argument, the processes come from Slurm, Open MPI or the TPU pod; a single process
+    starts nothing.
 
     Args:
       coordinator: host:port of process 0, as the others reach it.
-      num_processes: of the run, over all hosts.
-      process_id: of this one, 0 to num_processes - 1.
+      num_processes: the number of processes, over all hosts.
+      process_id: the index of this process, 0 to num_processes - 1.
 
     Raises:
-      ConfigError: for arguments that are half given or cannot be.
-      StartError: where the processes cannot start.
+      ConfigError: if only some arguments are given, or one is out of range.
+      StartError: if the processes cannot start.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     if any(value is not None for value in given.values()):
@@ -54,7 +54,7 @@ def start(
             return
         if process_id == 0:
             _check_port(coordinator)
-        # Told explicitly, JAX shall not ask the cluster which devices are this process's.
+        # With explicit arguments, do not let JAX query the cluster for this process's devices.
         where = f"the coordinator {coordinator}"
         arguments = dict(
             coordinator_address=coordinator,
@@ -63,7 +63,7 @@ def start(
             cluster_detection_method="deactivate",
         )
     else:
-        where = "the coordinator that the cluster names"
+        where = "the cluster's coordinator"
         arguments = _detect()
         if arguments is None:
             return
@@ -73,7 +73,7 @@ def start(
 
 
 def agreed(numbers: list[int]) -> list[int]:
-    """Process 0's list, on every process: what it saw in a folder, say, is what all go by."""
+    """Process 0's list, on every process: all act on the folder, say, as process 0 sees it."""
     if jax.process_count() == 1:
         return numbers
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(numbers))))
@@ -82,7 +82,7 @@ def agreed(numbers: list[int]) -> list[int]:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Raises ConfigError where `folder` is not one and the same for every process."""
+    """Raises ConfigError unless every process sees the same `folder`."""
     if not several():
         return
     (token,) = agreed([time.time_ns() % 2**31])
@@ -109,13 +109,13 @@ def is_main() -> bool:
 
 
 def several() -> bool:
-    """Whether other processes run beside this one."""
+    """Whether the run has several processes."""
     return jax.distributed.is_initialized()
 
 
 @contextlib.contextmanager
 def errors_end_all_processes() -> Iterator[None]:
-    """Reports an error of the block and ends this process at once, where others run beside it.
+    """With several processes, reports an error of the block and ends this process at once.
 
     An ordinary exit would wait for the others, which wait for this one in a collective.
     """
@@ -125,8 +125,8 @@ def errors_end_all_processes() -> Iterator[None]:
         if not several():
             raise
         status = command_line.report(error)
-        # The other processes abort when process 0, their coordinator, is gone. Where the same
-        # error struck all of them, this leaves each the time to report it first.
+        # The other processes abort once process 0, their coordinator, is gone. This leaves them
+        # time to report their own error first, which may be the same.
         if is_main():
             time.sleep(_LINGER_S)
         sys.stdout.flush()
@@ -139,7 +139,7 @@ def _check(given):
     example = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not given; several processes that are started by hand need "
+            f"{' and '.join(missing)} not given; several processes started by hand need "
             f"all of {example}; one host, Slurm and TPU pods need none"
         )
     if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
@@ -157,24 +157,24 @@ def _check(given):
 
 
 def _check_port(coordinator):
-    """StartError where process 0 cannot listen there; JAX would end with a segmentation fault."""
+    """StartError if process 0 cannot listen on the port; JAX would end in a segmentation fault."""
     port = int(coordinator.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
     except (OSError, OverflowError) as error:
         raise StartError(
             f"--coordinator is {coordinator!r}, and port {port} cannot be opened here: {error}; "
-            "type one that is free, in every process"
+            "type a free port, the same in every process"
         ) from error
 
 
 def _initialize(arguments, where):
-    # JAX aborts with a stack trace where it waits in vain; this says it in one sentence before.
-    # Hosts that came up late may well find each other the next time.
+    # After its own timeout JAX aborts with a stack trace; this reports one sentence before that.
+    # The exit code permits a restart: hosts that came up late may find each other the next time.
     def give_up():
         print(
-            f"error: {where} did not bring all processes together within {_START_S} s; start every "
-            "one of them, with the same --coordinator, an open port and --process_id from 0 on",
+            f"error: {where} did not bring all processes together within {_START_S} s; start all "
+            "of them with the same --coordinator, an open port and --process_id counting from 0",
             file=sys.stderr,
             flush=True,
         )
@@ -200,7 +200,7 @@ def _initialize(arguments, where):
 
 
 def _detect():
-    """What to tell `jax.distributed.initialize` on this cluster; None for a single process."""
+    """Arguments of `jax.distributed.initialize` on this cluster; None for a single process."""
     env = os.environ
     if "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return _slurm_devices(env)
@@ -210,8 +210,8 @@ def _detect():
 
 
 def _slurm_devices(env):
-    """JAX gives each task the one GPU that has the task's number on its node. That holds where
-    tasks share a node and see all its GPUs; else a task owns all that it sees."""
+    """JAX gives each task the one GPU with the task's index on its node. That is right if tasks
+    share a node and see all its GPUs; otherwise a task owns every GPU that it sees."""
     alone = env.get("SLURM_STEP_NUM_NODES") == env["SLURM_NTASKS"]
     sees_one = re.fullmatch(r"[^,]+", env.get("CUDA_VISIBLE_DEVICES", ""))
     return {"local_device_ids": []} if alone or sees_one else {}
@@ -222,7 +222,7 @@ def _num_tpu_hosts(env):
         return 1
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")  # GKE
     slices = env.get("MEGASCALE_NUM_SLICES")
-    # JAX sets TPU_SKIP_MDS_QUERY where the machine has no TPU.
+    # JAX sets TPU_SKIP_MDS_QUERY if the machine has no TPU.
     if not hosts and "TPU_SKIP_MDS_QUERY" not in env and importlib.util.find_spec("libtpu"):
         hosts = _metadata(env, "worker-network-endpoints")
         found = re.search(r"MEGASCALE_NUM_SLICES: *'?(\d+)", _metadata(env, "tpu-env"))
@@ -231,7 +231,7 @@ def _num_tpu_hosts(env):
 
 
 def _metadata(env, key):
-    """What Google's metadata server tells a TPU VM of itself; "" elsewhere."""
+    """An attribute of this TPU VM, from Google's metadata server; "" elsewhere."""
     server = env.get("GCE_METADATA_IP", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{server}/computeMetadata/v1/instance/attributes/{key}",

@@ -1,4 +1,4 @@
-"""What stops a run that began well: numbers that stay bad, and a disk that is full."""
+"""Faults that stop a run under way: numbers that stay bad, and a full disk."""
 
 import contextlib
 import errno
@@ -18,9 +18,9 @@ class SkipCounter:
     def __init__(self, max_in_a_row: int, checkpoints, total: int = 0):
         """
         Args:
-          max_in_a_row: so many stop the run.
-          checkpoints: the run's; the error says where the newest is.
-          total: how many the run has skipped so far.
+          max_in_a_row: the number of skipped updates in a row that stops the run.
+          checkpoints: the run's; the error names the newest.
+          total: updates that the run has skipped so far.
         """
         self._max_in_a_row = max_in_a_row
         self._checkpoints = checkpoints
@@ -28,7 +28,7 @@ class SkipCounter:
         self.total = total
 
     def count(self, step: int, skipped: bool) -> None:
-        """Notes the update that completed `step`; RunError after too many skipped in a row."""
+        """Counts the update that completed `step`; RunError after too many skips in a row."""
         if not skipped:
             self._in_a_row = 0
             return
@@ -40,15 +40,15 @@ class SkipCounter:
                 f"loss or gradients were not finite from step {first} to {step}, "
                 f"{self._in_a_row} in a row (train.max_skipped_steps); none was applied, so the "
                 f"newest checkpoint is good: {self._checkpoints.newest()}; the same command would "
-                "meet the same numbers: type a lower --config.optim.lr_peak, "
+                "fail again: type a lower --config.optim.lr_peak, "
                 "--config.optim.clip_norm=1 or --config.model.dtype=float32"
             )
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether an exception says that there was no room to write.
+    """Whether an exception means that there was no room to write.
 
-    TensorStore raises ValueError and names the system's error in the text.
+    TensorStore raises ValueError, with the system's error in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
@@ -57,7 +57,7 @@ def disk_is_full(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def explain_full_disk(what: str, where: str | pathlib.Path, remedy: str) -> Iterator[None]:
-    """Raises RunError, with these words, where the code inside finds the disk full."""
+    """Raises RunError, in these words, if the block finds the disk full."""
     try:
         yield
     except (OSError, ValueError) as error:

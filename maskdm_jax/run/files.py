@@ -1,4 +1,4 @@
-"""Files that are whole or absent: what a reader finds under a name was written to its end."""
+"""Writes files that are whole or absent: a reader never finds half of one."""
 
 import contextlib
 import os
@@ -9,9 +9,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a name to write to, which becomes `path` where the block ends without an error.
+    """Yields a temporary path, which is renamed to `path` if the block ends without an error.
 
-    The name is this process's own, also among hosts that share the folder, and starts with a dot.
+    Its name starts with a dot and is unique to this process, even among hosts that share the
+    folder.
     """
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
@@ -20,6 +21,6 @@ def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
-    """Writes a file whole."""
+    """Writes a text file that is whole or absent."""
     with whole(path) as unfinished:
         unfinished.write_text(text)

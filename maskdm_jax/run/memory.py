@@ -8,14 +8,14 @@ import jax
 
 from maskdm_jax.errors import ConfigError
 
-# Of a GPU's memory, what JAX takes at its start; the rest is for cuDNN's and NCCL's workspaces.
+# The share of a GPU's memory that JAX takes at start; cuDNN and NCCL need the rest as workspace.
 GPU_MEMORY_FRACTION = "0.92"
 
 
 def set_gpu_memory_fraction() -> None:
-    """Lets JAX take `GPU_MEMORY_FRACTION`, unless the environment says otherwise.
+    """Lets JAX take `GPU_MEMORY_FRACTION`, unless the environment sets another fraction.
 
-    Call it before JAX first looks at its devices.
+    Call it before JAX touches a device.
     """
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION)
 
@@ -33,12 +33,12 @@ def bytes_needed(compiled) -> int:
 
 
 def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
-    """What to type when memory runs out, what costs least speed first.
+    """What to type when memory runs out; the flags that cost least speed come first.
 
     Args:
       config: the run's.
       mode: "train" or "sample".
-      num_devices: of the machine that is meant; None: this one's.
+      num_devices: devices of the machine in question; None: of this one.
     """
     num_devices = num_devices or jax.device_count()
     field, batch, multiple = "sample.batch_size", config.sample.batch_size, num_devices
@@ -65,10 +65,10 @@ def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
 
 @contextlib.contextmanager
 def explained(config, mode: str) -> Iterator[None]:
-    """Turns the runtime's out-of-memory error into one sentence that says what to type.
+    """Turns the runtime's out-of-memory error into one sentence with what to type.
 
     Raises:
-      ConfigError: where the block ran out of device memory.
+      ConfigError: if the block runs out of device memory.
     """
     try:
         yield

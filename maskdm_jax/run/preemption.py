@@ -1,8 +1,8 @@
 """Stopping on a signal: SIGTERM saves at the next step boundary, Ctrl-C stops at once.
 
-A scheduler that takes a machine away sends SIGTERM first. The run then saves where it is and exits
-with EXIT_CODE, which says "start me again"; a second SIGTERM changes nothing. Where jax.distributed
-runs, JAX catches the signal on whichever host gets it, and has all hosts agree on one step.
+A scheduler sends SIGTERM before it takes a machine away. The run then saves and exits with
+EXIT_CODE, which means "start me again"; a second SIGTERM changes nothing. With jax.distributed, JAX
+catches the signal on whichever host receives it, and all hosts agree on one step.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
 class Preempted(Exception):
-    """The run has saved and stopped because it was asked to."""
+    """The run has saved and stopped after a signal."""
 
 
 @contextlib.contextmanager
@@ -45,15 +45,15 @@ def watched(saved_steps: Callable[[], list[int]]) -> Iterator[Callable[[int], bo
 
 
 class Watch:
-    """Knows whether this run was asked to stop."""
+    """Records whether a signal has asked this run to stop."""
 
     def __init__(self):
-        self.step = None  # the boundary that was reached last
+        self.step = None  # the last boundary reached
         self._noticed = False
-        # With Python's default handler in place, asyncio, through which Orbax saves, puts its own
-        # there, and a Ctrl-C at the end of a save is lost.
+        # Orbax saves through asyncio, which replaces Python's default handler (but no other) by its
+        # own, and a Ctrl-C at the end of a save is lost.
         signal.signal(signal.SIGINT, self._interrupt)
-        # JAX's own handler must stay: a Python one in its place would hide the signal from it.
+        # JAX's own handler must stay: a Python handler would hide the signal from JAX.
         self._together = jax.distributed.is_initialized()
         if not self._together:
             signal.signal(signal.SIGTERM, self._notice)
@@ -61,7 +61,7 @@ class Watch:
     def reached(self, step: int) -> bool:
         """Whether to save and stop at the boundary after `step` updates.
 
-        With several processes each calls it at every step, and all get the same answer.
+        Several processes must each call it at every step; all get the same answer.
         """
         self.step = step
         if self._together:

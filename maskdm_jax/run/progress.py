@@ -1,4 +1,4 @@
-"""Progress that a person can follow: a bar with the time left on a terminal, lines elsewhere."""
+"""Progress for a person to follow: a bar with the time left on a terminal, lines elsewhere."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ _muted = False
 
 
 def mute() -> None:
-    """Silences this process for good: of several, one speaks for all."""
+    """Silences this process; only process 0 prints."""
     global _muted
     _muted = True
 
 
 def say(text: str) -> None:
-    """Prints a line at once, clear of any bar."""
+    """Prints a line at once, without breaking a bar."""
     if _muted:
         return
     tqdm.write(text, file=sys.stdout)
@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 def remark(text: str) -> None:
-    """Prints a line of progress, on standard error as bars are."""
+    """Prints a line of progress to standard error, where bars are too."""
     if _muted:
         return
     tqdm.write(text, file=sys.stderr)
@@ -33,7 +33,7 @@ def remark(text: str) -> None:
 
 
 def track(items: Iterable, total: int, what: str, unit: str) -> Iterator:
-    """Yields `items`, of which there are `total`, and shows how far they are."""
+    """Yields `items`, `total` in number, and shows the progress."""
     if sys.stderr.isatty() and not _muted:
         yield from tqdm(items, total=total, desc=what, unit=f" {unit}")
         return

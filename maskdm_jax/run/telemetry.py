@@ -1,7 +1,6 @@
-"""What a run says while it works: console (bar or lines), metrics.jsonl, TensorBoard.
+"""The metrics of a run: console (bar or lines), metrics.jsonl, TensorBoard.
 
-Of several processes, one writes. A resumed run drops what was logged beyond its checkpoint,
-so that every step stands once.
+Only process 0 writes. A resumed run drops records beyond its checkpoint; each step appears once.
 """
 
 import errno
@@ -35,7 +34,7 @@ class Telemetry:
           config: the run's.
           first_step: completed updates at the start; later records are dropped.
           flops_per_image: model FLOPs of training on one image.
-          peak_tflops: dense peak of all devices together; None where it is not known.
+          peak_tflops: dense peak of all devices together; None if unknown.
         """
         workdir = pathlib.Path(workdir)
         self._workdir = workdir
@@ -54,11 +53,11 @@ class Telemetry:
         self._bar = progress.bar(config.train.num_steps, first_step, "steps")
 
     def restart_clock(self, step: int) -> None:
-        """Leaves the time since the last record out of the rates (a save, a sample grid)."""
+        """Excludes the time since the last record from the rates (a save, a sample grid)."""
         self._last = (step, time.perf_counter())
 
     def progress(self, step: int) -> None:
-        """Moves the bar, where there is one."""
+        """Moves the bar, if there is one."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -95,7 +94,7 @@ class Telemetry:
         self._show(record)
 
     def close(self) -> None:
-        """Ends the bar and the files; every record is in them already."""
+        """Closes the bar and the files, which already have every record."""
         for target in (self._file, self._board, self._bar):
             if target is not None:
                 target.close()
@@ -103,7 +102,7 @@ class Telemetry:
     def _open(self, path, kept, first_step):
         files.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
         self._file = path.open("ab", buffering=0)
-        # Not SummaryWriter: its thread dies of a full disk, and its queue then blocks the run.
+        # Not SummaryWriter: a full disk kills its thread, and its queue then blocks the run.
         folder = path.parent / "tensorboard"
         folder.mkdir(exist_ok=True)
         self._board = EventsWriter(str(folder / "events"))

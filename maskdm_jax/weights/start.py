@@ -1,9 +1,9 @@
-"""Starting from other weights: stage 2 from stage 1's workdir, or from an official `.pt` file.
+"""Starts from other weights: stage 2 from stage 1's workdir, or from an official `.pt` file.
 
-A weight that is missing, unexpected or of another shape is an error that lists them all, unless
-`config.init.ignore` names it; an ignored weight starts fresh. Weights that fit, but mean something
-else, are an error too: they were trained with another prediction, noise schedule, number of
-timesteps or of heads, and `config.init.allow` does not name that field.
+Weights that are missing, unexpected or of another shape are listed in one error, except those that
+`config.init.ignore` matches; an ignored weight starts fresh. Weights that fit but mean something
+else are an error too: they were trained with another prediction, noise schedule, number of
+timesteps or number of heads, and `config.init.allow` does not list that field.
 """
 
 import pathlib
@@ -27,16 +27,16 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
       config: the run's. Its `init` has path (a workdir, or an official .pt file), weights ("raw" or
         "ema"), ignore (regular expressions, each matched against whole names such as
         "mid_block/qkv/kernel"), and allow (fields that may differ, see the module).
-      make_fresh: () -> fresh parameters, whose shapes are expected; run only where `ignore` leaves
-        some fresh.
+      make_fresh: () -> fresh parameters, which give the expected shapes; computed only if `ignore`
+        leaves some fresh.
       schedule_of: betas -> the name of their noise schedule; a .pt file holds its betas.
 
     Returns:
-      (params with that structure, one sentence on what was loaded from where).
+      (float32 parameters with the structure of `make_fresh`'s, one sentence on what was loaded).
 
     Raises:
-      ConfigError: naming every weight that does not fit, every field that gives the weights another
-        meaning, or a path that holds no weights.
+      ConfigError: listing every weight that does not fit, or every field that gives the weights
+        another meaning; also if the path holds no weights.
     """
     init = config.init
     loaded, stored, source = _read(config, schedule_of)
@@ -81,11 +81,11 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
     leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     note = f"loaded {len(ours) - len(left)} weights from {source}"
-    return params, note + (f"; fresh, as init.ignore says: {', '.join(left)}" if left else "")
+    return params, note + (f"; fresh because of init.ignore: {', '.join(left)}" if left else "")
 
 
 def _read(config, schedule_of):
-    """(parameters, the config that they were trained with, where they come from in words)."""
+    """(parameters, the config that they were trained with, a phrase for their source)."""
     init = config.init
     path = pathlib.Path(init.path).expanduser()
     if not path.exists():
@@ -98,7 +98,7 @@ def _read(config, schedule_of):
             params, betas = torch_io.load_official(str(path), init.weights)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"init.path: {error}") from error
-        # All that such a file says about its meaning.
+        # All that is known of the meaning of such a file's weights.
         stored = config.copy_and_resolve_references()
         stored.diffusion.prediction = "eps"
         if betas is not None:
@@ -119,11 +119,11 @@ def _check_meaning(config, stored, source):
         return
     listed = ", ".join(f"'{name}'" for name in (*allowed, *names))
     as_trained = [n for n in names if get(stored, n) != "unknown"]
-    use = f"{as_flags(stored, as_trained)} to train them as they are, or " if as_trained else ""
+    use = f"{as_flags(stored, as_trained)} to keep their meaning, or " if as_trained else ""
     raise ConfigError(
         f"init.path: the weights of {source} mean something else: "
         f"{described(config, stored, names)}; type {use}"
-        f'--config.init.allow="({listed},)" to start from them all the same'
+        f'--config.init.allow="({listed},)" to start from them anyway'
     )
 
 

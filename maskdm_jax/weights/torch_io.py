@@ -1,4 +1,4 @@
-"""Checkpoints of the official PyTorch implementation: in, as parameters of this U-ViT.
+"""Reads checkpoints of the official PyTorch implementation as parameters of this U-ViT.
 
 An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (their average, under
 `ema_model.model.*`). Only `load_official` needs PyTorch: `pip install "maskdm_jax[convert]"`.
@@ -20,15 +20,15 @@ _PREFIX = {"raw": "model.", "ema": "ema_model.model."}
 
 
 def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | None]:
-    """(parameters, betas [T]) of an official `.pt` file; None where it holds no betas.
+    """(parameters, betas [T]) of an official `.pt` file; None if it holds no betas.
 
     Args:
       path: the file.
       weights: "raw" or "ema".
 
     Raises:
-      ImportError: without PyTorch, with the command that installs it.
-      ValueError: where the file is not an official checkpoint.
+      ImportError: if PyTorch is missing, with the command that installs it.
+      ValueError: if the file is not an official checkpoint.
     """
     try:
         import torch
@@ -51,8 +51,8 @@ def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | N
 def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> dict:
     """This U-ViT's parameters from an official, unconditional state dict of NumPy arrays.
 
-    Every entry of the network must find its place, and every place its entry; the schedule's
-    buffers are left out.
+    The network's entries and the parameters must match one to one; the schedule's buffers are left
+    out.
 
     Raises:
       ValueError: listing the entries that are missing, or that have no place here.

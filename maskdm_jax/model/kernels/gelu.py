@@ -1,9 +1,9 @@
 """bias + exact GELU as Pallas kernels (Triton, NVIDIA GPUs), forward and backward.
 
-The hidden layer is the widest array of a block, so its activation ought to run at the rate of the
-memory. XLA's erf and division take more instructions than fit into that time, and its sum over
-tokens, the bias's gradient, slows the pass that it rides on. Here erf costs one exponential and one
-reciprocal, and each tile's column sums are written beside its gradient.
+The hidden layer is the widest array of a block, so its activation should run at memory speed.
+XLA's erf and division take more instructions than fit into that time, and its sum over tokens, the
+bias's gradient, slows the pass that computes it. Here erf costs one exponential and one reciprocal,
+and each tile's column sums are written with its gradient.
 """
 
 import functools
@@ -17,24 +17,24 @@ from jax.experimental.pallas import triton
 
 from maskdm_jax.model.kernels import rows
 
-# A tile is what one program reads: rows are tokens, columns channels.
+# The tile of one program: rows are tokens, columns are channels.
 _ROWS, _COLUMNS, _WARPS = 64, 128, 8
 
-# erfc(z) = exp(-z^2) (a_1 t + ... + a_5 t^5), t = 1 / (1 + 0.3275911 z). Here z is |y| / sqrt(2),
-# and the series, from a_5 down, is halved.
-_EXPONENT = -0.5 / math.log(2)  # of 2
+# erfc(z) = exp(-z^2) (a_1 t + ... + a_5 t^5), t = 1 / (1 + 0.3275911 z), with z = |y| / sqrt(2).
+# The series holds a_5 ... a_1, each halved.
+_EXPONENT = -0.5 / math.log(2)  # exp(-y^2 / 2) = 2^(_EXPONENT y^2)
 _SLOPE = 0.3275911 * 0.5**0.5
 _SERIES = (0.5307027145, -0.7265760135, 0.7107068705, -0.142248368, 0.127414796)
 
 
 def supports(width: int, dtype) -> bool:
-    """Whether the kernel takes `width` channels of `dtype`."""
+    """Whether the kernels support `width` channels of `dtype`."""
     return width % _COLUMNS == 0 and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def bias_gelu(x_MD: jax.Array, bias_D: jax.Array, interpret: bool = False) -> jax.Array:
-    """y Phi(y) of y = x + bias, computed in float32.
+    """y Phi(y) with y = x + bias, computed in float32.
 
     Args:
       x_MD: [M, D]; see `supports`.
@@ -110,8 +110,8 @@ def normal_cdf_and_exp(y: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _fast_normal_cdf_and_exp(y):
-    """The same in the GPU's own instructions: compiled from the above, it has no fused
-    multiply-adds, and takes a third longer than the memory does."""
+    """`normal_cdf_and_exp` in PTX: compiled from JAX it has no fused multiply-adds, and takes a
+    third longer than its memory traffic."""
     exp = _inline(
         f"""{{
         mul.f32 $0, $1, $1;
@@ -154,7 +154,7 @@ def _inline(asm, *args):
 
 
 def _hex(value):
-    """A float32 literal of PTX."""
+    """A PTX float32 literal."""
     return "0f" + struct.pack(">f", value).hex()
 
 

@@ -1,19 +1,19 @@
-"""Attention for Hopper GPUs (H100, H200), forward and backward: the kernels that training runs on.
+"""Attention for Hopper GPUs (H100, H200), forward and backward.
 
-The algorithm is FlashAttention-2's (Dao 2023): softmax block by block, with the logarithm of each
-query's sum (lse) kept for the backward pass, which computes the weights again. Backward are two
-kernels, one for the queries' gradient and one for the keys' and values', so that every sum stays
-in registers and its order never changes: unlike cuDNN's, these gradients are the same every time.
-At 417 tokens, where cuDNN's tiles are a fifth empty, they take 0.6 of its time, and 0.9 at 4,097
+The algorithm is FlashAttention-2 (Dao 2023): softmax block by block; the logarithm of each query's
+sum (lse) is kept for the backward pass, which recomputes the weights. The backward pass is two
+kernels, one for the gradient of q and one for those of k and v: every sum stays in registers and
+has a fixed order, so these gradients, unlike cuDNN's, are deterministic. The kernels take 0.6 of
+cuDNN's time at 417 tokens, where its tiles are a fifth empty, and 0.9 at 4,097
 (benchmarks/RESULTS.md). `hopper_pipeline` moves the data.
 
-A tile is 64 queries (or keys), a chunk 64 keys (or queries) that it meets; the one or two tokens
-that a whole image has beyond a multiple of 64 are met as vectors, before the loop over chunks. Rows
-beyond the last are zero and need no mask, but for the keys: those are masked.
+A tile is 64 queries (or keys); it is multiplied with chunks of 64 keys (or queries). The one or two
+tokens of a whole image beyond a multiple of 64 are handled as vectors, before the loop over chunks.
+Rows beyond the last token are zero and need no mask, except keys, which are masked.
 
-For long sequences there is a second loop, which leaves out the running maximum of softmax: by the
-inequality of Cauchy and Schwarz, the longest query of a tile and the longest key bound its scores.
-Where that lets an exponential overflow or a sum vanish, the tile takes the loop with the maximum.
+Long sequences have a second loop, without the running maximum of softmax: by the Cauchy-Schwarz
+inequality, the longest query of a tile and the longest key bound its scores. If scores within the
+bound could overflow an exponential or make a sum vanish, the tile takes the loop with the maximum.
 """
 
 import functools
@@ -27,26 +27,26 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from maskdm_jax.model.kernels.hopper_pipeline import ROWS, TILE_LAYOUT, compute_tiles
 
-# Each of three workers needs a tile of every head.
+# Each of the three workers needs a tile in every head.
 MIN_LENGTH = 2 * ROWS + 1
 _HEAD_DIM = 64
-# Tokens at the end that need no chunk of their own, for each is multiplied as a vector. Whole
+# Up to this many tokens at the end are multiplied as vectors instead of filling a chunk. Whole
 # images have one or two beyond a multiple of 64: the time, and a label.
 _MAX_TAIL = 2
-# From here on, what `_forward` saves without the running maximum pays for a look at all keys.
+# From this length on, skipping the running maximum saves more than scanning all keys costs.
 _BOUNDED_FROM = 1024
-# Scores are in log2: a weight is 2^score. Of a row whose scores all lie in [-96, 96], the sum of
-# 2^15 weights is less than 2^111, and what float32 rounds to zero is too little to matter in it.
-# float16 has too few exponents for such weights.
+# Scores are in log2: a weight is 2^score. If all scores of a row are in [-96, 96], the sum of 2^15
+# weights is less than 2^111, and what float32 rounds to zero is negligible in it. float16's
+# exponent range is too small for such weights.
 _MAX_SCORE = 96.0
 
 _LOG2_E = math.log2(math.e)
-_SCALE = _HEAD_DIM**-0.5 * _LOG2_E  # of products, to scores in log2
+_SCALE = _HEAD_DIM**-0.5 * _LOG2_E  # from products q k^T to scores in log2
 _SQUARE = (ROWS, ROWS)
 
 
 def supports(length: int, head_dim: int, dtype) -> bool:
-    """Whether the kernels take `length` tokens and heads of `head_dim` channels of `dtype`."""
+    """Whether the kernels support `length` tokens with heads of `head_dim` channels of `dtype`."""
     return length >= MIN_LENGTH and head_dim == _HEAD_DIM and dtype == jnp.bfloat16
 
 
@@ -66,7 +66,7 @@ def hopper_attention(qkv_BLTKH: jax.Array) -> jax.Array:
     return _forward(qkv_BLTKH)[0]
 
 
-# Each kernel is lowered once for all blocks of a network, in seconds: a function under jit is.
+# Under jit, each kernel is lowered once for all blocks of a network; lowering takes seconds.
 @jax.jit
 def _forward(qkv):
     length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
@@ -103,7 +103,7 @@ def _forward(qkv):
             def step(c, carry, is_last=False):
                 out, peak, total = carry
                 scores, v_chunk = scores_of(c, is_last)
-                # Powers of 2, whose scale joins the subtraction in one instruction.
+                # Powers of 2: scaling and subtraction are then one instruction.
                 new_peak = jnp.maximum(peak, scores.max(axis=1) * _SCALE)
                 weights = jnp.exp2(scores * _SCALE - _down(new_peak))
                 shrink = jnp.exp2(peak - new_peak)
@@ -165,9 +165,9 @@ hopper_attention.defvjp(_forward, _backward)
 
 @jax.jit
 def _backward_queries(qkv, out, dout, lse):
-    """dq, and delta: what softmax's derivative subtracts, the sum of weights * dweights.
+    """dq, and delta, the sum of weights * dweights that softmax's derivative subtracts.
 
-    dq are the first K heads of an array that has 3 K, as `_heads` does: the others are arbitrary.
+    dq is the first K heads of an array of 3 K, laid out as in `_heads`; the others are arbitrary.
     """
     length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
     heads = _heads(qkv)
@@ -218,12 +218,12 @@ def _backward_queries(qkv, out, dout, lse):
 
 @jax.jit
 def _backward_keys(qkv, dout, lse, delta, dqkv):
-    """dqkv with its heads for k and v, from transposed scores: keys down, queries across."""
+    """dqkv with dk and dv filled in, from transposed scores: keys down, queries across."""
     length, num_heads, dtype = qkv.shape[1], qkv.shape[3], qkv.dtype
     heads = _heads(qkv)
     tail = _tail(length)
     head_rows = [*_tail_rows(qkv[:, :, 0]), *_tail_rows(dout)]
-    for x in (lse, delta):  # a 64th in each column, to be subtracted before the columns' sum
+    for x in (lse, delta):  # a 64th in each column, subtracted before the sum over columns
         head_rows += [_head_row(x[:, :, length - 1 - i] / _HEAD_DIM) for i in range(tail)]
 
     def tile(tiles, tile_rows, head_rows, stream):
@@ -234,7 +234,7 @@ def _backward_keys(qkv, dout, lse, delta, dqkv):
             stream.wait(c)
             q_chunk, dout_chunk = stream.arrays(c)
             lse_chunk, delta_chunk = stream.rows(c)
-            # The products start from -delta: one subtraction less.
+            # Starting the products from -delta saves a subtraction.
             scores, less_delta = _add_products(
                 (_full(_SQUARE, 0.0), k_tile, q_chunk.transpose((1, 0))),
                 (_across(-delta_chunk), v_tile, dout_chunk.transpose((1, 0))),
@@ -280,7 +280,7 @@ def _heads(qkv_BLTKH):
 
 
 def _like(heads, count):
-    """The shape of an array of other heads."""
+    """The shape and dtype of `heads`, but with `count` heads."""
     batch, length, _, head_dim = heads.shape
     return jax.ShapeDtypeStruct((batch, length, count, head_dim), heads.dtype)
 
@@ -294,14 +294,14 @@ def _num_chunks(length):
 
 
 def _over_chunks(length, step, carry):
-    """Loops over the chunks of keys; where the last is not full, its step masks the rest."""
+    """Loops over the chunks of keys; if the last is not full, its step masks the rest."""
     full = (length - _tail(length)) // ROWS
     carry = lax.fori_loop(0, full, step, carry)
     return carry if full == _num_chunks(length) else step(full, carry, is_last=True)
 
 
 def _tail_rows(x_BLKH):
-    """Float32 [B, K, H] of each token of the tail, the last first."""
+    """Float32 [B, K, H] of each token in the tail, the last token first."""
     length = x_BLKH.shape[1]
     return [x_BLKH[:, length - 1 - i].astype(jnp.float32) for i in range(_tail(length))]
 
@@ -311,7 +311,7 @@ def _head_row(x_BK):
 
 
 def _products_transposed(*factors):
-    """a @ b^T of each (a in registers, b in shared memory), float32 in registers."""
+    """a @ b^T for each (a in registers, b in shared memory), float32 in registers."""
 
     def multiply(*sums):
         for sum_ref, (a, b_ref) in zip(sums, factors, strict=True):
@@ -322,7 +322,7 @@ def _products_transposed(*factors):
 
 
 def _add_products(*terms):
-    """sum + a @ b of each (sum and a in registers, b in shared memory)."""
+    """sum + a @ b for each (sum and a in registers, b in shared memory)."""
 
     def multiply(sums):
         for sum_ref, (_, a, b_ref) in zip(sums, terms, strict=True):
@@ -332,7 +332,7 @@ def _add_products(*terms):
 
 
 def _where_key(first_key, length, x, otherwise):
-    """x, whose columns are keys, and `otherwise` beyond the last."""
+    """x, whose columns are keys, with `otherwise` in columns beyond the last key."""
     key = plgpu.broadcasted_iota(jnp.int32, _SQUARE, 1, layout=TILE_LAYOUT) + first_key
     return jnp.where(key < length, x, otherwise)
 

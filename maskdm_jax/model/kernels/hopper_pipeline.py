@@ -1,11 +1,10 @@
-"""How data moves in kernels for Hopper GPUs (Pallas, Mosaic GPU): `hopper_attention`'s schedule.
+"""Data movement in kernels for Hopper GPUs (Pallas, Mosaic GPU), used by `hopper_attention`.
 
-A block of the GPU runs several warpgroups. One loads: it streams the rows of one head through a
-ring of shared memory. The others, the workers, each compute one tile of 64 rows at a time against
-that stream. Where a whole head fits into the ring, all its tiles are computed from one pass, and
-the next head is loaded meanwhile; where it does not, each pass serves as many tiles as there are
-workers. A worker's own tile arrives while it computes the one before, and its results leave
-while it computes the next.
+A thread block runs several warpgroups. One is the loader: it streams the rows of one head through a
+ring in shared memory. The others are workers: each computes one tile of 64 rows at a time against
+that stream. If a whole head fits into the ring, one pass serves all its tiles, and the next head is
+loaded meanwhile; otherwise each pass serves as many tiles as there are workers. A worker's next
+tile is loaded, and its previous results are stored, while it computes.
 """
 
 import dataclasses
@@ -19,19 +18,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-ROWS = 64  # of a tile and of a chunk of the stream: what one warpgroup multiplies at a time
+ROWS = 64  # of a tile and of a chunk of the stream, for one warpgroup's matmul
 TILE_LAYOUT = plgpu.Layout.WGMMA  # of a [ROWS, ROWS] array in a warpgroup's registers
 
-_SHARED_BYTES = 232_448 - 2048  # of a block, less barriers and what the compiler takes
+_SHARED_BYTES = 232_448 - 2048  # of a block, less a part for barriers and the compiler
 _NUM_BLOCKS = 132  # multiprocessors of an H100 or H200; with fewer, the last blocks wait
-# Registers of a worker's thread, and of the loader's, by number of workers; a GPU has 65,536.
+# Registers per thread of a worker and of the loader, by number of workers; an SM has 65,536.
 _REGISTERS = {2: (240, 24), 3: (160, 24)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """What a worker sees of the stream: chunks c = 0, 1, ... of ROWS rows, each used in this order:
-    `wait`, `arrays` and `rows`, then `release` when nothing reads it any more."""
+    """A worker's view of the stream: chunks c = 0, 1, ... of ROWS rows. Use each in this order:
+    `wait`, `arrays` and `rows`, then `release` after the last read."""
 
     wait: Callable
     arrays: Callable  # c -> shared memory [ROWS, H] of each streamed array
@@ -60,29 +59,29 @@ def compute_tiles(
 
     Args:
       tile: (tiles, tile_rows, head_rows, stream) -> (outputs, row outputs). `tiles` are [ROWS, H]
-        registers, one of each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are zero.
+        registers, one for each tiled array, `tile_rows` float32 [ROWS]; rows beyond L are zero.
         `head_rows` are float32 [H], along the columns of a tile. Outputs are [ROWS, H], row outputs
         float32 [ROWS].
       num_heads: K.
-      streamed, tiled: (array, i) stands for heads i, i + 1, ... i + K - 1 of an array
-        [B, L, K or more, H] of 16 bits, H = 64.
-      streamed_rows, tiled_rows: float32 [B, K, at least L].
+      streamed, tiled: (array, i) for heads i, i + 1, ... i + K - 1 of an array [B, L, K or more, H]
+        with 16-bit elements and H = 64.
+      streamed_rows, tiled_rows: float32 [B, K, L or more].
       num_chunks: chunks of the stream that every tile is computed against.
       head_rows: float32 [B, K, H], the same for all tiles of a head.
-      output: (array, i) as in `streamed`, where outputs go: K heads for each, from i on. A given
-        array keeps its other heads, and its memory where nothing else reads it. Of the shape of one
-        a new array is made, whose other heads are arbitrary.
+      output: (array, i) as in `streamed`, for the outputs: K heads for each, from head i on. A
+        given array keeps its other heads, and is overwritten in place if nothing else reads it. For
+        a ShapeDtypeStruct a new array is made, whose other heads are arbitrary.
       num_outputs: how many outputs `tile` returns.
-      num_row_outputs: outputs float32 [B, K, L or more]; those beyond L in the tile that holds the
-        last are what `tile` makes of zero rows, others arbitrary.
-      num_workers: 2 or 3; the more, the fewer registers each has.
-      name: the kernel's, as a profile shows it (not JAX 0.10's, where the output is given).
+      num_row_outputs: how many row outputs `tile` returns, float32 [B, K, L or more]. Beyond L,
+        the last used tile holds the results of `tile` for zero rows; the rest is arbitrary.
+      num_workers: 2 or 3; with 3, each has fewer registers.
+      name: the kernel's name in a profile (not shown by JAX 0.10 if the output array is given).
 
     Returns:
       The array of the outputs, then the row outputs.
 
     Raises:
-      ValueError: where a head has fewer tiles than there are workers: one would wait for ever.
+      ValueError: if a head has fewer tiles than there are workers; one would wait forever.
     """
     batch, length, _, head_dim = streamed[0][0].shape
     dtype = streamed[0][0].dtype
@@ -116,7 +115,7 @@ def compute_tiles(
         )
         parts = [heads(output_ref, output[1] + i * num_heads) for i in range(num_outputs)]
         row_outputs, scratch = rest[:num_row_outputs], rest[num_row_outputs:]
-        # Row outputs are written from registers, and have none in shared memory.
+        # Row outputs are written from registers and need no shared memory.
         groups, rest = _split(scratch, counts)
         own_outputs, (turned, ready, free, arrived) = rest[:num_outputs], rest[num_outputs:]
         shared = _Inputs(*groups)
@@ -152,7 +151,7 @@ def compute_tiles(
     is_given = not isinstance(array, jax.ShapeDtypeStruct)
     row_shape = (batch, num_heads, plan.num_passes * pass_tiles * ROWS)
     row_types = [jax.ShapeDtypeStruct(row_shape, jnp.float32)] * num_row_outputs
-    # Not `plgpu.kernel`, which is this in fewer words: JAX 0.10's does not take references.
+    # `plgpu.kernel` would be shorter, but does not take references in JAX 0.10.
     run = pl.kernel(
         lambda *refs: pl.run_scoped(
             functools.partial(kernel, *refs), *scratch, collective_axes="warpgroup"
@@ -167,8 +166,8 @@ def compute_tiles(
         name=name,
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
-            reduction_scratch_bytes=0,  # the workers would share them; see `_turn`
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # JAX 0.10's default is another
+            reduction_scratch_bytes=0,  # all workers would share it; see `_turn`
+            lowering_semantics=plgpu.LoweringSemantics.Warpgroup,  # not the default in JAX 0.10
         ),
     )
     operands = [
@@ -186,7 +185,7 @@ def compute_tiles(
 
 
 class _Inputs(NamedTuple):
-    """One of each argument of `compute_tiles`, their references, or their shared memory."""
+    """The inputs of `compute_tiles`: the arguments, their references, or their shared memory."""
 
     streamed: Sequence
     streamed_rows: Sequence
@@ -197,7 +196,7 @@ class _Inputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """Which block does what. A unit of work is one pass over one head's stream."""
+    """The assignment of work to blocks. A unit is one pass over the stream of one head."""
 
     num_heads: int
     length: int  # L
@@ -212,7 +211,7 @@ class _Plan:
         return self.batch * self.num_heads * self.num_passes
 
     def num_own_units(self):
-        """Of this block: every num_blocks-th, so that blocks side by side read the same images."""
+        """The block takes every num_blocks-th unit, so neighbouring blocks read the same images."""
         blocks = min(self.num_units, _NUM_BLOCKS)
         return lax.div(self.num_units - 1 - lax.axis_index("block"), blocks) + 1
 
@@ -225,10 +224,10 @@ class _Plan:
 
 
 def _load(plan, num_slots, arrays, shared, ready, free):
-    """The loader: chunk after chunk into the ring, each as soon as its slot is free."""
+    """The loader: copies chunk after chunk into the ring, each as soon as its slot is free."""
     num_loads = plan.num_own_units() * plan.num_chunks
 
-    @pl.loop(0, num_loads + num_slots)  # the last waits see all slots freed
+    @pl.loop(0, num_loads + num_slots)  # the last num_slots turns wait until all slots are free
     def _(i):
         slot = lax.rem(i, num_slots)
 
@@ -248,8 +247,8 @@ def _load(plan, num_slots, arrays, shared, ready, free):
 def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -> Stream:
     """A worker's view of one pass, whose chunk 0 is the block's chunk `first_chunk`.
 
-    All tiles that a worker computes in one pass read the same chunks: it waits for them at the
-    tile with which it `enters` the pass, and frees them at the one with which it `leaves`.
+    All of a worker's tiles in one pass read the same chunks. The worker waits for them at its first
+    tile (`enters`) and frees them at its last (`leaves`).
     """
 
     def slot(c):
@@ -275,9 +274,9 @@ def _stream(num_slots, shared, ready, free, turn, first_chunk, enters, leaves) -
 
 
 def _turn(turned, worker, x):
-    """`Stream.turn`: lets all warps of a worker agree on one number about its rows.
+    """`Stream.turn`: lets all warps of a worker reduce over all its rows.
 
-    A warp has some rows and all columns. JAX's own reduction over rows goes through memory that
+    A warp holds some rows and all columns. JAX's own reduction over rows uses scratch memory that
     all workers would share.
     """
     turned[worker] = x
@@ -286,7 +285,7 @@ def _turn(turned, worker, x):
 
 
 def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrived):
-    """One worker: tiles `worker`, `worker` + num_workers, ... of all that its block computes."""
+    """One worker: computes tiles `worker`, `worker` + num_workers, ... of its block's."""
     parts, row_outputs, own_outputs = outputs
     num_tiles = plan.num_own_units() * plan.pass_tiles
 
@@ -335,14 +334,14 @@ def _work(plan, tile, worker, num_workers, ring, arrays, shared, outputs, arrive
             values, row_values = tile(tiles, tile_rows, head_rows, stream)
             for ref, value in zip(row_outputs, row_values, strict=True):
                 ref[image, head, rows] = value
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the tile before has left
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # until the previous tile is copied out
             for own, ref, value in zip(own_outputs, parts, values, strict=True):
                 _tiled(own)[worker] = value.astype(ref.dtype)
             plgpu.commit_smem()
             for own, ref in zip(own_outputs, parts, strict=True):
                 plgpu.copy_smem_to_gmem(_plain(own).at[worker], ref.at[image, rows, head])
 
-        if plan.num_passes * plan.pass_tiles > plan.num_tiles:  # the last pass has too few tiles
+        if plan.num_passes * plan.pass_tiles > plan.num_tiles:  # the last pass is not full
 
             @pl.when(first_row >= plan.length)
             def _():
@@ -362,14 +361,14 @@ def _copy_blocks(refs, shared, where, slot, barrier):
 
 
 def _copy_rows(refs, shared, where, slot, barrier):
-    """The same of row arrays."""
+    """The same for row arrays."""
     image, head, rows = where
     for ref, own in zip(refs, shared, strict=True):
         plgpu.copy_gmem_to_smem(ref.at[image, head, rows], own.at[slot], barrier)
 
 
 def _num_slots(num_chunks, own, slot):
-    """Slots of the ring; more than two heads' chunks would only wait."""
+    """The number of slots in the ring; more than two heads' chunks would bring nothing."""
     return min((_SHARED_BYTES - own) // slot, 2 * num_chunks)
 
 
@@ -378,10 +377,10 @@ def _bytes(num_blocks, num_rows, head_dim, dtype):
 
 
 def _shared_array(count, head_dim, dtype):
-    """Blocks of shared memory, in rows of 128 bytes stored so that there are no bank conflicts.
+    """Blocks of shared memory, in rows of 128 bytes, swizzled against bank conflicts.
 
-    They are two views of the same bytes. The tensor cores' is in tiles of 8 rows; as such, a copy
-    would only take lengths of whole tiles. In tiles of one row it takes any, and the order of the
+    They have two views of the same bytes. Tensor cores read tiles of 8 rows; in that view, a copy
+    would have to be whole tiles. In tiles of one row it can have any length, and the order of the
     bytes is the same, as a row of a tile is a row of the block. JAX does not promise that views of
     a `RefUnion` start at the same byte; they do, and the tests on a GPU would fail otherwise.
     """
@@ -402,7 +401,7 @@ def _tiled(blocks):
 
 
 def _split(refs, counts):
-    """Consecutive groups of `refs`, as many as `counts` has; the rest is the last group."""
+    """(groups, rest): consecutive groups of `refs` with the sizes `counts`, and what remains."""
     groups, start = [], 0
     for count in counts:
         groups.append(refs[start : start + count])

@@ -1,7 +1,7 @@
 """The gradient of a residual sum and its LayerNorm as a Pallas kernel (Triton, NVIDIA GPUs).
 
-XLA makes one pass of it, and then another to sum the result over tokens, which is the gradient of
-the bias that was added. Here the sums are taken while the rows are at hand.
+XLA computes it in one pass, and in another sums the result over tokens, the gradient of the added
+bias. Here the sums are taken while the rows are in registers.
 """
 
 import functools
@@ -13,14 +13,14 @@ from jax.experimental.pallas import triton
 
 from maskdm_jax.model.kernels import rows
 
-# A program computes _ROWS rows, in turns of _WARPS, one a warp. At widths 512 and 768, these take
-# at most 1.3 % longer than the best of the sizes that benchmarks/RESULTS.md lists.
+# A program computes _ROWS rows, _WARPS at a time, one per warp. At widths 512 and 768 these sizes
+# take at most 1.3 % longer than the best of those in benchmarks/RESULTS.md.
 _ROWS, _COLUMNS, _WARPS = 64, 256, 8
-_MAX_WIDTH = 1792  # of wider rows, a thread's part spills from its registers
+_MAX_WIDTH = 1792  # with wider rows, a thread's registers spill
 
 
 def supports(width: int, dtype) -> bool:
-    """Whether the kernel takes `width` channels of `dtype`."""
+    """Whether the kernel supports `width` channels of `dtype`."""
     fits = width % _COLUMNS == 0 and width <= _MAX_WIDTH
     return fits and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
@@ -33,7 +33,7 @@ def add_normalize_gradient(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradient of x, which is used itself and as normalize(x); computed in float32.
+    """The gradient of x, used both directly and through normalize(x); computed in float32.
 
     Args:
       x_MD: [M, D]; see `supports`.
@@ -43,8 +43,8 @@ def add_normalize_gradient(
       interpret: run the kernel on the CPU, slowly, for tests.
 
     Returns:
-      The gradient [M, D] of x's dtype; and, for the caller to add up, the sum of each 64 rows of
-      it, float32 [ceil(M / 64), D].
+      The gradient [M, D] of x's dtype, and its sums over blocks of 64 rows, float32
+      [ceil(M / 64), D], for the caller to add up.
     """
     num_rows, width = x_MD.shape
     num_programs = pl.cdiv(num_rows, _ROWS)
@@ -88,7 +88,7 @@ def _kernel(x_ref, dx_ref, dnormed_ref, out_ref, sums_ref, *, num_rows, epsilon)
 
     def turn(i, carry):
         loaded, totals = carry
-        # The next rows arrive meanwhile. Loaded in their own turn, they would be waited for thrice.
+        # Prefetch the next rows. Loaded in their own turn, they would cost three waits.
         following = load(jnp.minimum(i + 1, num_turns - 1))
         x, dx, dnormed = ([part.astype(jnp.float32) for part in parts] for parts in loaded)
         x_mean = mean(x)

@@ -2,9 +2,9 @@
 
 Masked pre-training at 64x64 leaves tens of tokens. XLA's attention then spends its time on padding
 and transposing q, k and v for batched matmuls, and cuDNN's kernel on tiles that are mostly empty.
-Here one program computes one head of one image out of registers: q, k and v are read once, and the
-scores are never written. They lie side by side, as one matmul makes them: three narrow ones fill
-the GPU badly, and XLA would copy to cut them apart, and to join their gradients.
+Here one program computes one head of one image in registers: q, k and v are read once, and the
+scores are never written. q, k and v are one array, the output of one matmul: three narrow matmuls
+fill the GPU badly, and XLA would copy to split q, k and v and to join their gradients.
 """
 
 import functools
@@ -22,7 +22,7 @@ MAX_LENGTH = 128
 
 
 def supports(length: int, head_dim: int, dtype) -> bool:
-    """Whether the kernel takes `length` tokens and heads of `head_dim` channels of `dtype`."""
+    """Whether the kernel supports `length` tokens with heads of `head_dim` channels of `dtype`."""
     fits = length <= MAX_LENGTH and head_dim in (16, 32, 64, 128)
     return fits and jnp.dtype(dtype) in (jnp.bfloat16, jnp.float16)
 
