@@ -65,7 +65,8 @@ def _use_compilation_cache(workdir):
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "maskdm_jax" / "xla"
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        cache = pathlib.Path(home) / "maskdm_jax" / "xla"
         if jax.process_count() > 1:
             # In the workdir, which every process sees. Only process 0 writes to the cache, and GPU
             # compilers on several hosts tune kernels together: a host that found the program in its

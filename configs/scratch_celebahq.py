@@ -1,6 +1,7 @@
 """The baseline at 256x256: whole faces from fresh weights (paper: 940k steps, 120 h on 8 V100).
 
-Give it the pre-training's cost in extra steps before comparing: only equal total cost is fair.
+Compare at equal total cost, pre-training included: as set here, this run costs more than both
+stages together.
 
 Command:  python main.py --config=configs/scratch_celebahq.py --workdir=W
 Device:   as for configs/finetune_celebahq.py

@@ -19,6 +19,7 @@ from maskdm_jax.fields import (
     FREE,
     MEANING,
     NAMES,
+    POSITIVE_OR_0,
     SEED,
     SHAPE,
     SIZE,
@@ -28,7 +29,8 @@ from maskdm_jax.fields import (
     Role,
     number,
     one_of,
-)  # fmt: skip
+    whole,
+)
 from maskdm_jax.model.sizes import SIZES, Dimensions, dimensions, grid_shape
 
 # fmt: off
@@ -41,7 +43,7 @@ FIELDS: dict[str, Field] = {
     "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where TFDS data sets are stored"),
     "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
     "data.image_size": Field((64, 64), SIZE, SHAPE, "height, width in pixels"),
-    "data.channels": Field(3, number(1, 12), SHAPE, "channels of the prepared set's images"),
+    "data.channels": Field(3, whole(1, 12), SHAPE, "channels of the prepared set's images"),
     "data.flip": Field(False, FLAG, UPDATE, "flip each image left-right with probability 1/2"),
     "data.cache": Field("host", one_of("none", "host", "device"), FREE,
         "storage for decoded uint8 images: none (decode in every epoch), host (a file mapped into "
@@ -62,7 +64,7 @@ FIELDS: dict[str, Field] = {
     "model.class_dropout": Field(0.1, number(0, 1), UPDATE,
         "probability of hiding the class in training, which guidance needs"),
     "model.dropout": Field(0.0, number(0, 0.99), UPDATE,
-        "of the attention's and the MLP's outputs"),
+        "of the attention's output, the MLP's hidden layer and its output"),
     "model.remat": Field("none", one_of("none", "blocks"), UPDATE,
         "blocks: recompute each block in the backward pass; less memory"),
     "model.attention": Field("auto",
@@ -80,20 +82,20 @@ FIELDS: dict[str, Field] = {
 
     "diffusion.schedule": Field("cosine", one_of("linear", "cosine", "shifted_cosine"), MEANING,
         "the noise schedule"),
-    "diffusion.num_timesteps": Field(1000, number(50), MEANING, "T"),
+    "diffusion.num_timesteps": Field(1000, whole(50), MEANING, "T"),
     "diffusion.prediction": Field("eps", one_of("eps", "x0", "v"), MEANING,
         "what the network outputs"),
     "diffusion.loss": Field("l2", one_of("l2", "l1"), UPDATE,
         "mean of squared or of absolute errors"),
 
-    "optim.lr_peak": Field(2e-4, COUNT_OR_0, UPDATE, "the highest learning rate"),
+    "optim.lr_peak": Field(2e-4, POSITIVE_OR_0, UPDATE, "the highest learning rate"),
     "optim.warmup_steps": Field(0, COUNT_OR_0, UPDATE, "linear, from 0"),
     "optim.lr_schedule": Field("constant", one_of("constant", "cosine"), UPDATE,
         "after the warm-up; cosine: to 0 at train.num_steps"),
     "optim.b1": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the first moment"),
     "optim.b2": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the second moment"),
-    "optim.weight_decay": Field(0.03, COUNT_OR_0, UPDATE, "on every parameter"),
-    "optim.clip_norm": Field(0.0, COUNT_OR_0, UPDATE,
+    "optim.weight_decay": Field(0.03, POSITIVE_OR_0, UPDATE, "on every parameter"),
+    "optim.clip_norm": Field(0.0, POSITIVE_OR_0, UPDATE,
         "of the global gradient norm; 0: no clipping"),
     "optim.accumulate_steps": Field(1, COUNT, UPDATE,
         "parts a batch is split into, computed one after another to save memory"),
@@ -123,7 +125,7 @@ FIELDS: dict[str, Field] = {
     "init.allow": Field((), NAMES, UPDATE,
         "fields in which that run may differ even though they change the weights' meaning"),
 
-    "mesh.data": Field(-1, number(-1), FREE,
+    "mesh.data": Field(-1, whole(-1), FREE,
         "whole copies of the state; -1: the number of devices / mesh.fsdp"),
     "mesh.fsdp": Field(1, COUNT, FREE,
         "devices that parameters, EMA and optimizer state are split over"),
@@ -137,8 +139,8 @@ FIELDS: dict[str, Field] = {
     "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
     "sample.eta": Field(1.0, number(0, 1), FREE,
         "DDIM's noise: 0 is deterministic, 1 adds as much as DDPM"),
-    "sample.guidance_scale": Field(1.0, COUNT_OR_0, FREE, "1: no guidance"),
-    "sample.label": Field(-1, number(-1), FREE,
+    "sample.guidance_scale": Field(1.0, POSITIVE_OR_0, FREE, "1: no guidance"),
+    "sample.label": Field(-1, whole(-1), FREE,
         "the class to draw; -1: image i has class i mod num_classes"),
     "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights to draw with"),
     "sample.preview_num": Field(16, COUNT, FREE, "images in the grids that training draws"),

@@ -61,6 +61,19 @@ def number(low: float | None = None, high: float | None = None) -> Kind:
     return Kind(expected, accepts, nearest)
 
 
+def whole(low: int, high: int | None = None) -> Kind:
+    """A whole number between inclusive bounds; None is no bound."""
+    kind = number(low, high)
+
+    def nearest(value, default):
+        return round(value) if kind.accepts(value) else kind.nearest(value, default)
+
+    def accepts(value):
+        return isinstance(value, int) and kind.accepts(value)
+
+    return Kind(f"a whole number, {kind.expected}", accepts, nearest)
+
+
 def one_of(*words: str) -> Kind:
     """One of `words`."""
 
@@ -75,9 +88,10 @@ def _is_size(value):
     return len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
 
 
-SEED = number(0, 2**31 - 1)
-COUNT = number(1)
-COUNT_OR_0 = number(0)
+SEED = whole(0, 2**31 - 1)
+COUNT = whole(1)
+COUNT_OR_0 = whole(0)
+POSITIVE_OR_0 = number(0)
 TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool), lambda value, default: default)
 SIZE = Kind("two positive numbers, (height, width)", _is_size, lambda value, default: default)

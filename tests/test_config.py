@@ -13,7 +13,8 @@ from maskdm_jax.fields import FREE, MEANING, UPDATE, Role
 
 def changed(**fields):
     config = default_config()
-    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
+    with config.unlocked(), config.ignore_type():
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in fields.items()})
     return config
 
 
@@ -49,6 +50,7 @@ def test_the_defaults_are_valid():
         (dict(mask__kind="blok"), "mask.kind is 'blok'", "--config.mask.kind=block"),
         (dict(model__attention="hoper"), "model.attention is 'hoper'",
          "--config.model.attention=hopper"),
+        (dict(model__patch_size=2.6), "model.patch_size is 2.6", "--config.model.patch_size=3"),
         (dict(data__image_size=(64,)), "data.image_size is (64,)",
          '--config.data.image_size="(64, 64)"'),
         (dict(init__allow=("diffusion.shedule",)), "init.allow is ('diffusion.shedule',)",

@@ -73,7 +73,9 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_config, tmp_path, mon
 
 def test_the_number_of_skipped_steps_is_validated(tiny_config):
     tiny_config.train.max_skipped_steps = 0
-    with pytest.raises(ConfigError, match="train.max_skipped_steps is 0; expected at least 1"):
+    with pytest.raises(
+        ConfigError, match="train.max_skipped_steps is 0; expected a whole number, at least 1"
+    ):
         validate(tiny_config)
 
 

@@ -63,5 +63,6 @@ def explain_full_disk(what: str, where: str | pathlib.Path, remedy: str) -> Iter
     except (OSError, ValueError) as error:
         if not disk_is_full(error):
             raise
-        reason = next(os.strerror(c) for c in _FULL if os.strerror(c) in str(error))
+        known = (os.strerror(code) for code in _FULL)
+        reason = next((words for words in known if words in str(error)), str(error))
         raise RunError(f"{what} could not be written to {where}: {reason}; {remedy}") from error
