@@ -80,4 +80,5 @@ if __name__ == "__main__":
         main,
         required=("config", "workdir"),
         example="python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits",
+        stopped="stopped; the same command resumes",
     )

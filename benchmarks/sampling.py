@@ -23,7 +23,8 @@ _STEPS = 25
 def bench(config, seconds: float) -> dict:
     """Rates of the sampler, and the time to compile it."""
     mesh = sharding.make_mesh(config)
-    params = state.init_state(config, mesh).params
+    shardings = jax.tree.map(lambda x: x.sharding, draw.abstract_params(config, mesh))
+    params = jax.jit(lambda: state.fresh_params(config, mesh), out_shardings=shardings)()
     batch = config.sample.batch_size
     index_B = jax.device_put(np.arange(batch, dtype=np.int32), sharding.batch_sharding(mesh))
     start = time.perf_counter()

@@ -19,7 +19,8 @@ from maskdm_jax.fields import (
     FREE,
     MEANING,
     NAMES,
-    POSITIVE_OR_0,
+    NON_NEGATIVE,
+    NUMBER,
     SEED,
     SHAPE,
     SIZE,
@@ -88,14 +89,14 @@ FIELDS: dict[str, Field] = {
     "diffusion.loss": Field("l2", one_of("l2", "l1"), UPDATE,
         "mean of squared or of absolute errors"),
 
-    "optim.lr_peak": Field(2e-4, POSITIVE_OR_0, UPDATE, "the highest learning rate"),
+    "optim.lr_peak": Field(2e-4, NON_NEGATIVE, UPDATE, "the highest learning rate"),
     "optim.warmup_steps": Field(0, COUNT_OR_0, UPDATE, "linear, from 0"),
     "optim.lr_schedule": Field("constant", one_of("constant", "cosine"), UPDATE,
         "after the warm-up; cosine: to 0 at train.num_steps"),
     "optim.b1": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the first moment"),
     "optim.b2": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the second moment"),
-    "optim.weight_decay": Field(0.03, POSITIVE_OR_0, UPDATE, "on every parameter"),
-    "optim.clip_norm": Field(0.0, POSITIVE_OR_0, UPDATE,
+    "optim.weight_decay": Field(0.03, NON_NEGATIVE, UPDATE, "on every parameter"),
+    "optim.clip_norm": Field(0.0, NON_NEGATIVE, UPDATE,
         "of the global gradient norm; 0: no clipping"),
     "optim.accumulate_steps": Field(1, COUNT, UPDATE,
         "parts a batch is split into, computed one after another to save memory"),
@@ -139,7 +140,7 @@ FIELDS: dict[str, Field] = {
     "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
     "sample.eta": Field(1.0, number(0, 1), FREE,
         "DDIM's noise: 0 is deterministic, 1 adds as much as DDPM"),
-    "sample.guidance_scale": Field(1.0, POSITIVE_OR_0, FREE, "1: no guidance"),
+    "sample.guidance_scale": Field(1.0, NUMBER, FREE, "1: no guidance"),
     "sample.label": Field(-1, whole(-1), FREE,
         "the class to draw; -1: image i has class i mod num_classes"),
     "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights to draw with"),
@@ -304,11 +305,14 @@ def _validate_mask(config):
 
 
 def _validate_allowed(config):
-    known = one_of(*(name for name, field in FIELDS.items() if field.role is MEANING))
-    for name in config.init.allow:
-        if not known.accepts(name):
-            near = known.nearest(name, "diffusion.schedule")
-            _fail(config, "init.allow", f"of {known.expected}", (near,))
+    known = one_of(*(name for name, field in FIELDS.items() if field.role in (SHAPE, MEANING)))
+    near = tuple(
+        name if known.accepts(name) else known.nearest(name, "diffusion.schedule")
+        for name in config.init.allow
+    )
+    if near != tuple(config.init.allow):
+        expected = "fields that fix the shape or the meaning of the parameters"
+        _fail(config, "init.allow", expected, near)
 
 
 def _fail(config, name, expected, suggestion):

@@ -50,13 +50,14 @@ def number(low: float | None = None, high: float | None = None) -> Kind:
         expected = f"at least {low}" if high is None else f"between {low} and {high}"
 
     def nearest(value, default):
-        if math.isfinite(value) and low is not None:
-            return low if value < low else high
-        return default
+        if not _is_number(value) or low is None:
+            return default
+        return low if value < low else high
 
     def accepts(value):
-        above = low is None or low <= value
-        return math.isfinite(value) and above and (high is None or value <= high)
+        if not _is_number(value):
+            return False
+        return (low is None or low <= value) and (high is None or value <= high)
 
     return Kind(expected, accepts, nearest)
 
@@ -78,25 +79,33 @@ def one_of(*words: str) -> Kind:
     """One of `words`."""
 
     def nearest(value, default):
-        near = difflib.get_close_matches(str(value), words, 1)
-        return near[0] if near else default
+        by_lower_case = {word.lower(): word for word in words}
+        near = difflib.get_close_matches(str(value).lower(), by_lower_case, 1)
+        return by_lower_case[near[0]] if near else default
 
     return Kind(f"one of {', '.join(words)}", lambda value: value in words, nearest)
 
 
+def _is_number(value):
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
 def _is_size(value):
-    return len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        return False
+    return all(isinstance(side, int) and side > 0 for side in value)
 
 
 SEED = whole(0, 2**31 - 1)
 COUNT = whole(1)
 COUNT_OR_0 = whole(0)
-POSITIVE_OR_0 = number(0)
+NUMBER = number()
+NON_NEGATIVE = number(0)
 TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool), lambda value, default: default)
 SIZE = Kind("two positive numbers, (height, width)", _is_size, lambda value, default: default)
 NAMES = Kind(
     "names, such as \"('position',)\"",
-    lambda value: all(isinstance(name, str) for name in value),
+    lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
     lambda value, default: default,
 )

@@ -16,7 +16,7 @@ import numpy as np
 from maskdm_jax import flops
 from maskdm_jax.config import load_json
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import command_line
+from maskdm_jax.run import command_line, files
 from maskdm_jax.run.telemetry import read_metrics
 
 _PRETRAIN = "masked pre-training"
@@ -53,7 +53,8 @@ def write_report(
     count = len(list(sampled.glob("[0-9]*.png")))
     config = stages[_FINETUNE][0]
     step = json.loads((sampled / "settings.json").read_text())["step"]
-    (out / "report.md").write_text(
+    files.write_text(
+        out / "report.md",
         f"""# Two-stage training on {config.data.name}
 
 Stage 1 sees only the visible patches of each image; stage 2 starts from its weights and sees whole
@@ -75,7 +76,7 @@ Images/s is the median over the records; the last loss is the mean of the last t
 ## Loss
 
 ![loss of both stages](loss.png)
-"""
+""",
     )
     return out / "report.md"
 

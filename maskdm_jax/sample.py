@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from maskdm_jax import checkpoint, draw, images, sharding
 from maskdm_jax.config import check_same_architecture
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import distributed, progress
+from maskdm_jax.run import distributed, files, progress
 from maskdm_jax.run.progress import say
 
 
@@ -39,7 +39,7 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if distributed.is_main():
-            (folder / "settings.json").write_text(json.dumps(said, indent=2) + "\n")
+            files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
             f"{folder} cannot be written to: {error}; samples go under --workdir, so make it "

@@ -59,7 +59,7 @@ def train(
         params, note = start.load_params(
             config,
             lambda: fresh_params(config, mesh),
-            lambda betas: ddpm.schedule_of(betas, config.data.image_size),
+            lambda betas: ddpm.schedule_of(betas, config.diffusion, config.data.image_size),
         )
         say(note)
     _make_folder(workdir)

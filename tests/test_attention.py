@@ -183,6 +183,11 @@ def test_packed_arguments_are_refused_if_no_kernel_takes_them():
         attention.attend_packed(jnp.zeros((1, 2, 3, 1, 4)), Plan("xla", 2, 2, None))
 
 
+def test_the_hopper_kernel_refuses_padding_it_would_not_mask():
+    with pytest.raises(ValueError, match="takes no padding"):
+        attention.attend_packed(jnp.zeros((1, 200, 3, 1, 64)), Plan("hopper", 200, 190, None))
+
+
 def test_an_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="'flashy'"):
         plan("flashy", 2, 4, jnp.float32)

@@ -1,9 +1,10 @@
+import json
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import DATA, ROOT
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import FIELDS, default_config, validate, validate_devices
@@ -55,6 +56,13 @@ def test_the_defaults_are_valid():
          '--config.data.image_size="(64, 64)"'),
         (dict(init__allow=("diffusion.shedule",)), "init.allow is ('diffusion.shedule',)",
          "--config.init.allow=\"('diffusion.schedule',)\""),
+        (dict(init__allow=("model.width", "model.numheads")), "init.allow is",
+         "--config.init.allow=\"('model.width', 'model.num_heads')\""),
+        (dict(model__size="l"), "model.size is 'l'", "--config.model.size=L"),
+        (dict(optim__lr_peak=None), "optim.lr_peak is None", "--config.optim.lr_peak=0.0002"),
+        (dict(data__image_size=None), "data.image_size is None",
+         '--config.data.image_size="(64, 64)"'),
+        (dict(init__ignore=None), "init.ignore is None", '--config.init.ignore="()"'),
         (dict(diffusion__num_timesteps=10), "diffusion.num_timesteps is 10",
          "--config.diffusion.num_timesteps=50"),
         (dict(sample__steps=2000), "sample.steps is 2000", "--config.sample.steps=1000"),
@@ -121,6 +129,15 @@ def test_every_field_has_a_kind_that_accepts_its_default_a_role_and_a_meaning():
         assert field.kind.accepts(field.default), name
         assert isinstance(field.role, Role) and field.kind.expected, name
         assert field.meaning and not field.meaning.endswith("."), name
+
+
+def test_no_default_changed():
+    # Configs stored by earlier versions are filled up from the defaults.
+    stored = json.loads((DATA / "default_config.json").read_text())
+    config = default_config()
+    for name, value in stored.items():
+        value = tuple(value) if isinstance(value, list) else value
+        assert config_lib.get(config, name) == value, name
 
 
 def test_differences_are_names_by_role():

@@ -8,7 +8,7 @@ from close import assert_close
 from conftest import NEEDS_TORCH
 
 from configs import pretrain_celeba64
-from maskdm_jax.diffusion import make_process
+from maskdm_jax.diffusion import ddpm, make_process
 from maskdm_jax.model import masking, uvit
 
 torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
@@ -95,8 +95,12 @@ def test_the_peers_ddim_step_has_our_coefficients(config):
     x_t = levels.signal * x0 + levels.noise * eps  # and eps is the output
     assert_close(table[:, 1] * x_t + table[:, 2] * eps, x0, 1e-2)
     assert_close(table[:, 3] * x_t + table[:, 4] * eps, eps, 1e-5)
-    variance = (table[:, 5:] ** 2).sum(1)  # of x_s for x0 and eps of unit variance
-    assert_close(variance, 1, 1e-5)
+    # Song et al. 2021, equation 12, at eta 1, from the schedule itself.
+    abar = ddpm.make_alphas_cumprod(config.diffusion, (32, 48))
+    now, then = abar[levels.time], np.append(abar[levels.time[1:]], 1.0)
+    variance = (1 - now / then) * (1 - then) / (1 - now)
+    expected = np.sqrt([then, np.maximum(1 - then - variance, 0), variance])
+    assert_close(table[:, 5:].T, expected, 1e-5)
 
 
 def test_the_peer_measures_training_and_sampling_on_any_machine(config):

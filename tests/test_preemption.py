@@ -1,5 +1,6 @@
 """Signals and kills, sent to main.py in processes of its own."""
 
+import pathlib
 import random
 import re
 import signal
@@ -83,6 +84,14 @@ def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
     newest = checkpoint.steps(tmp_path)[-1]
     told = re.search(r"^stopped at step (\d+); the newest checkpoint is step (\d+);", out, re.M)
     assert int(told[1]) >= int(told[2]) == newest
+
+
+def test_ctrl_c_among_the_first_imports_is_one_line_and_exit_code_130(run_main, tmp_path):
+    process = run_main("pretrain_digits", tmp_path, wait=False)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    imports_jax = lambda: "jaxlib" in maps.read_text()  # noqa: E731
+    code, out, err = send_in_mid_run(process, imports_jax, signal.SIGINT)
+    assert (code, err) == (130, "stopped; the same command resumes\n"), out
 
 
 def test_a_run_that_must_stop_saves_once_and_resumes(tiny_config, tmp_path):

@@ -1,12 +1,21 @@
 import json
 
+import jax
 import numpy as np
 import pytest
+import textbook
+from close import assert_close
 from conftest import TINY
 
 from configs import pretrain_digits
-from maskdm_jax import images, sample, train
+from maskdm_jax import draw, images, sample, sharding, state, train
 from maskdm_jax.errors import ConfigError
+
+# (means, standard deviations) of images 3 and 8.
+PINNED_DRAWS = {
+    "timestep": [[133.703, 134.547], [103.370, 98.041]],
+    "log_snr": [[120.844, 101.453], [123.173, 123.364]],
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +61,7 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
     "fields, name",
     [
         ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_float32_seed0"),
+        ({"sample.spacing": "log_snr"}, "step2_ema_ddim4_log_snr_eta1_float32_seed0"),
         (
             {"sample.eta": 0.0, "sample.weights": "raw", "sample.guidance_scale": 2.0,
              "sample.label": 3},
@@ -72,3 +82,31 @@ def test_a_workdir_without_the_model_is_named(tiny_config, trained, tmp_path):
     tiny_config.model.width = 64
     with pytest.raises(ConfigError, match="--config.model.width=32"):
         sample.write_samples(tiny_config, trained)
+
+
+def test_a_draw_gives_these_images(tiny_config):
+    # Measured with this test, on a CPU: noise per step, classes, guidance and spacing all count.
+    tiny_config.sample.update(sampler="ddpm", steps=3, guidance_scale=2.0)
+    mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
+    params = textbook.perturbed(state.fresh_params(tiny_config, mesh), scale=0.03)
+    for spacing, pinned in PINNED_DRAWS.items():
+        tiny_config.sample.spacing = spacing
+        jitted = draw.jit_draw(tiny_config, mesh, sharding.replicated(mesh))
+        images_BHWC = np.asarray(jitted(params, np.array([3, 8], np.int32)), np.float64)
+        moments = [images_BHWC.mean((1, 2, 3)), images_BHWC.std((1, 2, 3))]
+        assert_close(np.array(moments), np.array(pinned), 0.002)
+
+
+def test_image_i_has_class_i_unless_a_class_is_chosen(tiny_config):
+    mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
+    params = textbook.perturbed(state.fresh_params(tiny_config, mesh), scale=0.3)
+
+    def drawn_with(label):
+        tiny_config.sample.update(label=label, steps=2)
+        jitted = draw.jit_draw(tiny_config, mesh, sharding.replicated(mesh))
+        return np.asarray(jitted(params, np.array([3, 18], np.int32)))
+
+    each, threes, eights = (drawn_with(label) for label in (-1, 3, 8))
+    np.testing.assert_array_equal(each[0], threes[0])
+    np.testing.assert_array_equal(each[1], eights[1])
+    assert (threes[0] != eights[0]).any() and (threes[1] != eights[1]).any()

@@ -1,5 +1,4 @@
 import ast
-import functools
 import re
 
 import jax
@@ -31,7 +30,9 @@ def init(path, weights="raw", ignore=(), **fields):
 
 
 def load(config, fresh):
-    schedule_of = functools.partial(ddpm.schedule_of, image_size=(32, 32))
+    def schedule_of(betas):
+        return ddpm.schedule_of(betas, config.diffusion, (32, 32))
+
     return start.load_params(config, lambda: fresh, schedule_of)
 
 
@@ -94,6 +95,7 @@ def test_ignored_weights_stay_fresh(workdir):
         ("diffusion.schedule", "linear", "cosine"),
         ("diffusion.num_timesteps", 500, "1000"),
         ("model.num_heads", 4, "2"),
+        ("data.image_size", (2, 8), "(4, 4)"),
     ],
 )
 def test_weights_of_another_meaning_are_refused_unless_the_field_is_allowed(
@@ -104,11 +106,23 @@ def test_weights_of_another_meaning_are_refused_unless_the_field_is_allowed(
         load(init(workdir[0], **changed), small())
     text = str(error.value)
     assert f"{field} ({there} there, {value} here)" in text
-    assert f"--config.{field}={there}" in text
+    assert f"--config.{field}={there}" in text.replace('"', "")
     hint = re.search(r'--config.init.allow="(.*?)"', text)[1]
     params, _ = load(init(workdir[0], init__allow=ast.literal_eval(hint), **changed), small())
     kernel = params["mid_block"]["qkv"]["kernel"]
     np.testing.assert_array_equal(kernel, workdir[1].params["mid_block"]["qkv"]["kernel"])
+
+
+def test_another_grid_is_accepted_if_the_position_table_starts_fresh(workdir):
+    load(init(workdir[0], ignore=("position",), data__image_size=(2, 8)), small())
+
+
+def test_the_config_names_the_schedule_where_two_are_the_same():
+    config = tiny_config()
+    config.diffusion.schedule = "shifted_cosine"
+    betas = ddpm.make_betas("shifted_cosine", 1000, (64, 64))
+    assert ddpm.schedule_of(betas, config.diffusion, (64, 64)) == "shifted_cosine"
+    assert ddpm.schedule_of(betas, tiny_config().diffusion, (64, 64)) == "cosine"
 
 
 def test_a_size_and_its_own_number_of_heads_mean_the_same(workdir):

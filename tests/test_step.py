@@ -272,6 +272,19 @@ def test_ids_of_images_on_the_device_give_the_same_update_as_the_images(tiny_con
     assert_same_bits(states[0].opt_state, states[1].opt_state)
 
 
+def test_dropout_is_drawn_anew_for_each_step_and_each_part_of_a_batch(tiny_config):
+    tiny_config.data.flip = False
+    losses = {}
+    for dropout, parts in ((0.0, 1), (0.5, 1), (0.5, 2)):
+        tiny_config.model.dropout, tiny_config.optim.accumulate_steps = dropout, parts
+        losses[dropout, parts], _ = curve(tiny_config, 1, steps=2)
+    again, _ = curve(tiny_config, 1, steps=2)
+    np.testing.assert_array_equal(again, losses[0.5, 2])
+    # The first two updates have the learning rates 0 and little: the weights are still the same.
+    assert (np.abs(losses[0.5, 1] / losses[0.0, 1] - 1) > 1e-5).all()
+    assert (np.abs(losses[0.5, 1] / losses[0.5, 2] - 1) > 1e-5).all()
+
+
 def test_the_step_donates_its_state(tiny_config):
     mesh = mesh_of(tiny_config, 1)
     state, update = init_state(tiny_config, mesh), step.jit_train_step(tiny_config, mesh)

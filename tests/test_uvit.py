@@ -162,6 +162,7 @@ OPTIONS = {
     "time-mlp": dict(mlp_time_embed=True),
     "qv-bias": dict(qkv_bias=True),
     "deep": dict(depth=7),
+    "mlp-ratio": dict(mlp_ratio=2.5),
     "all": dict(num_classes=3, mlp_time_embed=True, qkv_bias=True, depth=5),
 }
 

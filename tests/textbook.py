@@ -10,6 +10,7 @@ from maskdm_jax.model.uvit import timestep_embedding
 class Block(nn.Module):
     num_heads: int
     qkv_bias: bool
+    mlp_ratio: float
 
     @nn.compact
     def __call__(self, x_BLD, skip_BLD=None):
@@ -26,7 +27,7 @@ class Block(nn.Module):
         scores = jnp.einsum("blkh,bmkh->bklm", q, k) / q.shape[-1] ** 0.5
         out = jnp.einsum("bklm,bmkh->blkh", nn.softmax(scores), v).reshape(x_BLD.shape)
         x_BLD += nn.Dense(width, name="proj")(out)
-        hidden = nn.Dense(4 * width, name="mlp_in")(norm("norm_mlp")(x_BLD))
+        hidden = nn.Dense(int(self.mlp_ratio * width), name="mlp_in")(norm("norm_mlp")(x_BLD))
         hidden = nn.gelu(hidden, approximate=False)
         return x_BLD + nn.Dense(width, name="mlp_out")(hidden)
 
@@ -40,6 +41,7 @@ class UViT(nn.Module):
     num_classes: int = 0
     mlp_time_embed: bool = False
     qkv_bias: bool = False
+    mlp_ratio: float = 4.0
 
     @nn.compact
     def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None):
@@ -59,13 +61,14 @@ class UViT(nn.Module):
         x_BVD = nn.Dense(self.width, name="patch_embed")(x_BVP) + position_LD[count + visible_BV]
         extra_BED = jnp.stack(extra, axis=1) + position_LD[:count]
         x_BLD = jnp.concatenate([extra_BED, x_BVD], axis=1)
+        options = (self.num_heads, self.qkv_bias, self.mlp_ratio)
         skips = []
         for i in range(self.depth // 2):
-            x_BLD = Block(self.num_heads, self.qkv_bias, name=f"in_block_{i}")(x_BLD)
+            x_BLD = Block(*options, name=f"in_block_{i}")(x_BLD)
             skips.append(x_BLD)
-        x_BLD = Block(self.num_heads, self.qkv_bias, name="mid_block")(x_BLD)
+        x_BLD = Block(*options, name="mid_block")(x_BLD)
         for i in range(self.depth // 2):
-            block = Block(self.num_heads, self.qkv_bias, name=f"out_block_{i}")
+            block = Block(*options, name=f"out_block_{i}")
             x_BLD = block(x_BLD, skips.pop())
         return nn.Dense(self.patch_dim, name="output")(norm("norm")(x_BLD))[:, count:]
 
@@ -74,9 +77,9 @@ def norm(name):
     return nn.LayerNorm(epsilon=1e-5, name=name)
 
 
-def perturbed(params, seed=0):
+def perturbed(params, seed=0, scale=0.1):
     """The parameters with noise added, since fresh biases are 0 and fresh scales 1."""
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
-    noisy = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    noisy = [x + scale * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(treedef, noisy)

@@ -77,9 +77,13 @@ def make_betas(schedule: str, num_timesteps: int, image_size: tuple[int, int]) -
     return np.clip(1 - abar[1:] / abar[:-1], 0, 0.999)
 
 
-def schedule_of(betas: np.ndarray, image_size: tuple[int, int]) -> str:
-    """The name of the schedule with these betas, to float32 precision, or "unknown"."""
-    for schedule in ("linear", "cosine", "shifted_cosine"):
+def schedule_of(betas: np.ndarray, diffusion, image_size: tuple[int, int]) -> str:
+    """The name of the schedule with these betas, to float32 precision, or "unknown".
+
+    Several may have them: the shifted cosine is the cosine at 64x64. That of `config.diffusion`
+    comes first.
+    """
+    for schedule in (diffusion.schedule, "linear", "cosine", "shifted_cosine"):
         if np.allclose(betas, make_betas(schedule, len(betas), image_size), rtol=1e-4, atol=1e-8):
             return schedule
     return "unknown"

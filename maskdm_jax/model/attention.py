@@ -127,11 +127,13 @@ def attend_packed(qkv_BLTKH: jax.Array, plan: Plan) -> jax.Array:
     """`attend` for q, k and v in one array, [B, L, 3, K, H].
 
     Raises:
-      ValueError: if the plan is not `packed`.
+      ValueError: if the plan is not `packed`, or pads tokens for the Hopper kernel.
     """
     if not plan.packed:
         raise ValueError(f"{plan.kernel} attention takes q, k and v apart; expected {_PACKED}")
     if plan.kernel == "hopper":
+        if plan.num_valid < plan.length:
+            raise ValueError(f"the Hopper kernel takes no padding; {plan} has some")
         kernel = _kernels("hopper_attention").hopper_attention
     else:
         kernel = functools.partial(

@@ -1,5 +1,7 @@
 """How the programs of this project start and end: flags, one-sentence errors, exit codes."""
 
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -17,21 +19,33 @@ def run(
     required: tuple[str, ...],
     example: str,
     unexpected: int = UNEXPECTED,
+    stopped: str = "stopped",
 ) -> None:
     """Parses the absl flags, which include `--config`, runs `main`, and exits.
+
+    Ctrl-C ends the process at once, also during the imports of native libraries, which turn
+    Python's KeyboardInterrupt into errors of their own. `preemption.Watch` replaces this handler.
 
     Args:
       main: what to run, given the positional arguments; returns the exit code, None for 0.
       required: flags that must be given.
       example: a command that gives them, for the error message.
       unexpected: the exit code of an unexpected error.
+      stopped: what Ctrl-C prints.
     """
+
+    def stop(signum, frame):
+        sys.stdout.flush()
+        os.write(2, f"{stopped}\n".encode())
+        os._exit(INTERRUPTED)
+
+    signal.signal(signal.SIGINT, stop)
     # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
     # raised anyway.
     logging.set_verbosity(logging.FATAL)
     try:
         app.run(main, flags_parser=lambda argv: _parse(argv, required, example))
-    except (Exception, KeyboardInterrupt) as error:
+    except Exception as error:
         sys.exit(report(error, unexpected))
 
 
@@ -47,7 +61,7 @@ def exit_code(work: Callable[[], object]) -> int:
 def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
     """Prints why the program ends, and returns its exit code."""
     if isinstance(error, KeyboardInterrupt):
-        print("stopped; the same command resumes", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, (ConfigError, RunError, StartError)):
         print(f"error: {error}", file=sys.stderr)

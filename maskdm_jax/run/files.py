@@ -16,8 +16,12 @@ def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
-    yield unfinished
-    os.replace(unfinished, path)
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:

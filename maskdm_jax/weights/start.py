@@ -3,7 +3,8 @@
 Weights that are missing, unexpected or of another shape are listed in one error, except those that
 `config.init.ignore` matches; an ignored weight starts fresh. Weights that fit but mean something
 else are an error too: they were trained with another prediction, noise schedule, number of
-timesteps or number of heads, and `config.init.allow` does not list that field.
+timesteps, number of heads or patch grid, and `config.init.allow` does not list that field. A `.pt`
+file does not hold its number of heads.
 """
 
 import pathlib
@@ -16,8 +17,10 @@ import numpy as np
 from maskdm_jax import checkpoint
 from maskdm_jax.config import as_flags, described, differences, get
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import MEANING
+from maskdm_jax.fields import MEANING, SHAPE
 from maskdm_jax.weights import torch_io
+
+_GRID = ("data.image_size", "model.patch_size")
 
 
 def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray], str]):
@@ -75,8 +78,8 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
             f'--config.init.ignore="({names},)"'
         )
 
-    _check_meaning(config, stored, source)
     left = [n for n in ours if ignored(n)]
+    _check_meaning(config, stored, source, left)
     fresh = _flatten(make_fresh()) if left else {}
     leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
@@ -112,9 +115,13 @@ def _read(config, schedule_of):
     return params, stored, f"{path} ({init.weights}, step {step})"
 
 
-def _check_meaning(config, stored, source):
+def _check_meaning(config, stored, source, left):
     allowed = config.init.allow
-    names = [n for n in differences(config, stored, [MEANING]) if n not in allowed]
+    different = differences(config, stored, [MEANING])
+    if "position" not in left:
+        # Two grids with the same number of patches: a row would stand for another place.
+        different += [n for n in _GRID if n in differences(config, stored, [SHAPE])]
+    names = [n for n in different if n not in allowed]
     if not names:
         return
     listed = ", ".join(f"'{name}'" for name in (*allowed, *names))

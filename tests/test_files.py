@@ -1,0 +1,15 @@
+import pytest
+
+from maskdm_jax.run import files
+
+
+def test_a_file_is_whole_or_absent_and_leaves_nothing_behind(tmp_path):
+    path = tmp_path / "a.txt"
+    with pytest.raises(KeyboardInterrupt), files.whole(path) as unfinished:
+        unfinished.write_text("half")
+        assert not path.exists()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    files.write_text(path, "old")
+    files.write_text(path, "new")
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
