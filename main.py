@@ -7,6 +7,7 @@ python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
 On Slurm and TPU pods the processes of a run find each other; see maskdm_jax/run/distributed.py.
 """
 
+import contextlib
 import os
 import pathlib
 
@@ -43,17 +44,20 @@ def _run(config, mode, workdir):
     import jax
 
     from maskdm_jax import checkpoint, sample, train
-    from maskdm_jax.run import faults, memory, preemption
+    from maskdm_jax.run import distributed, faults, lock, memory, preemption
 
-    checkpoint.mute_late_tracebacks()
+    faults.mute_late_tracebacks()
     validate_devices(config, jax.device_count(), mode)
     try:
         with memory.explained(config, mode):
             if mode == "sample":
                 sample.write_samples(config, workdir)
                 return
-            with preemption.watched(lambda: checkpoint.steps(workdir)) as preempted:
-                train.train(config, workdir, preempted)
+            with contextlib.ExitStack() as stack:
+                if distributed.is_main() and not config.train.dry_run:
+                    stack.enter_context(lock.one_run(checkpoint.directory(workdir).parent))
+                watched = preemption.watched(lambda: checkpoint.steps(workdir))
+                train.train(config, workdir, stack.enter_context(watched))
     except OSError as error:
         if not faults.disk_is_full(error):
             raise
@@ -80,5 +84,5 @@ if __name__ == "__main__":
         main,
         required=("config", "workdir"),
         example="python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits",
-        stopped="stopped; the same command resumes",
+        resumes=True,
     )

@@ -1,13 +1,15 @@
 """Checkpoints, by Orbax: saving, restoring, retention, and the digest that compares two runs.
 
-A workdir holds checkpoints/<step>/{state,config}. A save is asynchronous and gets its final name
-only once it is complete, so a run killed at any moment still has its last complete checkpoint.
-Later damage, by a disk or a copy, is found by reading the whole checkpoint before it is used.
+A workdir holds checkpoints/<step>/{state,config,sha256.json}. A save is asynchronous and gets its
+final name only once it is complete, so a run killed at any moment still has its last complete
+checkpoint. Then the SHA-256 of every file is stored beside it, also while training continues, and
+compared before a checkpoint is used: later damage, by a disk or a copy, is never used in silence.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
 
 import argparse
+import concurrent.futures
 import hashlib
 import itertools
 import os
@@ -15,7 +17,6 @@ import pathlib
 import shutil
 import socket
 import sys
-import warnings
 
 import jax
 import numpy as np
@@ -23,27 +24,45 @@ import orbax.checkpoint as ocp
 
 from maskdm_jax.config import from_dict
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import command_line, distributed, faults
+from maskdm_jax.run import command_line, distributed, faults, files, hashes
 from maskdm_jax.run.progress import remark
 
 _ITEMS = ("params", "ema", "opt_state")
+# Orbax looks for the files of a save with glob on the whole path: with [ in it, none are found, and
+# with * or ? those of other runs too. TensorStore reads \\ as /.
+_PATTERN = frozenset("*?[]\\")
 # What Orbax and TensorStore raise for truncated, empty or missing files; JSONDecodeError and
 # TensorStore's own errors are ValueErrors.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError)
+# Stored with the config. From this format on, a checkpoint without hashes is not finished.
+_FORMAT = 2
+_UNFINISHED = hashes.DamageError(f"is not finished ({hashes.NAME} is missing)")
 
 
 def directory(workdir: str | pathlib.Path) -> pathlib.Path:
-    """The folder of a run's checkpoints."""
-    return pathlib.Path(workdir).expanduser().absolute() / "checkpoints"
+    """The folder of a run's checkpoints.
+
+    Raises:
+      ConfigError: for a path that cannot hold checkpoints.
+    """
+    path = files.local_path(workdir, "--workdir")
+    if not _PATTERN.isdisjoint(str(path)):
+        raise ConfigError(
+            f"--workdir {path} has one of {' '.join(sorted(_PATTERN))} in it, which Orbax takes "
+            "for a pattern; type a path without them"
+        )
+    return path / "checkpoints"
 
 
 class Checkpoints:
     """The checkpoints of one run."""
 
     def __init__(self, workdir: str | pathlib.Path, config):
-        self._config = config.to_dict()
+        self._record = {"format": _FORMAT, "config": config.to_dict()}
         self._directory = directory(workdir)
         self._saving = None  # (step, bytes) of the save that may still be in progress
+        self._hashing = None  # then the future of its hashes
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hashes")
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
@@ -69,14 +88,19 @@ class Checkpoints:
             return
         self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._config)
+            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._record)
         )
         with self._full_disk_explained():
-            self._manager.save(step, args=args, force=force)
+            if not self._manager.save(step, args=args, force=force):
+                self._saving = None
 
     def check(self) -> None:
         """Raises RunError if a save has failed since the last call; does not block."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        if self._saving is None or self._manager.is_saving_in_progress():
+            return
+        if self._hashing is None:
+            self._hash()
+        elif self._hashing.done():
             self._wait()
 
     def restore(self, step: int, abstract_state):
@@ -87,6 +111,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for saves in progress, and closes Orbax's manager."""
         self._wait()
+        self._pool.shutdown()
         self._manager.close()
 
     def newest(self) -> str:
@@ -96,9 +121,21 @@ class Checkpoints:
         return f"step {step} in {self._directory}" if step is not None else "none yet"
 
     def _wait(self):
+        if self._saving is None:
+            return
+        if self._hashing is None:
+            self._hash()
+        with self._full_disk_explained():
+            self._hashing.result()
+        self._saving = self._hashing = None
+
+    def _hash(self):
+        """Waits for Orbax's commit, which is that of all hosts; process 0 then hashes the files."""
         with self._full_disk_explained():
             self._manager.wait_until_finished()
-        self._saving = None
+        folder = self._directory / str(self._saving[0])
+        work = hashes.store if distributed.is_main() else str
+        self._hashing = self._pool.submit(work, folder)
 
     def _full_disk_explained(self):
         step, size = self._saving or (None, 0)
@@ -165,28 +202,40 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
 
 
 def _newest_whole(workdir, candidates, set_aside):
-    """The first readable one of `candidates`; -1 if there is none."""
+    """The first of `candidates` that is as it was saved; -1 if there is none."""
     damaged = {}
     for step in candidates:
         try:
-            _read_all(workdir, step)
+            _verify(workdir, step)
         except _DAMAGE as error:
-            damaged[step] = " ".join(str(error).split())[:200]
+            # A run beside this one may have retired it meanwhile.
+            if (directory(workdir) / str(step)).exists():
+                reason = " ".join(str(error).split())[:200]
+                damaged[step] = reason if error is _UNFINISHED else f"is damaged ({reason})"
             continue
-        for bad, reason in damaged.items():
+        for bad, fault in damaged.items():
             place = f"; moved to {_set_aside(workdir, bad)}" if set_aside else ""
-            remark(f"checkpoint {bad} of {workdir} is damaged ({reason}){place}; using {step}")
+            remark(f"checkpoint {bad} of {workdir} {fault}{place}; using {step}")
         return step
-    for bad, reason in damaged.items():
-        remark(f"checkpoint {bad} of {workdir} is damaged ({reason})")
+    for bad, fault in damaged.items():
+        remark(f"checkpoint {bad} of {workdir} {fault}")
     return -1
 
 
-def _read_all(workdir, step):
-    """Reads every array and the config in this process alone; raises one of _DAMAGE."""
-    load_config(workdir, step, alone=True)
+def _verify(workdir, step):
+    """Reads all of a checkpoint in this process alone; raises one of _DAMAGE if it changed."""
+    path = directory(workdir) / str(step)
+    if hashes.exist(path):
+        hashes.compare(path)
+        return
+    if "format" in _load_record(workdir, step, alone=True):
+        raise _UNFINISHED
     for item in _ITEMS:
         restore_item(workdir, step, item, alone=True)
+    remark(
+        f"checkpoint {step} of {workdir} was saved without hashes by an earlier version; its "
+        "arrays can be read, but are not known to be unchanged"
+    )
 
 
 def _set_aside(workdir, step):
@@ -231,11 +280,16 @@ def restore_item(
 
 
 def load_config(workdir: str | pathlib.Path, step: int, alone: bool = False):
-    """The config stored with a checkpoint."""
+    """The config that a checkpoint was made with, stored beside its state."""
+    record = _load_record(workdir, step, alone)
+    return from_dict(record["config"] if "format" in record else record)
+
+
+def _load_record(workdir, step, alone):
     path = directory(workdir) / str(step)
     with _reader(alone) as checkpointer:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return from_dict(checkpointer.restore(path, args=args).config)
+        return checkpointer.restore(path, args=args).config
 
 
 def _reader(alone):
@@ -268,22 +322,6 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
     return step, sha.hexdigest()
 
 
-def mute_late_tracebacks() -> None:
-    """Mutes the stack traces of Orbax's pending reads and writes once one of them has failed.
-
-    The first error is raised as usual; the others then find their event loop closed, and each would
-    print a stack trace. Affects the whole process.
-    """
-    show = sys.unraisablehook
-
-    def show_others(unraisable):
-        if "Event loop is closed" not in str(unraisable.exc_value):
-            show(unraisable)
-
-    sys.unraisablehook = show_others
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m maskdm_jax.checkpoint")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -292,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--step", type=int, help="default: the newest")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")
-    mute_late_tracebacks()
+    faults.mute_late_tracebacks()
     return command_line.exit_code(
         lambda: print("step {} sha256 {}".format(*digest(args.workdir, args.step)))
     )

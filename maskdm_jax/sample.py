@@ -3,6 +3,7 @@
 Image i depends on (seed, i) alone, so an interrupted run resumes with the missing images.
 """
 
+import hashlib
 import json
 import pathlib
 
@@ -11,10 +12,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax import checkpoint, draw, images, sharding
-from maskdm_jax.config import check_same_architecture
+from maskdm_jax.config import FIELDS, check_same_architecture, get
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import distributed, files, progress
+from maskdm_jax.run import distributed, files, hashes, progress
 from maskdm_jax.run.progress import say
+
+# Fields that no image depends on.
+_FREE = ("sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps")
 
 
 def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
@@ -34,7 +38,7 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     step = checkpoint.find_step(workdir)
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
-    folder = workdir / "samples" / _folder_name(config, step)
+    folder = workdir / "samples" / _folder_name(config, workdir, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,21 +87,25 @@ def _draw_missing(config, workdir, step, folder, todo):
                 images.save_png(_path(folder, i), image)
 
 
-def _folder_name(config, step):
-    """Images that differ in more than their index go to different folders."""
+def _folder_name(config, workdir, step):
+    """Images that differ in more than their index go to different folders.
+
+    What most people vary is in words. The hash at the end covers the checkpoint's bytes and every
+    field that the images may depend on.
+    """
     s = config.sample
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
-    if s.spacing != "timestep":
-        name += f"_{s.spacing}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
     if s.guidance_scale != 1:
         name += f"_guidance{s.guidance_scale:g}"
     if s.label >= 0:
         name += f"_label{s.label}"
-    if config.model.dtype != "bfloat16":
-        name += f"_{config.model.dtype}"
-    return f"{name}_seed{s.seed}"
+    groups = ("data.image_size", "data.channels", "model.", "diffusion.", "sample.")
+    fields = {n: get(config, n) for n in FIELDS if n.startswith(groups) and n not in _FREE}
+    checkpoint_hash = hashes.fingerprint(checkpoint.directory(workdir) / str(step))
+    content = hashlib.sha256(json.dumps([checkpoint_hash, fields]).encode()).hexdigest()
+    return f"{name}_seed{s.seed}_{content[:8]}"
 
 
 def _path(folder, index):

@@ -1,5 +1,8 @@
+import json
 import os
+import pathlib
 import shutil
+import string
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +59,29 @@ def test_digests_are_equal_for_equal_states_only(tmp_path, capsys):
     assert a == b and a[0] == 6 and a[1] != c[1]
     assert checkpoint.main(["digest", str(tmp_path / "a"), "--step", "5"]) == 0
     assert capsys.readouterr().out == f"step 5 sha256 {a[1]}\n"
+
+
+def test_every_printable_character_is_saved_under_or_refused_before_any_write(tmp_path):
+    allowed = "".join(set(string.printable) - set("/*?[]\\")) + "ü漢 ~"
+    saved(tmp_path / allowed, [5])
+    assert checkpoint.find_step(tmp_path / allowed) == 5
+    assert checkpoint.load_config(tmp_path / allowed, 5).seed == 0
+    for character in "*?[]\\":
+        with pytest.raises(ConfigError, match="type a path without them"):
+            saved(tmp_path / f"a{character}b", [5])
+    assert [path.name for path in tmp_path.iterdir()] == [allowed]
+
+
+@pytest.mark.parametrize(
+    "url", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "gs:/run"]
+)
+def test_a_url_is_refused_and_makes_no_folder(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="expected a folder of a local or mounted file system"):
+        checkpoint.steps(url)
+    with pytest.raises(ConfigError, match="--workdir is"):
+        checkpoint.steps(pathlib.Path(url))  # of which pathlib leaves one slash
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, capsys):
@@ -137,17 +163,87 @@ def test_a_checkpoint_without_a_part_is_damaged(two_checkpoints, tmp_path, part)
     assert checkpoint.find_step(run) == 5
 
 
-def test_files_that_a_restore_does_not_need_may_be_missing(two_checkpoints, tmp_path):
+def all_files(workdir, step):
+    folder = workdir / "checkpoints" / str(step)
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path, bit):
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def test_no_damage_to_any_file_is_used_in_silence(two_checkpoints, tmp_path, capsys):
     run = shutil.copytree(two_checkpoints, tmp_path / "run")
-    needed = files(run, 6)
-    for path in (run / "checkpoints" / "6").rglob("*"):
-        if path.is_file() and path not in needed:
-            path.unlink()
-    assert checkpoint.find_step(run, 6) == 6
-    config = default_config()
-    mesh = sharding.make_mesh(config)
-    restored = checkpoint.Checkpoints(run, config).restore(6, sharding.abstract(tiny_state, mesh))
-    assert int(restored.step) == 6
+    generator = np.random.default_rng(0)
+    harms = HARM | {
+        "one bit": lambda path: flip(path, int(generator.integers(8 * path.stat().st_size))),
+        "longer": lambda path: path.write_bytes(path.read_bytes() + b" "),
+    }
+    paths = all_files(run, 6)
+    assert len(paths) > 10 and any(path.name == "sha256.json" for path in paths)
+    for path in paths:
+        kept = path.read_bytes()
+        for harm, do in harms.items():
+            do(path)
+            assert checkpoint.find_step(run) == 5, (path, harm)
+            assert f"checkpoint 6 of {run} is " in capsys.readouterr().err
+            path.write_bytes(kept)
+    assert checkpoint.find_step(run) == 6
+
+
+def test_none_of_200_flipped_bits_is_used_in_silence(two_checkpoints, tmp_path):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    generator = np.random.default_rng(1)
+    paths = all_files(run, 6)
+    for _ in range(200):
+        path = paths[generator.integers(len(paths))]
+        bit = int(generator.integers(8 * path.stat().st_size))
+        flip(path, bit)
+        assert checkpoint.find_step(run) == 5, (path, bit)
+        flip(path, bit)
+    assert checkpoint.find_step(run) == 6
+
+
+def test_a_checkpoint_whose_hashes_were_not_written_is_unfinished(
+    two_checkpoints, tmp_path, capsys
+):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    assert checkpoint.find_step(run) == 5
+    assert f"checkpoint 6 of {run} is not finished (" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_is_remarked(
+    two_checkpoints, tmp_path, capsys
+):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    folder = run / "checkpoints" / "6"
+    (folder / "sha256.json").unlink()
+    stored = json.loads((folder / "config" / "metadata").read_text())
+    (folder / "config" / "metadata").write_text(json.dumps(stored["config"]))
+    assert checkpoint.find_step(run) == 6
+    assert "was saved without hashes by an earlier version" in capsys.readouterr().err
+    assert checkpoint.load_config(run, 6).to_dict() == checkpoint.load_config(run, 5).to_dict()
+    files(run, 6)[3].unlink()  # its arrays are still read in full
+    assert checkpoint.find_step(run) == 5
+
+
+def test_a_checkpoint_that_a_run_retires_meanwhile_is_not_called_damaged(
+    two_checkpoints, tmp_path, capsys, monkeypatch
+):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    compare = checkpoint.hashes.compare
+
+    def retired(folder):
+        if folder.name == "6":
+            shutil.rmtree(folder)
+        compare(folder)
+
+    monkeypatch.setattr(checkpoint.hashes, "compare", retired)
+    assert checkpoint.find_step(run) == 5
+    assert capsys.readouterr().err == ""
 
 
 def test_only_damaged_checkpoints_are_an_error_and_stay_in_place(two_checkpoints, tmp_path, capsys):

@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from maskdm_jax import checkpoint, errors
 from maskdm_jax.data.loader import Order
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import distributed, preemption
+from maskdm_jax.run import distributed
+from maskdm_jax.run.command_line import TRY_AGAIN
 from maskdm_jax.run.telemetry import read_metrics
 
 _CLUSTERS = ("SLURM_", "OMPI_", "TPU_", "MEGASCALE_", "GCE_", "CUDA_VISIBLE_DEVICES")
@@ -268,7 +269,7 @@ def terminate(processes, index, workdir):
             process.kill()
         raise
     output = ended(processes)
-    assert [p.returncode for p in processes] == [preemption.EXIT_CODE] * 2, output
+    assert [p.returncode for p in processes] == [TRY_AGAIN] * 2, output
     stopped = int(re.search(r"asked to stop at step (\d+) of 40", output[0])[1])
     assert stopped == checkpoint.steps(workdir)[-1] == read_metrics(workdir)[-1]["step"] < 40
     return stopped

@@ -1,3 +1,8 @@
+import errno
+import os
+import pathlib
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -6,7 +11,7 @@ from maskdm_jax import sharding
 from maskdm_jax.data import sources
 from maskdm_jax.data.batch import materialize
 from maskdm_jax.data.loader import Loader, Order
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 
 
 def test_every_epoch_reads_every_example_once():
@@ -72,3 +77,18 @@ def test_a_data_set_that_does_not_fit_is_named(tiny_config, fields, expected):
     with pytest.raises(ConfigError) as error:
         sources.open_source(tiny_config)
     assert expected in str(error.value)
+
+
+def test_a_disk_too_full_for_the_decoded_images_is_one_sentence(tiny_config, tmp_path, monkeypatch):
+    shutil.copytree(pathlib.Path(tiny_config.data.dir) / "digits", tmp_path / "digits")
+    shutil.rmtree(tmp_path / "digits" / "1.0.0" / "decoded", ignore_errors=True)
+    tiny_config.data.dir = str(tmp_path)
+
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(RunError, match="they take 0.1 MiB, and .* type --config.data.cache=none"):
+        read(tiny_config, 0)
+    left = [path.name for path in (tmp_path / "digits" / "1.0.0" / "decoded").iterdir()]
+    assert left == [".lock"]

@@ -10,6 +10,7 @@ import pytest
 
 from maskdm_jax import checkpoint, train
 from maskdm_jax.run import preemption
+from maskdm_jax.run.command_line import TRY_AGAIN
 from maskdm_jax.run.telemetry import read_metrics
 
 STEPS = ["--config.train.num_steps=1000", "--config.train.log_every_steps=1"]
@@ -53,7 +54,7 @@ def terminated(run_main, workdir, num_signals):
     process = run_main("pretrain_digits", workdir, *FLAGS, wait=False)
     under_way = lambda: len(read_metrics(workdir)) >= 20  # noqa: E731
     code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * num_signals)
-    assert code == preemption.EXIT_CODE == 75, err
+    assert code == TRY_AGAIN == 75, err
     stopped = int(re.search(r"asked to stop at step (\d+) of 1000", out)[1])
     assert checkpoint.steps(workdir) == [checkpoint.find_step(workdir)] == [stopped]
     assert read_metrics(workdir)[-1]["step"] == stopped
@@ -92,6 +93,28 @@ def test_ctrl_c_among_the_first_imports_is_one_line_and_exit_code_130(run_main, 
     imports_jax = lambda: "jaxlib" in maps.read_text()  # noqa: E731
     code, out, err = send_in_mid_run(process, imports_jax, signal.SIGINT)
     assert (code, err) == (130, "stopped; the same command resumes\n"), out
+
+
+def test_sigterm_before_the_first_step_asks_for_another_start(run_main, tmp_path):
+    process = run_main("pretrain_digits", tmp_path, wait=False)
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    imports_jax = lambda: "jaxlib" in maps.read_text()  # noqa: E731
+    code, out, err = send_in_mid_run(process, imports_jax, signal.SIGTERM)
+    assert (code, err) == (TRY_AGAIN, "stopped; the same command resumes\n"), out
+
+
+def test_sigterm_while_sampling_keeps_the_images_and_asks_for_another_start(run_main, tmp_path):
+    flags = ["--config.train.num_steps=2", "--config.train.sample_every_steps=0"]
+    assert run_main("pretrain_digits", tmp_path, *flags).returncode == 0
+    flags += ["--mode=sample", "--config.sample.steps=20", "--config.sample.batch_size=1"]
+    process = run_main("pretrain_digits", tmp_path, *flags, "--config.sample.num=500", wait=False)
+    images = lambda: sorted(tmp_path.glob("samples/*/0*.png"))  # noqa: E731
+    code, out, err = send_in_mid_run(process, lambda: len(images()) > 3, signal.SIGTERM)
+    assert code == TRY_AGAIN and "stopped; the same command resumes" in err
+    before = {path: path.stat().st_mtime_ns for path in images()}
+    result = run_main("pretrain_digits", tmp_path, *flags, f"--config.sample.num={len(before) + 2}")
+    assert result.returncode == 0 and f"{len(before)} of {len(before) + 2} images" in result.stdout
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def test_a_run_that_must_stop_saves_once_and_resumes(tiny_config, tmp_path):

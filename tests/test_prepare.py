@@ -1,4 +1,5 @@
 import io
+import multiprocessing
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ from PIL import Image
 
 from maskdm_jax.config import default_config
 from maskdm_jax.data import prepare, sources
+from maskdm_jax.errors import RunError
 
 
 def picture(height, width, seed=0, mode="RGB"):
@@ -164,3 +166,22 @@ def test_a_worker_needs_neither_jax_nor_tfds():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "[]", result
+
+
+def test_a_killed_worker_ends_the_preparation_with_one_sentence(tmp_path, monkeypatch):
+    for i in range(40):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i}.png")
+    first = prepare._encode_all([(str(tmp_path / "0.png"), (8, 8), 3, "png", 95)] * 2000, 2)
+    next(first)
+    (worker, *_) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(RunError, match="was killed, .* type fewer than 2 --num_processes"):
+        list(first)
+
+
+def test_images_keep_their_order_over_many_batches(tmp_path):
+    for i in range(100):
+        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(tmp_path / f"{i:03d}.png")
+    jobs = [(str(tmp_path / f"{i:03d}.png"), (8, 8), 3, "png", 95) for i in range(100)]
+    encoded = [data for data, problem in prepare._encode_all(jobs, 2)]
+    assert encoded == [(tmp_path / f"{i:03d}.png").read_bytes() for i in range(100)]

@@ -14,14 +14,14 @@ GROUND = {
     "sharding": set(),
     "model.sizes": set(),
     "run.progress": set(),
-    "run.files": set(),
+    "run.files": {"errors"},
 }
 # room or module -> what it may import besides itself and the ground.
 ALLOWED = {
     "config": set(),
     "diffusion": set(),
     "model": set(),
-    "data": {"run.command_line"},
+    "data": {"run.command_line", "run.faults", "run.lock"},
     "run": set(),
     "weights": {"checkpoint", "config"},
     "checkpoint": {"config", "run"},

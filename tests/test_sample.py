@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -60,12 +61,11 @@ def test_image_i_depends_on_seed_and_i_alone(tiny_config, trained, tmp_path):
 @pytest.mark.parametrize(
     "fields, name",
     [
-        ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_float32_seed0"),
-        ({"sample.spacing": "log_snr"}, "step2_ema_ddim4_log_snr_eta1_float32_seed0"),
+        ({"sample.sampler": "ddpm"}, "step2_ema_ddpm4_seed0_"),
         (
             {"sample.eta": 0.0, "sample.weights": "raw", "sample.guidance_scale": 2.0,
              "sample.label": 3},
-            "step2_raw_ddim4_eta0_guidance2_label3_float32_seed0",
+            "step2_raw_ddim4_eta0_guidance2_label3_seed0_",
         ),
     ],
 )  # fmt: skip
@@ -73,7 +73,31 @@ def test_other_settings_have_other_folders(tiny_config, trained, fields, name):
     tiny_config.sample.num = 3
     tiny_config.update_from_flattened_dict(fields)
     folder = sample.write_samples(tiny_config, trained)
-    assert folder.name == name and len(drawn(folder)) == 3
+    assert folder.name.startswith(name) and len(drawn(folder)) == 3
+
+
+def test_the_folder_depends_on_every_setting_that_an_image_may_depend_on(tiny_config, trained):
+    name = sample._folder_name(tiny_config, trained, 2)
+    for field, value in (
+        ("sample.spacing", "log_snr"), ("sample.guidance_scale", 1.5), ("model.dtype", "bfloat16"),
+        ("model.attention", "xla"), ("diffusion.num_timesteps", 500), ("sample.seed", 1),
+    ):  # fmt: skip
+        other = tiny_config.copy_and_resolve_references()
+        other.update_from_flattened_dict({field: value})
+        assert sample._folder_name(other, trained, 2) != name, field
+    tiny_config.sample.update(num=7, batch_size=24, preview_num=3)
+    assert sample._folder_name(tiny_config, trained, 2) == name
+
+
+def test_replaced_checkpoints_get_a_folder_of_their_own(tiny_config, trained, tmp_path):
+    tiny_config.train.num_steps = 2
+    tiny_config.sample.num = 2
+    for seed in (0, 1):
+        tiny_config.seed = seed
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        train.train(tiny_config, tmp_path)
+        sample.write_samples(tiny_config, tmp_path)
+    assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
 def test_a_workdir_without_the_model_is_named(tiny_config, trained, tmp_path):

@@ -8,6 +8,8 @@ of each batch. Images go to the devices as uint8.
 
 import contextlib
 import hashlib
+import os
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -15,10 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import sharding
-from maskdm_jax.data import batch, lock
+from maskdm_jax.data import batch
 from maskdm_jax.data.sources import Source
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import files, progress
+from maskdm_jax.run import faults, files, lock, progress
 
 _PREFETCH_BATCHES = 4
 
@@ -166,6 +168,18 @@ def _explained(config, folder):
         ) from error
 
 
+def _reserve(path):
+    """Takes the room of a file that is mapped into memory: a full disk would else be a SIGBUS."""
+    size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
+    remedy = (
+        f"they take {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; make room, or "
+        "type --config.data.cache=none"
+    )
+    with faults.explain_full_disk("the decoded images", path.parent, remedy):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, size)
+
+
 def _decode_all(config, source, folder, paths):
     with _explained(config, folder):
         for stale in folder.glob("*.npy"):  # of an earlier preparation
@@ -177,6 +191,7 @@ def _decode_all(config, source, folder, paths):
     with files.whole(paths["image"]) as image_file, files.whole(paths["label"]) as label_file:
         with _explained(config, folder):
             images = np.lib.format.open_memmap(image_file, mode="w+", dtype=np.uint8, shape=shape)
+        _reserve(image_file)
         tracked = progress.track(examples, len(source), f"decoding {config.data.name}", "images")
         for i, example in enumerate(tracked):
             images[i] = example["image"]

@@ -9,7 +9,10 @@ than 1 %, that is an error, and nothing is written.
 """
 
 import argparse
+import collections
+import concurrent.futures
 import io
+import itertools
 import multiprocessing
 import os
 import pathlib
@@ -20,12 +23,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from maskdm_jax.data import writer
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import command_line, progress
+from maskdm_jax.run.files import local_path
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
 _MAX_UNREADABLE_SHARE = 0.01
 _ONE_CLASS = "all"
+_BATCH = 16  # images that a process encodes for one message
 
 
 def prepare(
@@ -57,7 +62,7 @@ def prepare(
     Raises:
       ConfigError: if the folder, the name or the images cannot be used.
     """
-    root, data_dir = (pathlib.Path(p).expanduser().absolute() for p in (images, data_dir))
+    root, data_dir = local_path(images, "--images"), local_path(data_dir, "--data_dir")
     _check(root, name, data_dir, size)
     files = _find(root)
     if not files:
@@ -78,17 +83,14 @@ def prepare(
     jobs = [(str(p), size, channels, encoding, quality) for p in files]
 
     def examples():
-        # spawn: no state of this process, such as another library's threads, is shared.
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(num_processes or os.cpu_count()) as pool:
-            encoded = pool.imap(_encode, jobs, chunksize=16)
-            tracked = progress.track(encoded, len(jobs), f"preparing {name}", "images")
-            for path, label, (data, problem) in zip(files, labels, tracked, strict=True):
-                if data is not None:
-                    yield data, label, str(path.relative_to(root))
-                    continue
-                unreadable.append(f"{path}: {problem}")
-                progress.remark(f"skipped {unreadable[-1]}")
+        encoded = _encode_all(jobs, num_processes or os.cpu_count())
+        tracked = progress.track(encoded, len(jobs), f"preparing {name}", "images")
+        for path, label, (data, problem) in zip(files, labels, tracked, strict=True):
+            if data is not None:
+                yield data, label, str(path.relative_to(root))
+                continue
+            unreadable.append(f"{path}: {problem}")
+            progress.remark(f"skipped {unreadable[-1]}")
         if len(unreadable) > len(files) * _MAX_UNREADABLE_SHARE:
             raise ConfigError(
                 f"--images {images}: {len(unreadable)} of {len(files)} files cannot be read, more "
@@ -143,6 +145,39 @@ def _find(root):
         paths = (pathlib.Path(folder) / name for name in names if not name.startswith("."))
         files += [p for p in paths if p.suffix.lower() in _SUFFIXES and p.is_file()]
     return sorted(files)
+
+
+def _encode_all(jobs, num_processes):
+    """Results of `_encode` in the order of the jobs, from processes of their own.
+
+    Raises:
+      RunError: if one of them was killed.
+    """
+    # spawn: no state of this process, such as another library's threads, is shared.
+    context = multiprocessing.get_context("spawn")
+    batches = iter([jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)])
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+        try:
+            # A few batches ahead of the writer, whose memory the results would fill.
+            pending = collections.deque(
+                pool.submit(_encode_batch, batch)
+                for batch in itertools.islice(batches, 4 * num_processes)
+            )
+            while pending:
+                yield from pending.popleft().result()
+                for batch in itertools.islice(batches, 1):
+                    pending.append(pool.submit(_encode_batch, batch))
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise RunError(
+                "a process that encodes images was killed, most likely for lack of memory; nothing "
+                f"was written; type fewer than {num_processes} --num_processes"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _encode_batch(jobs):
+    return [_encode(job) for job in jobs]
 
 
 def _encode(job):

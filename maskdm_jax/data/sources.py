@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from maskdm_jax.data import digits, lock, writer
+from maskdm_jax.data import digits, writer
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import files, lock
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def open_source(config) -> Source:
         config's.
     """
     data = config.data
-    data_dir = pathlib.Path(data.dir).expanduser().absolute()
+    data_dir = files.local_path(data.dir, "data.dir")
     if not data.name:
         raise ConfigError(
             "data.name is empty; expected a data set, such as --config.data.name=digits"

@@ -1,5 +1,6 @@
 """How the programs of this project start and end: flags, one-sentence errors, exit codes."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -11,6 +12,7 @@ from absl import app, flags, logging
 from maskdm_jax.errors import ConfigError, RunError, StartError
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h: another attempt may succeed
 
 
@@ -19,34 +21,38 @@ def run(
     required: tuple[str, ...],
     example: str,
     unexpected: int = UNEXPECTED,
-    stopped: str = "stopped",
+    resumes: bool = False,
 ) -> None:
     """Parses the absl flags, which include `--config`, runs `main`, and exits.
 
     Ctrl-C ends the process at once, also during the imports of native libraries, which turn
-    Python's KeyboardInterrupt into errors of their own. `preemption.Watch` replaces this handler.
+    Python's KeyboardInterrupt into errors of their own, and so does SIGTERM for a program that
+    resumes. `preemption.Watch` replaces these handlers. An error ends the process at once too: the
+    threads of a save in progress could keep it alive for minutes.
 
     Args:
       main: what to run, given the positional arguments; returns the exit code, None for 0.
       required: flags that must be given.
       example: a command that gives them, for the error message.
       unexpected: the exit code of an unexpected error.
-      stopped: what Ctrl-C prints.
+      resumes: whether the same command continues what was stopped.
     """
+    hint = "; the same command resumes" if resumes else ""
 
     def stop(signum, frame):
-        sys.stdout.flush()
-        os.write(2, f"{stopped}\n".encode())
-        os._exit(INTERRUPTED)
+        os.write(2, f"stopped{hint}\n".encode())
+        _leave(INTERRUPTED if signum == signal.SIGINT else TRY_AGAIN)
 
     signal.signal(signal.SIGINT, stop)
+    if resumes:
+        signal.signal(signal.SIGTERM, stop)
     # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
     # raised anyway.
     logging.set_verbosity(logging.FATAL)
     try:
         app.run(main, flags_parser=lambda argv: _parse(argv, required, example))
     except Exception as error:
-        sys.exit(report(error, unexpected))
+        _leave(report(error, unexpected))
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -68,6 +74,13 @@ def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
         return error.exit_code
     traceback.print_exception(error)
     return unexpected
+
+
+def _leave(code):
+    with contextlib.suppress(Exception):  # a signal may come in the middle of a write
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _parse(argv, required, example):

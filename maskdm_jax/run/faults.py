@@ -4,6 +4,8 @@ import contextlib
 import errno
 import os
 import pathlib
+import sys
+import warnings
 from collections.abc import Iterator
 
 from maskdm_jax.errors import RunError
@@ -38,10 +40,10 @@ class SkipCounter:
             first = step - self._in_a_row + 1
             raise RunError(
                 f"loss or gradients were not finite from step {first} to {step}, "
-                f"{self._in_a_row} in a row (train.max_skipped_steps); none was applied, so the "
-                f"newest checkpoint is good: {self._checkpoints.newest()}; the same command would "
-                "fail again: type a lower --config.optim.lr_peak, "
-                "--config.optim.clip_norm=1 or --config.model.dtype=float32"
+                f"{self._in_a_row} in a row (train.max_skipped_steps); none was applied; the "
+                f"newest checkpoint is {self._checkpoints.newest()}; the same command would fail: "
+                "type a lower --config.optim.lr_peak, --config.optim.clip_norm=1 or "
+                "--config.model.dtype=float32"
             )
 
 
@@ -66,3 +68,19 @@ def explain_full_disk(what: str, where: str | pathlib.Path, remedy: str) -> Iter
         known = (os.strerror(code) for code in _FULL)
         reason = next((words for words in known if words in str(error)), str(error))
         raise RunError(f"{what} could not be written to {where}: {reason}; {remedy}") from error
+
+
+def mute_late_tracebacks() -> None:
+    """Mutes the stack traces of Orbax's pending reads and writes once one of them has failed.
+
+    The first error is raised as usual; the others then find their event loop closed, and each would
+    print a stack trace. Affects the whole process.
+    """
+    show = sys.unraisablehook
+
+    def show_others(unraisable):
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")

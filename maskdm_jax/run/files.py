@@ -1,10 +1,31 @@
-"""Writes files that are whole or absent: a reader never finds half of one."""
+"""Local paths, and files that are whole or absent: a reader never finds half of one."""
 
 import contextlib
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Iterator
+
+from maskdm_jax.errors import ConfigError
+
+
+def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
+    """The absolute path of what a user typed, with ~ for the home folder.
+
+    Args:
+      path: relative or absolute.
+      name: the flag or field it was typed for.
+
+    Raises:
+      ConfigError: for a URL such as gs://bucket/run, which as a path would be a folder named "gs:".
+    """
+    if re.match(r"[A-Za-z][\w+.-]*:/", str(path)):
+        raise ConfigError(
+            f"{name} is {path}; expected a folder of a local or mounted file system, since buckets "
+            "are not supported: type its path, such as /mnt/share/run"
+        )
+    return pathlib.Path(path).expanduser().absolute()
 
 
 @contextlib.contextmanager

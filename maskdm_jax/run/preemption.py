@@ -1,7 +1,7 @@
 """Stopping on a signal: SIGTERM saves at the next step boundary, Ctrl-C stops at once.
 
 A scheduler sends SIGTERM before it takes a machine away. The run then saves and exits with
-EXIT_CODE, which means "start me again"; a second SIGTERM changes nothing. With jax.distributed, JAX
+TRY_AGAIN, which means "start me again"; a second SIGTERM changes nothing. With jax.distributed, JAX
 catches the signal on whichever host receives it, and all hosts agree on one step.
 """
 
@@ -15,10 +15,8 @@ from typing import NoReturn
 import jax
 from jax.experimental import multihost_utils
 
-from maskdm_jax.run.command_line import INTERRUPTED
+from maskdm_jax.run.command_line import INTERRUPTED, TRY_AGAIN
 from maskdm_jax.run.progress import say
-
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, try again
 
 
 class Preempted(Exception):
@@ -27,7 +25,7 @@ class Preempted(Exception):
 
 @contextlib.contextmanager
 def watched(saved_steps: Callable[[], list[int]]) -> Iterator[Callable[[int], bool]]:
-    """Yields `Watch.reached`; ends the process with EXIT_CODE on Preempted, with 130 on Ctrl-C.
+    """Yields `Watch.reached`; ends the process with TRY_AGAIN on Preempted, with 130 on Ctrl-C.
 
     Enter it after jax.distributed has started.
 
@@ -39,7 +37,7 @@ def watched(saved_steps: Callable[[], list[int]]) -> Iterator[Callable[[int], bo
         yield watch.reached
     except Preempted as stop:
         say(str(stop))
-        sys.exit(EXIT_CODE)
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         watch.interrupted(saved_steps)
 

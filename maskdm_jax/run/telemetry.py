@@ -5,6 +5,7 @@ Only process 0 writes. A resumed run drops records beyond its checkpoint; each s
 
 import errno
 import json
+import math
 import os
 import pathlib
 import time
@@ -82,7 +83,7 @@ class Telemetry:
         if self._peak_tflops is not None:
             record["mfu"] = tflops / self._peak_tflops
         with self._full_disk_explained():
-            line = (json.dumps(record) + "\n").encode()
+            line = (_to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             values = [
@@ -100,7 +101,7 @@ class Telemetry:
                 target.close()
 
     def _open(self, path, kept, first_step):
-        files.write_text(path, "".join(json.dumps(r) + "\n" for r in kept))
+        files.write_text(path, "".join(_to_json(r) + "\n" for r in kept))
         self._file = path.open("ab", buffering=0)
         # Not SummaryWriter: a full disk kills its thread, and its queue then blocks the run.
         folder = path.parent / "tensorboard"
@@ -140,9 +141,16 @@ class Telemetry:
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
-    """The records of a run's metrics.jsonl; a line cut short by a kill is left out."""
+    """The records of a run's metrics.jsonl, with nan for null; a line cut short is left out."""
     path = pathlib.Path(workdir) / _JSONL
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    records = [json.loads(line) for line in lines if line.endswith("}")]
+    return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
+
+
+def _to_json(record):
+    """One line of JSON, which has no nan and no infinity."""
+    finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False)

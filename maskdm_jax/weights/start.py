@@ -7,7 +7,6 @@ timesteps, number of heads or patch grid, and `config.init.allow` does not list 
 file does not hold its number of heads.
 """
 
-import pathlib
 import re
 from collections.abc import Callable
 
@@ -18,6 +17,7 @@ from maskdm_jax import checkpoint
 from maskdm_jax.config import as_flags, described, differences, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
+from maskdm_jax.run import files
 from maskdm_jax.weights import torch_io
 
 _GRID = ("data.image_size", "model.patch_size")
@@ -90,7 +90,7 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
 def _read(config, schedule_of):
     """(parameters, the config that they were trained with, a phrase for their source)."""
     init = config.init
-    path = pathlib.Path(init.path).expanduser()
+    path = files.local_path(init.path, "init.path")
     if not path.exists():
         raise ConfigError(
             f"init.path {init.path} does not exist; expected the --workdir of a pre-training run, "

@@ -1,0 +1,109 @@
+"""Locks on folders, which end with the process that holds them, however it dies.
+
+They are flock's, which Linux passes on to the server on NFS: its locks of a host that died end with
+that host's lease. A file system without locks locks nothing.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import IO
+
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.run.progress import say
+
+_FOLDER_LOCK, _RUN_LOCK = ".lock", ".run_lock"
+_WAIT_S = 60  # a restarted job may meet its predecessor, which is still saving
+
+
+def hold(folder: str | pathlib.Path) -> IO:
+    """Waits for `folder`'s lock; closing the returned file, or the end of the process, releases it.
+
+    Raises:
+      OSError: if `folder` is not writable.
+    """
+    file = open(pathlib.Path(folder) / _FOLDER_LOCK, "w")
+    with contextlib.suppress(OSError):
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+@contextlib.contextmanager
+def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
+    """Holds `workdir` for this run alone; makes the folder, and removes it if it stays empty.
+
+    If another run holds it, waits up to a minute for that run's end.
+
+    Raises:
+      ConfigError: if the other run goes on, with its host, process and start; nothing was changed
+        then. If the folder is not writable.
+    """
+    workdir = pathlib.Path(workdir)
+    is_new = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = (workdir / _RUN_LOCK).open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir {workdir} cannot be written to: {error}; type another"
+        ) from error
+    with file:
+        _acquire(file, workdir)
+        if holder := _holder(file):
+            say(f"taking over {workdir} from {holder}, which ended without releasing it")
+        _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()})
+        try:
+            yield
+        finally:
+            _write(file, None)
+            if is_new and [path.name for path in workdir.iterdir()] == [_RUN_LOCK]:
+                (workdir / _RUN_LOCK).unlink()
+                workdir.rmdir()
+
+
+def _acquire(file, workdir):
+    deadline, told = time.monotonic() + _WAIT_S, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            holder = _holder(file) or "another run"
+        except OSError:  # a file system without locks
+            return
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--workdir {workdir} is in use by {holder}; wait for its end, or type another "
+                "--workdir"
+            )
+        if not told:
+            say(f"{workdir} is in use by {holder}; waiting up to {_WAIT_S} s for its end ...")
+            told = True
+        time.sleep(0.5)
+
+
+def _holder(file):
+    """The run that wrote itself into the lock's file, in words; "" if there is none."""
+    file.seek(0)
+    try:
+        holder = json.loads(file.read())
+        return f"a run on {holder['host']}, process {holder['pid']}, started {holder['started']}"
+    except (ValueError, TypeError, KeyError):
+        return ""
+
+
+def _write(file, holder):
+    file.seek(0)
+    file.truncate()
+    file.write("" if holder is None else json.dumps(holder) + "\n")
+    file.flush()
+
+
+def _now():
+    return datetime.datetime.now().astimezone().isoformat(" ", "seconds")
