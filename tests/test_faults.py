@@ -1,6 +1,7 @@
 """What a run does if its numbers stay bad or its disk is full."""
 
 import errno
+import json
 import os
 import pathlib
 import resource
@@ -48,6 +49,8 @@ def test_skipped_steps_are_counted_and_a_run_continues(tiny_config, tmp_path, mo
     run_with_nan_at(monkeypatch, tiny_config, tmp_path, (3, 4, 6))
     records = {r["step"]: r for r in read_metrics(tmp_path)}
     assert {s: r["skipped"] for s, r in records.items()} == {1: 0, 3: 1, 4: 2, 6: 3, 8: 3}
+    line = (tmp_path / "metrics.jsonl").read_text().splitlines()[1]
+    assert json.loads(line, parse_constant=pytest.fail)["loss"] is None  # JSON has no NaN
     assert np.isnan(records[3]["loss"]) and np.isfinite(records[8]["loss"])
     assert "skipped 3" in capsys.readouterr().out
     assert checkpoint.steps(tmp_path) == [8]

@@ -71,8 +71,11 @@ class Watch:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # an impatient second Ctrl-C
         where = f"at step {self.step}" if self.step is not None else "before the first step"
         kept = saved_steps()
-        newest = f"the newest checkpoint is step {kept[-1]}" if kept else "there is no checkpoint"
-        say(f"stopped {where}; {newest}; the same command resumes")
+        if kept:
+            then = f"the newest checkpoint is step {kept[-1]}; the same command resumes"
+        else:
+            then = "there is no checkpoint; the same command starts again"
+        say(f"stopped {where}; {then}")
         sys.stderr.flush()
         os._exit(INTERRUPTED)
 
