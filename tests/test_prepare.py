@@ -1,7 +1,11 @@
 import io
 import multiprocessing
+import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -185,3 +189,29 @@ def test_images_keep_their_order_over_many_batches(tmp_path):
     jobs = [(str(tmp_path / f"{i:03d}.png"), (8, 8), 3, "png", 95) for i in range(100)]
     encoded = [data for data, problem in prepare._encode_all(jobs, 2)]
     assert encoded == [(tmp_path / f"{i:03d}.png").read_bytes() for i in range(100)]
+
+
+def test_ctrl_c_is_one_line_of_the_main_process_alone(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (800, 800, 3), np.uint8)
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "0.bmp")
+    for i in range(1, 300):
+        os.link(tmp_path / "in" / "0.bmp", tmp_path / "in" / f"{i}.bmp")
+    command = [sys.executable, "-m", "maskdm_jax.data.prepare", "--images", str(tmp_path / "in")]
+    command += ["--name", "many", "--size", "256", "--data_dir", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [*command, "--num_processes", "2"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    children = pathlib.Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 3:  # two workers, and what tracks their resources
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "stopped\n")
+    assert not list((tmp_path / "out" / "many").glob("1.0.0"))

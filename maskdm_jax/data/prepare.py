@@ -11,12 +11,14 @@ than 1 %, that is an error, and nothing is written.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import io
 import itertools
 import multiprocessing
 import os
 import pathlib
 import re
+import signal
 import sys
 
 import numpy as np
@@ -158,11 +160,12 @@ def _encode_all(jobs, num_processes):
     batches = iter([jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)])
     with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
         try:
-            # A few batches ahead of the writer, whose memory the results would fill.
-            pending = collections.deque(
-                pool.submit(_encode_batch, batch)
-                for batch in itertools.islice(batches, 4 * num_processes)
-            )
+            with _ctrl_c_blocked():  # the processes start here
+                # A few batches ahead of the writer, whose memory the results would fill.
+                pending = collections.deque(
+                    pool.submit(_encode_batch, batch)
+                    for batch in itertools.islice(batches, 4 * num_processes)
+                )
             while pending:
                 yield from pending.popleft().result()
                 for batch in itertools.islice(batches, 1):
@@ -174,6 +177,17 @@ def _encode_all(jobs, num_processes):
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked():
+    """Delays Ctrl-C. A terminal sends it to every process; those started here inherit the block, so
+    this one alone reports that it stopped."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _encode_batch(jobs):
