@@ -9,7 +9,7 @@ import time
 import pytest
 
 from maskdm_jax import checkpoint, train
-from maskdm_jax.run import preemption
+from maskdm_jax.run import hashes, preemption
 from maskdm_jax.run.command_line import TRY_AGAIN
 from maskdm_jax.run.telemetry import read_metrics
 
@@ -46,7 +46,10 @@ def complaints(err):
 
 
 def newest(workdir):
-    return max(checkpoint.steps(workdir), default=0)
+    """The newest step whose save is finished: its hashes come last."""
+    folder = checkpoint.directory(workdir)
+    finished = [step for step in checkpoint.steps(workdir) if hashes.exist(folder / str(step))]
+    return max(finished, default=0)
 
 
 def terminated(run_main, workdir, num_signals):
