@@ -32,8 +32,8 @@ def send_in_mid_run(process, happened, *signals):
     try:
         wait_for(process, happened)
         for number in signals:
-            process.send_signal(number)
-            time.sleep(0.05)
+            process.send_signal(number)  # which does nothing once the process has ended
+            time.sleep(0.01)
         out, err = process.communicate(timeout=120)
     finally:
         process.kill()
@@ -69,10 +69,10 @@ def test_sigterm_saves_that_very_step(run_main, tmp_path):
     assert terminated(run_main, tmp_path, 1) < 1000
 
 
-def test_a_run_that_gets_five_sigterms_ends_like_an_undisturbed_one(run_main, tmp_path):
+def test_a_run_that_gets_sigterms_to_its_end_resumes_like_an_undisturbed_one(run_main, tmp_path):
     calm, stopped_early = tmp_path / "calm", tmp_path / "stopped"
     assert run_main("pretrain_digits", calm, *FLAGS).returncode == 0
-    stopped = terminated(run_main, stopped_early, 5)
+    stopped = terminated(run_main, stopped_early, 300)
     result = run_main("pretrain_digits", stopped_early, *FLAGS)
     assert result.returncode == 0, result.stderr
     assert f"resuming from step {stopped}" in result.stdout

@@ -36,6 +36,8 @@ def watched(saved_steps: Callable[[], list[int]]) -> Iterator[Callable[[int], bo
     try:
         yield watch.reached
     except Preempted as stop:
+        # Another one, while Python ends and resets its handlers, would change the exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         say(str(stop))
         sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
