@@ -24,7 +24,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.20",
-        "pillow>=10",
+        "pillow>=10.1",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
         "tqdm>=4.66",

@@ -14,7 +14,6 @@ import hashlib
 import itertools
 import os
 import pathlib
-import shutil
 import socket
 import sys
 
@@ -140,13 +139,12 @@ class Checkpoints:
     def _full_disk_explained(self):
         step, size = self._saving or (None, 0)
         whole = steps(self._directory.parent)
-        free = shutil.disk_usage(self._directory).free
         start = f"resumes from step {whole[-1]}" if whole else "starts again"
         return faults.explain_full_disk(
             f"checkpoint {step}",
             self._directory,
-            f"it takes about {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; the "
-            f"older checkpoints are whole: make room, then the same command {start}",
+            f"the older checkpoints are whole: make room, then the same command {start}",
+            lambda: size,
         )
 
 

@@ -121,7 +121,7 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_one_sentence_whichever_call_finds_it(small_disk, last_call):
     text = fill_up(small_disk, last_call)
     assert text.startswith(f"checkpoint 2 could not be written to {small_disk}/checkpoints: No sp")
-    assert "it takes about 3.8 MiB" in text and "the same command resumes from step 1" in text
+    assert "about 3.8 MiB are needed" in text and "the same command resumes from step 1" in text
 
 
 def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 import pathlib
@@ -88,7 +89,100 @@ def test_a_disk_too_full_for_the_decoded_images_is_one_sentence(tiny_config, tmp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(RunError, match="they take 0.1 MiB, and .* type --config.data.cache=none"):
+    with pytest.raises(
+        RunError, match="about 0.1 MiB are needed, and .* type --config.data.cache=none"
+    ):
         read(tiny_config, 0)
     left = [path.name for path in (tmp_path / "digits" / "1.0.0" / "decoded").iterdir()]
     assert left == [".lock"]
+
+
+@pytest.fixture
+def copied(tiny_config, tmp_path):
+    """A config of its own copy of the digits, and the copy's folder."""
+    sources.open_source(tiny_config)
+    folder = tmp_path / "data" / "digits" / "1.0.0"
+    shutil.copytree(
+        pathlib.Path(tiny_config.data.dir) / "digits" / "1.0.0",
+        folder,
+        ignore=shutil.ignore_patterns("decoded"),
+    )
+    tiny_config.data.dir, tiny_config.data.cache = str(tmp_path / "data"), "host"
+    return tiny_config, folder
+
+
+def replace(path, data):
+    path.unlink()  # a file that is still mapped into memory must not shrink
+    path.write_bytes(data)
+
+
+def cut(path):
+    replace(path, path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_damaged_decode_cache_is_decoded_again(copied, capsys):
+    config, folder = copied
+    expected = read(config, 0, 1)[0]["image"]
+    (images,) = (folder / "decoded").glob("train-image-*.npy")
+    whole = images.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"|u1", b"|i1")):
+        replace(images, damaged)
+        np.testing.assert_array_equal(read(config, 0, 1)[0]["image"], expected)
+        assert "are damaged" in capsys.readouterr().err
+
+
+def test_what_a_killed_decoder_left_is_removed_by_the_next(copied):
+    config, folder = copied
+    (folder / "decoded").mkdir()
+    left = folder / "decoded" / ".train-image-0123456789ab.npy.host-1"
+    left.write_bytes(b"half of it")
+    read(config, 0, 1)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("damaged", ["*.array_record*", "dataset_info.json", "features.json"])
+@pytest.mark.parametrize("cache", ["none", "host"])
+def test_a_damaged_data_set_is_one_sentence(copied, cache, damaged):
+    config, folder = copied
+    config.data.cache = cache
+    (path,) = folder.glob(damaged)
+    cut(path)
+    with pytest.raises(ConfigError, match=f"cannot be read: .*; restore {folder.parent}.*prepare"):
+        read(config, 0, 1)
+
+
+def test_a_copy_of_a_data_set_has_its_fingerprint_and_another_set_has_not(copied, tmp_path):
+    config, folder = copied
+    copy = sources.open_source(config)
+    shutil.copytree(folder.parents[1], tmp_path / "elsewhere")
+    config.data.dir = str(tmp_path / "elsewhere")
+    assert sources.open_source(config).fingerprint == copy.fingerprint
+    changed = [copy._read(i) for i in range(len(copy))]
+    changed[-1] = (changed[0][0], changed[-1][1])  # one image differs
+    other = dataclasses.replace(copy, records=[{"image": i, "label": n} for i, n in changed])
+    assert other.fingerprint != copy.fingerprint
+    assert dataclasses.replace(other, records=other.records[:-1]).fingerprint != other.fingerprint
+
+
+def test_images_of_more_than_8_bits_are_refused(tiny_config, tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = tmp_path
+
+        def _info(self):
+            feature = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint16)
+            features = tfds.features.FeaturesDict({"image": feature})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, download_manager):
+            return {"train": ((i, {"image": np.zeros((8, 8, 1), np.uint16)}) for i in range(2))}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    Deep(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    tiny_config.data.name, tiny_config.data.dir = "deep", str(tmp_path)
+    with pytest.raises(ConfigError, match="has images of uint16; expected uint8.*type: python -m"):
+        sources.open_source(tiny_config)

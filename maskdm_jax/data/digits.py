@@ -16,12 +16,16 @@ from maskdm_jax.errors import ConfigError
 NAME = "digits"
 
 
-def write_digits(data_dir: str | pathlib.Path) -> pathlib.Path:
-    """Writes the set into `data_dir` and returns its folder.
+def write_digits(data_dir: str | pathlib.Path) -> None:
+    """Writes the set into `data_dir` if it is not there yet.
 
     Raises:
-      ConfigError: if scikit-learn is missing, with the command that installs it.
+      ConfigError: if scikit-learn is missing, with the command that installs it, or if `data_dir`
+        cannot be written to.
+      RunError: if the disk is full.
     """
+    if writer.exists(NAME, data_dir):
+        return
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -35,14 +39,17 @@ def write_digits(data_dir: str | pathlib.Path) -> pathlib.Path:
         (_png(image), str(label), f"{i:04d}")
         for i, (image, label) in enumerate(zip(pixels, digits.target, strict=True))
     )
-    return writer.write(
-        NAME,
-        data_dir,
-        examples,
-        image_shape=(8, 8, 1),
-        classes=[str(i) for i in range(10)],
-        description="scikit-learn's 8x8 handwritten digits.",
-    )
+    with writer.sole_writer(NAME, data_dir, "data.dir"):
+        if not writer.exists(NAME, data_dir):  # another process may have written it meanwhile
+            writer.write(
+                NAME,
+                data_dir,
+                {"train": examples},
+                num_examples=len(pixels),
+                image_shape=(8, 8, 1),
+                classes=[str(i) for i in range(10)],
+                description="scikit-learn's 8x8 handwritten digits.",
+            )
 
 
 def _png(image):

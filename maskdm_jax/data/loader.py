@@ -7,9 +7,7 @@ of each batch. Images go to the devices as uint8.
 """
 
 import contextlib
-import hashlib
 import os
-import shutil
 from collections.abc import Iterator
 
 import jax
@@ -139,22 +137,42 @@ def _prefetched(source, first, num_threads, buffer_size, batch_size=None):
 def _open_cache(config, source) -> dict[str, np.ndarray]:
     """The decoded set as memory maps; decodes it first if no process has done so yet."""
     folder = source.folder / "decoded"
-    stamp = (source.folder / "dataset_info.json").stat()
     # A set that is prepared again has other bytes under the same name.
-    key = hashlib.sha256(f"{stamp.st_mtime_ns} {stamp.st_size}".encode()).hexdigest()[:12]
+    key = source.fingerprint[:12]
     paths = {k: folder / f"{source.split}-{k}-{key}.npy" for k in ("image", "label")}
-    if not _all_exist(paths):
+    cache = _mapped(source, paths)
+    if cache is not None:
+        return cache
+    with contextlib.ExitStack() as stack:
         with _explained(config, folder):
             folder.mkdir(exist_ok=True)
-            held = lock.hold(folder)
-        with held:
-            if not _all_exist(paths):
-                _decode_all(config, source, folder, paths)
-    return {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+            locked = stack.enter_context(lock.hold(folder))
+        cache = _mapped(source, paths)  # another process may have written it meanwhile
+        if cache is None:
+            if locked:
+                files.remove_leftovers(folder, f"{source.split}-*.npy")
+            _decode_all(config, source, folder, paths)
+            cache = _mapped(source, paths)
+    return cache
 
 
-def _all_exist(paths):
-    return all(path.exists() for path in paths.values())
+def _mapped(source, paths):
+    """The decoded set as memory maps; None if it is not there, or not whole."""
+    try:
+        cache = {name: np.load(path, mmap_mode="r") for name, path in paths.items()}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):
+        cache = {}
+    found = {name: (array.shape, array.dtype) for name, array in cache.items()}
+    expected = {
+        "image": ((len(source), *source.image_shape), np.uint8),
+        "label": ((len(source),), np.int32),
+    }
+    if found != expected:
+        progress.remark(f"the decoded images in {paths['image'].parent} are damaged")
+        return None
+    return cache
 
 
 @contextlib.contextmanager
@@ -170,12 +188,8 @@ def _explained(config, folder):
 
 def _reserve(path):
     """Takes the room of a file that is mapped into memory: a full disk would else be a SIGBUS."""
-    size, free = path.stat().st_size, shutil.disk_usage(path.parent).free
-    remedy = (
-        f"they take {size / 2**20:,.1f} MiB, and {free / 2**20:,.1f} MiB are free; make room, or "
-        "type --config.data.cache=none"
-    )
-    with faults.explain_full_disk("the decoded images", path.parent, remedy):
+    size, remedy = path.stat().st_size, "make room, or type --config.data.cache=none"
+    with faults.explain_full_disk("the decoded images", path.parent, remedy, lambda: size):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, size)
 
@@ -185,7 +199,7 @@ def _decode_all(config, source, folder, paths):
         for stale in folder.glob("*.npy"):  # of an earlier preparation
             if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
                 stale.unlink()
-    shape = (len(source), *config.data.image_size, config.data.channels)
+    shape = (len(source), *source.image_shape)
     labels = np.zeros(len(source), np.int32)
     examples = _prefetched(source, 0, config.data.num_threads, 1024)
     with files.whole(paths["image"]) as image_file, files.whole(paths["label"]) as label_file:

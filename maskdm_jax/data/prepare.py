@@ -3,36 +3,31 @@
     python -m maskdm_jax.data.prepare --images DIR --name celebahq --size 256
 
 Every image is cropped to its central square (or to the shape of --size HxW), resized, and stored
-encoded in TFDS ArrayRecord format; a JPEG or PNG of the right size is kept byte for byte. Each
-sub-folder of DIR is a class. Files that cannot be read are listed and skipped; if they are more
-than 1 %, that is an error, and nothing is written.
+encoded in TFDS ArrayRecord format; a plain 8-bit JPEG or PNG of the right size is kept byte for
+byte. Folders train, val and test in DIR become splits, and each other sub-folder a class. What
+cannot be read is counted and named; if it is more than 1 %, that is an error, and nothing is
+written.
 """
 
 import argparse
 import collections
-import concurrent.futures
-import contextlib
-import io
-import itertools
-import multiprocessing
+import hashlib
 import os
 import pathlib
 import re
-import signal
 import sys
+import textwrap
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import ImageColor
 
-from maskdm_jax.data import writer
-from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.data import folders, writer
+from maskdm_jax.data.encode import Target, encode_all
+from maskdm_jax.data.folders import counting_order, shown
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import command_line, progress
 from maskdm_jax.run.files import local_path
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"}
-_MAX_UNREADABLE_SHARE = 0.01
-_ONE_CLASS = "all"
-_BATCH = 16  # images that a process encodes for one message
+_MAX_LOST_SHARE = 0.01
 
 
 def prepare(
@@ -44,6 +39,8 @@ def prepare(
     channels: int = 3,
     encoding: str = "png",
     quality: int = 95,
+    background: str = "white",
+    test_share: float = 0.0,
     num_processes: int | None = None,
 ) -> pathlib.Path:
     """Writes the images of a folder as a data set; see the module's docstring.
@@ -56,6 +53,9 @@ def prepare(
       channels: 3 (RGB) or 1 (grey).
       encoding: "png" (lossless) or "jpeg", for images that have to be resized.
       quality: JPEG quality, 1 to 100.
+      background: the colour behind transparent parts, a name or "#rrggbb".
+      test_share: the share of the images that go to split "test", by a hash of their names; for a
+        folder that has no splits.
       num_processes: default: one per core.
 
     Returns:
@@ -63,162 +63,151 @@ def prepare(
 
     Raises:
       ConfigError: if the folder, the name or the images cannot be used.
+      RunError: if the disk is full, or a process was killed.
     """
     root, data_dir = local_path(images, "--images"), local_path(data_dir, "--data_dir")
-    _check(root, name, data_dir, size)
-    files = _find(root)
-    if not files:
+    target = Target(size, channels, encoding, quality, _colour(background))
+    _check(root, name, target, test_share)
+    found = folders.find(root)
+    if not found.images:
+        left_out = f" but {found.described()}" if found.left_out else ""
         raise ConfigError(
-            f"--images {images} holds no image files; expected some of {sorted(_SUFFIXES)}"
+            f"--images {shown(root)} holds no images{left_out}; expected files that Pillow reads, "
+            "such as .jpg and .png"
         )
-    # Sub-folders are classes if they hold every image; otherwise the folder is one class.
-    loose = [p.name for p in files if p.parent == root]
-    has_classes = not loose
-    if loose and len(loose) < len(files):
-        raise ConfigError(
-            f"--images {images} holds images beside its sub-folders ({loose[0]}, say); move them "
-            "into a sub-folder, since each sub-folder is a class, or all images into one folder"
-        )
-    labels = [p.relative_to(root).parts[0] if has_classes else _ONE_CLASS for p in files]
-
-    unreadable = []
-    jobs = [(str(p), size, channels, encoding, quality) for p in files]
-
-    def examples():
-        encoded = _encode_all(jobs, num_processes or os.cpu_count())
-        tracked = progress.track(encoded, len(jobs), f"preparing {name}", "images")
-        for path, label, (data, problem) in zip(files, labels, tracked, strict=True):
-            if data is not None:
-                yield data, label, str(path.relative_to(root))
-                continue
-            unreadable.append(f"{path}: {problem}")
-            progress.remark(f"skipped {unreadable[-1]}")
-        if len(unreadable) > len(files) * _MAX_UNREADABLE_SHARE:
+    _check_lost(root, found, [])
+    splits = folders.splits(root, found.images)
+    if test_share:
+        splits = _divided(root, splits, test_share)
+    with writer.sole_writer(name, data_dir, "--data_dir"):
+        if writer.exists(name, data_dir):
             raise ConfigError(
-                f"--images {images}: {len(unreadable)} of {len(files)} files cannot be read, more "
-                "than 1 %; remove or repair those listed above, then run again"
+                f"the data set {data_dir / name} exists; delete that folder to make it again, or "
+                "type another --name"
             )
+        return _write(root, name, data_dir, target, found, splits, num_processes or os.cpu_count())
 
+
+def _write(root, name, data_dir, target, found, splits, num_processes):
+    members = [member for split in splits.values() for member in split]
+    encoded = encode_all([path for path, _ in members], target, num_processes)
+    tracked = progress.track(encoded, len(members), f"preparing {name}", "images")
+    unreadable, many_frames = [], []
+    counts = {split: collections.Counter() for split in splits}
+
+    def examples(split):
+        for path, label in splits[split]:
+            result = next(tracked)
+            if result.data is None:
+                unreadable.append(f"{shown(path)}: {result.problem}")
+                progress.remark(f"skipped {unreadable[-1]}")
+                continue
+            if result.num_frames > 1:
+                many_frames.append(shown(path, root))
+            counts[split][label] += 1
+            yield result.data, label, shown(path, root)
+        if not counts[split]:
+            raise ConfigError(
+                f"--images {shown(root)}: no image of split {split} can be read, see above; repair "
+                "or remove them, then run again"
+            )
+        if split == [*splits][-1]:
+            for _ in tracked:  # ends the progress
+                pass
+            _check_lost(root, found, unreadable)
+
+    classes = sorted({label for _, label in members}, key=counting_order)
+    height, width = target.size
     folder = writer.write(
         name,
         data_dir,
-        examples(),
-        image_shape=(*size, channels),
-        classes=sorted(set(labels)),
-        description=f"Images of the folder {root.name}, {size[0]}x{size[1]} pixels.",
+        {split: examples(split) for split in splits},
+        num_examples=len(members),
+        image_shape=(*target.size, target.channels),
+        classes=classes,
+        description=f"Images of the folder {shown(root.name)}, {height}x{width} pixels.",
     )
-    print(
-        f"wrote {len(files) - len(unreadable)} images in {len(set(labels))} class(es), "
-        f"{len(unreadable)} unreadable, to {folder}"
-    )
+    for split, count in counts.items():
+        print(f"split {split}: {count.total():,} images in {len(count)} class(es)")
+    total = sum(counts.values(), collections.Counter())
+    labels = ", ".join(f"{i} = {c} ({total[c]:,})" for i, c in enumerate(classes))
+    print(textwrap.fill(f"labels: {labels}", 100, subsequent_indent="  "))
+    if many_frames:
+        print(f"took the first frame of {len(many_frames):,} files, such as {many_frames[0]}")
+    if found.left_out:
+        print(f"left out: {found.described()}")
+    print(f"wrote {total.total():,} images, {len(unreadable)} unreadable, to {shown(folder)}")
     return folder
 
 
-def _check(root, name, data_dir, size):
+def _divided(root, splits, test_share):
+    if [*splits] != ["train"]:
+        raise ConfigError(
+            f"--test_share {test_share:g} is for a folder without splits, but --images "
+            f"{shown(root)} has {' and '.join(splits)}; leave --test_share out"
+        )
+
+    def is_test(path):
+        digest = hashlib.sha256(os.fsencode(path.relative_to(root))).digest()
+        return int.from_bytes(digest[:8]) < test_share * 2**64
+
+    divided = {"train": [], "test": []}
+    for member in splits["train"]:
+        divided["test" if is_test(member[0]) else "train"].append(member)
+    for split, members in divided.items():
+        if not members:
+            raise ConfigError(
+                f"--test_share {test_share:g} leaves none of {len(splits['train'])} images for "
+                f"split {split}; type another share"
+            )
+    return divided
+
+
+def _check_lost(root, found, unreadable):
+    lost = len(unreadable) + found.num_lost()
+    total = len(found.images) + found.num_lost()
+    if lost <= total * _MAX_LOST_SHARE:
+        return
+    parts = []
+    if unreadable:
+        parts.append(f"{len(unreadable)} unreadable, listed above")
+    if found.num_lost():
+        parts.append(found.described())
+    raise ConfigError(
+        f"--images {shown(root)}: {lost:,} of {total:,} files would be left out, more than 1 %: "
+        f"{'; '.join(parts)}; convert them to .png, repair or remove them, then run again"
+    )
+
+
+def _check(root, name, target, test_share):
     if not root.is_dir():
-        raise ConfigError(f"--images {root} is not a folder; expected a folder of images")
+        raise ConfigError(f"--images {shown(root)} is not a folder; expected a folder of images")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+        near = re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_0123456789") or "my_faces"
         raise ConfigError(
             f"--name {name!r} is not a data set's name; expected lower-case letters, digits and "
-            "underscores, a letter first, such as --name my_faces"
+            f"underscores, a letter first; type --name {near}"
         )
-    if min(size) < 1:
-        raise ConfigError(f"--size {size} is not positive; expected pixels, such as --size 64")
-    try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--data_dir {data_dir} cannot be made: {error}; type another") from error
-    if writer.exists(name, data_dir):
+    if min(target.size) < 1:
+        raise ConfigError(f"--size {target.size} is not positive; type pixels, such as --size 64")
+    if not 1 <= target.quality <= 100:
         raise ConfigError(
-            f"the data set {data_dir / name} exists; delete that folder to make it again, or type "
-            "another --name"
+            f"--quality {target.quality} is not a JPEG quality, 1 to 100; type --quality 95"
+        )
+    if not 0 <= test_share < 1:  # false for nan too
+        raise ConfigError(
+            f"--test_share {test_share:g} is not a share, 0 to below 1; type --test_share 0.05"
         )
 
 
-def _find(root):
-    """Image files below `root`; follows links, and skips hidden files and folders."""
-    files, seen = [], set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        subfolders[:] = sorted(s for s in subfolders if not s.startswith(".") and real not in seen)
-        if real in seen:  # a link back to a folder above
-            continue
-        seen.add(real)
-        paths = (pathlib.Path(folder) / name for name in names if not name.startswith("."))
-        files += [p for p in paths if p.suffix.lower() in _SUFFIXES and p.is_file()]
-    return sorted(files)
-
-
-def _encode_all(jobs, num_processes):
-    """Results of `_encode` in the order of the jobs, from processes of their own.
-
-    Raises:
-      RunError: if one of them was killed.
-    """
-    # spawn: no state of this process, such as another library's threads, is shared.
-    context = multiprocessing.get_context("spawn")
-    batches = iter([jobs[i : i + _BATCH] for i in range(0, len(jobs), _BATCH)])
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
-        try:
-            with _ctrl_c_blocked():  # the processes start here
-                # A few batches ahead of the writer, whose memory the results would fill.
-                pending = collections.deque(
-                    pool.submit(_encode_batch, batch)
-                    for batch in itertools.islice(batches, 4 * num_processes)
-                )
-            while pending:
-                yield from pending.popleft().result()
-                for batch in itertools.islice(batches, 1):
-                    pending.append(pool.submit(_encode_batch, batch))
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise RunError(
-                "a process that encodes images was killed, most likely for lack of memory; nothing "
-                f"was written; type fewer than {num_processes} --num_processes"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def _ctrl_c_blocked():
-    """Delays Ctrl-C. A terminal sends it to every process; those started here inherit the block, so
-    this one alone reports that it stopped."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def _colour(text):
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _encode_batch(jobs):
-    return [_encode(job) for job in jobs]
-
-
-def _encode(job):
-    """(encoded image, None), or (None, why not); runs in a worker process."""
-    path, size, channels, encoding, quality = job
-    mode = "RGB" if channels == 3 else "L"
-    try:
-        data = pathlib.Path(path).read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()  # a truncated file fails here
-            fits = image.format in ("JPEG", "PNG") and image.mode == mode
-            upright = image.getexif().get(0x0112, 1) == 1
-            if fits and upright and image.size == (size[1], size[0]):
-                return data, None
-            if image.mode.startswith("I;16"):  # Pillow's own conversion saturates at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = ImageOps.exif_transpose(image).convert(mode)
-            image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-        out = io.BytesIO()
-        if encoding == "jpeg":
-            image.save(out, "JPEG", quality=quality, subsampling=0)
-        else:
-            image.save(out, "PNG")
-        return out.getvalue(), None
-    except Exception as error:  # Pillow's decoders raise errors of any type on a broken file
-        reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", str(error))
-        return None, f"{type(error).__name__}: {reason}"
+        return ImageColor.getrgb(text)[:3]
+    except ValueError as error:
+        raise ConfigError(
+            f"--background {text!r} is not a colour; type a name, such as --background black, or "
+            'its red, green and blue, such as --background "#808080"'
+        ) from error
 
 
 def _size(text):
@@ -247,6 +236,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
     parser.add_argument("--encoding", choices=("png", "jpeg"), default="png")
     parser.add_argument("--quality", type=int, default=95, help="JPEG quality")
+    parser.add_argument(
+        "--background", default="white", help="colour behind transparent parts: a name or #rrggbb"
+    )
+    parser.add_argument(
+        "--test_share", type=float, default=0.0, help="share of the images for split test"
+    )
     parser.add_argument("--num_processes", type=_positive, help="default: one per core")
     args = vars(parser.parse_args(argv))
     return command_line.exit_code(lambda: prepare(**args))

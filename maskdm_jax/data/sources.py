@@ -1,40 +1,84 @@
 """Opens a data set: any TFDS set with images, read through `data_source`, without TensorFlow."""
 
+import contextlib
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 
-from maskdm_jax.data import digits, writer
+from maskdm_jax.data import digits, pixels
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import files, lock
+from maskdm_jax.run import files
+
+_FINGERPRINT_EXAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}."""
 
-    records: Any  # TFDS's random-access data source
+    records: Any  # TFDS's random-access data source; its images are encoded, or uint8 arrays
     folder: pathlib.Path  # of the prepared set
     split: str
+    image_shape: tuple[int, int, int]
     num_classes: int
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        record = self.records[int(index)]
-        return {"image": record["image"], "label": np.int32(record.get("label", 0))}
+        image, label = self._read(index)
+        if isinstance(image, bytes):
+            with self._damage_explained(index):
+                image = pixels.decode(image, self.image_shape[-1])
+        return {"image": image, "label": np.int32(label)}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 over the number of examples and the bytes of 64 of them, evenly spaced.
+
+        It is the same for a copy of the set in another place.
+        """
+        sha = hashlib.sha256(json.dumps([len(self), self.image_shape, self.num_classes]).encode())
+        for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_EXAMPLES).astype(int)):
+            image, label = self._read(index)
+            data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
+            sha.update(f"{index} {label} {len(data)}\n".encode() + data)
+        return sha.hexdigest()
+
+    def _read(self, index):
+        with self._damage_explained(index):
+            record = self.records[int(index)]
+            return record["image"], record.get("label", 0)
+
+    def _damage_explained(self, index):
+        return _damage_explained(f"example {index} of {self.folder}", self.folder)
+
+
+@contextlib.contextmanager
+def _damage_explained(what, folder):
+    """Turns any error of the readers, which raise all kinds of them, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{what} cannot be read: {reason}; restore {folder} from a copy, or delete it and "
+            "prepare the set again"
+        ) from error
 
 
 def open_source(config) -> Source:
     """The set of `config.data`; the embedded digits are written on first use.
 
     Raises:
-      ConfigError: if the set is missing, or its images or number of classes differ from the
-        config's.
+      ConfigError: if the set is missing or damaged, or its images or number of classes differ from
+        the config's.
     """
     data = config.data
     data_dir = files.local_path(data.dir, "data.dir")
@@ -42,19 +86,27 @@ def open_source(config) -> Source:
         raise ConfigError(
             "data.name is empty; expected a data set, such as --config.data.name=digits"
         )
-    if data.name == digits.NAME and not writer.exists(digits.NAME, data_dir):
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with lock.hold(data_dir):
-            if not writer.exists(digits.NAME, data_dir):
-                digits.write_digits(data_dir)
-    try:
-        builder = tfds.core.read_only_builder.builder_from_files(data.name, data_dir=str(data_dir))
-    except tfds.core.DatasetNotFoundError as error:
+    if data_dir.exists() and not data_dir.is_dir():
+        raise ConfigError(
+            f"data.dir {data_dir} is a file; expected the folder of data sets: type "
+            f"--config.data.dir={data_dir.parent}"
+        )
+    if data.name == digits.NAME:
+        digits.write_digits(data_dir)
+    folder = data_dir / data.name
+    with _damage_explained(f"the data set {folder}", folder):
+        try:
+            builder = tfds.core.read_only_builder.builder_from_files(
+                data.name, data_dir=str(data_dir)
+            )
+        except tfds.core.DatasetNotFoundError:
+            builder = None
+    if builder is None:
         raise ConfigError(
             f"data.name {data.name!r} is not in data.dir {data_dir}; type: python -m "
             f"maskdm_jax.data.prepare --images FOLDER --name {data.name} --size "
             f"{_size(data.image_size)} --data_dir {data_dir}"
-        ) from error
+        )
     return _checked(config, builder)
 
 
@@ -70,8 +122,14 @@ def _checked(config, builder):
             f"data.split is {data.split!r}; {data.name} has {sorted(builder.info.splits)}; type "
             f"--config.data.split={next(iter(builder.info.splits))}"
         )
-    expected = (*data.image_size, data.channels)
-    shape = features["image"].shape
+    image = features["image"]
+    if image.np_dtype != np.uint8:
+        raise ConfigError(
+            f"data.name {data.name!r} has images of {np.dtype(image.np_dtype)}; expected uint8, 8 "
+            "bits per channel: convert the images to PNG and type: python -m "
+            f"maskdm_jax.data.prepare --images FOLDER --name NAME --size {_size(data.image_size)}"
+        )
+    expected, shape = (*data.image_size, data.channels), image.shape
     if None in shape:
         raise ConfigError(
             f"data.name {data.name!r} has images of many sizes; make them one size: python -m "
@@ -91,14 +149,17 @@ def _checked(config, builder):
             f"{num_classes} classes; type --config.model.num_classes={num_classes}, or 0 to train "
             "without classes"
         )
+    # Encoded images stay encoded here: Source decodes them.
+    encoded = isinstance(image, tfds.features.Image)
+    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
     try:
-        records = builder.as_data_source(data.split)
+        records = builder.as_data_source(data.split, decoders=decoders)
     except NotImplementedError as error:
         raise ConfigError(
             f"data.name {data.name!r} is not in ArrayRecord format; type: tfds build {data.name} "
             "--file_format=array_record"
         ) from error
-    return Source(records, pathlib.Path(builder.data_dir), data.split, num_classes)
+    return Source(records, pathlib.Path(builder.data_dir), data.split, expected, num_classes)
 
 
 def _size(image_size):

@@ -5,34 +5,71 @@ The set appears under its name only once it is whole: TFDS writes a folder besid
 
 import contextlib
 import pathlib
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 
 from absl import logging
 
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import faults, lock
+
 VERSION = "1.0.0"
+
+
+@contextlib.contextmanager
+def sole_writer(name: str, data_dir: str | pathlib.Path, flag: str) -> Iterator[None]:
+    """Holds the name of a set for the block; removes what a killed writer of it left.
+
+    Args:
+      name: the set's name.
+      data_dir: the folder of TFDS sets, which is made.
+      flag: what sets that folder, for the error message.
+
+    Raises:
+      ConfigError: if the folder cannot be written to.
+    """
+    data_dir = pathlib.Path(data_dir)
+    with contextlib.ExitStack() as stack:
+        try:
+            data_dir.mkdir(parents=True, exist_ok=True)
+            locked = stack.enter_context(lock.hold(data_dir, f".{name}.lock"))
+        except OSError as error:
+            raise ConfigError(
+                f"{flag} {data_dir} cannot be written to: {error.strerror}; type a folder that can"
+            ) from error
+        if locked:
+            for unfinished in (data_dir / name).glob("incomplete.*"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        yield
 
 
 def write(
     name: str,
     data_dir: str | pathlib.Path,
-    examples: Iterable[tuple[bytes, str, str]],
+    splits: dict[str, Iterable[tuple[bytes, str, str]]],
     *,
+    num_examples: int,
     image_shape: tuple[int, int, int],
     classes: list[str],
     description: str,
 ) -> pathlib.Path:
-    """Writes split "train" of a new set.
+    """Writes a new set; call it as `sole_writer` of that name.
 
     Args:
       name: the set's name, a lower-case identifier.
       data_dir: the folder of TFDS sets.
-      examples: (encoded image, class name, id) of each; JPEG or PNG, kept byte for byte.
+      splits: for each split (encoded image, class name, id) of each example; the image is a JPEG or
+        PNG, and is kept byte for byte.
+      num_examples: about how many there are in all.
       image_shape: (height, width, channels) that every image decodes to.
       classes: all class names; their order gives the labels.
       description: one sentence on where the images come from, kept with the set.
 
     Returns:
       The set's folder.
+
+    Raises:
+      RunError: if the disk is full.
     """
     import tensorflow_datasets as tfds  # slow, and `prepare`'s workers load this module too
 
@@ -43,6 +80,7 @@ def write(
             "id": tfds.features.Text(),
         }
     )
+    written = written_bytes = 0
 
     # Not in TFDS's registry, which allows a name only once per process.
     class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -58,14 +96,22 @@ def write(
             )
 
         def _split_generators(self, download_manager):
-            return {"train": self._generate_examples()}
+            return {split: self._generate_examples(split) for split in splits}
 
-        def _generate_examples(self):
-            for index, (image, label, identity) in enumerate(examples):
+        def _generate_examples(self, split):
+            nonlocal written, written_bytes
+            for index, (image, label, identity) in enumerate(splits[split]):
                 yield index, {"image": image, "label": label, "id": identity}
+                written += 1
+                written_bytes += len(image) + 64  # and about so much for the rest of a record
 
     Builder.name = name
-    with _quiet(tfds):
+    remedy = "nothing was written; make room, or type another folder"
+
+    def needed():
+        return written_bytes // max(written, 1) * num_examples
+
+    with faults.explain_full_disk(f"the data set {name}", data_dir, remedy, needed), _quiet(tfds):
         builder = Builder(data_dir=str(data_dir), file_format="array_record")
         builder.download_and_prepare()
     return pathlib.Path(builder.data_dir)

@@ -4,9 +4,10 @@ import contextlib
 import errno
 import os
 import pathlib
+import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from maskdm_jax.errors import RunError
 
@@ -50,7 +51,7 @@ class SkipCounter:
 def disk_is_full(error: BaseException) -> bool:
     """Whether an exception means that there was no room to write.
 
-    TensorStore raises ValueError, with the system's error in the text.
+    TensorStore raises ValueError and ArrayRecord RuntimeError, with the system's error in the text.
     """
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
@@ -58,16 +59,36 @@ def disk_is_full(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def explain_full_disk(what: str, where: str | pathlib.Path, remedy: str) -> Iterator[None]:
-    """Raises RunError, in these words, if the block finds the disk full."""
+def explain_full_disk(
+    what: str,
+    where: str | pathlib.Path,
+    remedy: str,
+    needed_bytes: Callable[[], int] | None = None,
+) -> Iterator[None]:
+    """Raises RunError, in these words, if the block finds the disk full.
+
+    Args:
+      what: what could not be written.
+      where: the folder it goes to.
+      remedy: what to do.
+      needed_bytes: returns about how much room it takes in all; called after the failure.
+    """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except RunError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
         if not disk_is_full(error):
             raise
         known = (os.strerror(code) for code in _FULL)
         reason = next((words for words in known if words in str(error)), str(error))
-        raise RunError(f"{what} could not be written to {where}: {reason}; {remedy}") from error
+        room = ""
+        if needed_bytes is not None:
+            needed, free = needed_bytes() / 2**20, shutil.disk_usage(where).free / 2**20
+            room = f"about {needed:,.1f} MiB are needed, and {free:,.1f} MiB are free; "
+        raise RunError(
+            f"{what} could not be written to {where}: {reason}; {room}{remedy}"
+        ) from error
 
 
 def mute_late_tracebacks() -> None:

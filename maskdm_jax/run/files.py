@@ -18,14 +18,30 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
       name: the flag or field it was typed for.
 
     Raises:
-      ConfigError: for a URL such as gs://bucket/run, which as a path would be a folder named "gs:".
+      ConfigError: for a URL such as gs://bucket/run, which as a path would be a folder named "gs:";
+        for ~ if no home folder is known.
     """
     if re.match(r"[A-Za-z][\w+.-]*:/", str(path)):
         raise ConfigError(
             f"{name} is {path}; expected a folder of a local or mounted file system, since buckets "
             "are not supported: type its path, such as /mnt/share/run"
         )
-    return pathlib.Path(path).expanduser().absolute()
+    try:
+        return pathlib.Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        flag = name if name.startswith("--") else f"--config.{name}"
+        raise ConfigError(
+            f"{name} is {path}, but no home folder is known here for ~; type a whole path, such as "
+            f"{flag}=/data"
+        ) from error
+
+
+def home() -> pathlib.Path | None:
+    """The home folder; None for a user without one, such as a container's."""
+    try:
+        return pathlib.Path.home()
+    except RuntimeError:
+        return None
 
 
 @contextlib.contextmanager
@@ -43,6 +59,15 @@ def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(folder: str | pathlib.Path, pattern: str) -> None:
+    """Removes what `whole` left of files named like `pattern` when its process was killed.
+
+    The caller holds the folder's lock, so nobody is writing them now.
+    """
+    for unfinished in pathlib.Path(folder).glob(f".{pattern}.*-*"):
+        unfinished.unlink(missing_ok=True)
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:

@@ -13,25 +13,35 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator
-from typing import IO
 
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run.progress import say
 
-_FOLDER_LOCK, _RUN_LOCK = ".lock", ".run_lock"
+_RUN_LOCK = ".run_lock"
 _WAIT_S = 60  # a restarted job may meet its predecessor, which is still saving
 
 
-def hold(folder: str | pathlib.Path) -> IO:
-    """Waits for `folder`'s lock; closing the returned file, or the end of the process, releases it.
+@contextlib.contextmanager
+def hold(folder: str | pathlib.Path, name: str = ".lock") -> Iterator[bool]:
+    """Waits for a lock of that name in `folder`, and holds it for the block.
+
+    Yields:
+      Whether the lock is held; False on a file system without locks. If it is, what other writers
+      left unfinished has no writer any more.
 
     Raises:
       OSError: if `folder` is not writable.
     """
-    file = open(pathlib.Path(folder) / _FOLDER_LOCK, "w")
-    with contextlib.suppress(OSError):
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+    with open(pathlib.Path(folder) / name, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process, which writes to {folder} ...")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 @contextlib.contextmanager
