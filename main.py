@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from maskdm_jax.config import validate, validate_devices
 from maskdm_jax.errors import RunError
-from maskdm_jax.run import command_line
+from maskdm_jax.run import command_line, files
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
@@ -27,8 +27,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, f
 
 
 def main(argv):
-    config, mode, workdir = _CONFIG.value, _MODE.value, _WORKDIR.value
+    config, mode = _CONFIG.value, _MODE.value
     validate(config)
+    workdir = files.local_path(_WORKDIR.value, "--workdir")
 
     # Imported only now: a wrong value is reported without the second that these imports take.
     from maskdm_jax.run import distributed, memory
@@ -69,14 +70,14 @@ def _use_compilation_cache(workdir):
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         cache = pathlib.Path(home) / "maskdm_jax" / "xla"
-        if jax.process_count() > 1:
+        if jax.process_count() > 1 or home.startswith("~"):  # a user without a home folder
             # In the workdir, which every process sees. Only process 0 writes to the cache, and GPU
             # compilers on several hosts tune kernels together: a host that found the program in its
             # own cache would leave the others waiting.
-            cache = pathlib.Path(workdir) / "xla_cache"
-        jax.config.update("jax_compilation_cache_dir", str(cache.expanduser()))
+            cache = workdir / "xla_cache"
+        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

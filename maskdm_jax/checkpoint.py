@@ -56,8 +56,14 @@ def directory(workdir: str | pathlib.Path) -> pathlib.Path:
 class Checkpoints:
     """The checkpoints of one run."""
 
-    def __init__(self, workdir: str | pathlib.Path, config):
-        self._record = {"format": _FORMAT, "config": config.to_dict()}
+    def __init__(self, workdir: str | pathlib.Path, config, facts: dict | None = None):
+        """
+        Args:
+          workdir: the run's folder.
+          config: the run's.
+          facts: what else to store beside the config, as JSON.
+        """
+        self._record = {"format": _FORMAT, "config": config.to_dict(), **(facts or {})}
         self._directory = directory(workdir)
         self._saving = None  # (step, bytes) of the save that may still be in progress
         self._hashing = None  # then the future of its hashes
@@ -226,7 +232,7 @@ def _verify(workdir, step):
     if hashes.exist(path):
         hashes.compare(path)
         return
-    if "format" in _load_record(workdir, step, alone=True):
+    if "format" in load_record(workdir, step, alone=True):
         raise _UNFINISHED
     for item in _ITEMS:
         restore_item(workdir, step, item, alone=True)
@@ -277,17 +283,21 @@ def restore_item(
         return checkpointer.restore(path, args=ocp.args.Composite(state=state)).state[name]
 
 
-def load_config(workdir: str | pathlib.Path, step: int, alone: bool = False):
+def load_config(workdir: str | pathlib.Path, step: int):
     """The config that a checkpoint was made with, stored beside its state."""
-    record = _load_record(workdir, step, alone)
-    return from_dict(record["config"] if "format" in record else record)
+    return from_dict(load_record(workdir, step)["config"])
 
 
-def _load_record(workdir, step, alone):
+def load_record(workdir: str | pathlib.Path, step: int, alone: bool = False) -> dict:
+    """What is stored beside a checkpoint's state: {"config": ...} and the run's facts.
+
+    Earlier versions stored the config alone, without "format".
+    """
     path = directory(workdir) / str(step)
     with _reader(alone) as checkpointer:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return checkpointer.restore(path, args=args).config
+        record = checkpointer.restore(path, args=args).config
+    return record if "format" in record else {"config": record}
 
 
 def _reader(alone):

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maskdm_jax import checkpoint, draw, dry_run, flops, images, sharding
-from maskdm_jax.config import check_same_architecture, described, differences, to_json
+from maskdm_jax import checkpoint, draw, dry_run, flops, images, provenance, sharding
+from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import UPDATE
 from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.run import distributed, faults, files, memory, preemption
 from maskdm_jax.run.progress import say
@@ -43,11 +42,14 @@ def train(
     num_steps = config.train.num_steps
 
     # ------------------------------------------------------------------ what already exists
-    own_step = _own_step(config, workdir)
+    own_step, stored = _own_step(config, workdir)
     if own_step is not None and own_step >= num_steps:
         say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
         return
     source = sources.open_source(config)
+    facts = provenance.current(config, source)
+    for line in provenance.changes(facts, stored, own_step) if stored else []:
+        say(line)
     if config.train.dry_run:
         dry_run.dry_run(config, len(source))
         return
@@ -64,7 +66,7 @@ def train(
         say(note)
     _make_folder(workdir)
     distributed.check_shared(workdir)
-    checkpoints = checkpoint.Checkpoints(workdir, config)
+    checkpoints = checkpoint.Checkpoints(workdir, config, provenance.continued(facts, stored))
     if own_step is None:
         state = init_state(config, mesh, params)
     else:
@@ -174,22 +176,24 @@ def _say_start(config, source, mesh, params):
 
 
 def _own_step(config, workdir):
-    """The step that the run resumes from; None for a new run."""
+    """The step that the run resumes from, and what that checkpoint stores beside its state.
+
+    (None, None) for a new run.
+    """
     if not distributed.agreed(checkpoint.steps(workdir)):
-        return None
+        return None, None
     step = checkpoint.find_step(workdir, set_aside=True)
-    stored = checkpoint.load_config(workdir, step)
-    check_same_architecture(config, stored, str(workdir))
+    stored = checkpoint.load_record(workdir, step)
+    before = from_dict(stored["config"])
+    check_same_architecture(config, before, str(workdir))
     # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
-    if (config.mask.kind == "none") != (stored.mask.kind == "none"):
+    if (config.mask.kind == "none") != (before.mask.kind == "none"):
         raise ConfigError(
             f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "
-            f"{stored.mask.kind!r}; to start from its weights, type another --workdir and "
+            f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
             f"--config.init.path={workdir}"
         )
-    if changed := differences(config, stored, [UPDATE]):
-        say(f"changed since this run began: {described(config, stored, changed)}")
-    return step
+    return step, stored
 
 
 def _make_folder(workdir):

@@ -129,8 +129,10 @@ def test_damaged_checkpoints_are_reported_and_never_start_a_run_afresh(run_main,
     )  # fmt: skip
     assert tuned.returncode == 0 and "(raw, step 4)" in tuned.stdout, tuned.stderr
 
-    result = run_main("pretrain_digits", tmp_path, *flags)
+    # A field without effect here.
+    result = run_main("pretrain_digits", tmp_path, *flags, "--config.init.weights=ema")
     assert result.returncode == 0 and "resuming from step 4" in result.stdout
+    assert "changed since this run began: init.weights (raw there, ema here)\n" in result.stdout
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith(f"checkpoint 6 of {tmp_path} is damaged")
     assert checkpoint.digest(tmp_path) == undisturbed

@@ -26,6 +26,7 @@ ALLOWED = {
     "weights": {"checkpoint", "config"},
     "checkpoint": {"config", "run"},
     "optim": set(),
+    "provenance": {"config"},
     "images": set(),
     "flops": {"model"},
     "state": {"model", "optim"},
@@ -35,8 +36,8 @@ ALLOWED = {
     "sample": {"checkpoint", "config", "draw", "images", "run"},
     "dry_run": {"step", "run"},
     "train": {
-        "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "flops", "images", "run",
-        "state", "step", "weights",
+        "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "flops", "images",
+        "provenance", "run", "state", "step", "weights",
     },
 }  # fmt: skip
 

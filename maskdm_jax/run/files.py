@@ -36,14 +36,6 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
         ) from error
 
 
-def home() -> pathlib.Path | None:
-    """The home folder; None for a user without one, such as a container's."""
-    try:
-        return pathlib.Path.home()
-    except RuntimeError:
-        return None
-
-
 @contextlib.contextmanager
 def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a temporary path, which is renamed to `path` if the block ends without an error.
