@@ -3,9 +3,12 @@
 Image i depends on (seed, i) alone, so an interrupted run resumes with the missing images.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import pathlib
+import tempfile
 
 import jax
 import numpy as np
@@ -14,7 +17,7 @@ from jax.experimental import multihost_utils
 from maskdm_jax import checkpoint, draw, images, sharding
 from maskdm_jax.config import FIELDS, check_same_architecture, get
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import distributed, files, hashes, progress
+from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
 from maskdm_jax.run.progress import say
 
 # Fields that no image depends on.
@@ -40,30 +43,56 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, workdir, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _writing(config, folder):
         if distributed.is_main():
             files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be written to: {error}; samples go under --workdir, so make it "
-            "writable, or copy the run and type the copy's --workdir"
-        ) from error
+        todo = distributed.agreed(_missing(folder, settings.num))
+        if len(todo) < settings.num:
+            say(f"{settings.num - len(todo)} of {settings.num} images are already in {folder}")
+        if todo:
+            _draw_missing(config, workdir, step, folder, todo)
+        if distributed.is_main():
+            _draw_grid(config, folder)
+    return folder
 
-    todo = [i for i in range(settings.num) if not _path(folder, i).exists()]
-    todo = distributed.agreed(todo)
-    if len(todo) < settings.num:
-        say(f"{settings.num - len(todo)} of {settings.num} images are already in {folder}")
-    if todo:
-        _draw_missing(config, workdir, step, folder, todo)
-    if not distributed.is_main():
-        return folder
+
+@contextlib.contextmanager
+def _writing(config, folder):
+    """Makes `folder`, whose images one process writes at a time, and explains what goes wrong."""
+
+    def needed_bytes():  # about that of the images as PNGs
+        image_bytes = math.prod(config.data.image_size) * config.data.channels
+        return len(_missing(folder, config.sample.num)) * image_bytes
+
+    remedy = "make room, then the same command draws the rest"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(faults.explain_full_disk("the images", folder, remedy, needed_bytes))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            if faults.disk_is_full(error):
+                raise
+            raise ConfigError(
+                f"{folder} cannot be written to: {error}; samples go under --workdir, so make it "
+                "writable, or copy the run and type the copy's --workdir"
+            ) from error
+        if distributed.is_main() and stack.enter_context(lock.hold(folder)):
+            files.remove_leftovers(folder, "*.png")
+        yield
+
+
+def _missing(folder, num):
+    return [i for i in range(num) if not _path(folder, i).exists()]
+
+
+def _draw_grid(config, folder):
+    settings = config.sample
     channels = config.data.channels
     shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = images.shown_scale(config.data.image_size)
     images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
-    return folder
 
 
 def _draw_missing(config, workdir, step, folder, todo):

@@ -73,6 +73,9 @@ def train(
         state = checkpoints.restore(own_step, abstract_state(config, mesh))
         say(f"resuming from step {own_step} of {workdir}")
     if distributed.is_main():
+        # Left by an earlier process of this run that was killed.
+        files.remove_leftovers(workdir, "*.json*")
+        files.remove_leftovers(workdir / "previews", "*.png")
         files.write_text(workdir / "config.json", to_json(config) + "\n")
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
@@ -151,9 +154,11 @@ def _draw_preview(config, preview, ema, workdir, step):
     if not distributed.is_main():
         return
     folder = workdir / "previews"
-    folder.mkdir(exist_ok=True)
-    scale = images.shown_scale(config.data.image_size)
-    images.save_png(folder / f"step_{step:07d}.png", images.grid(drawn, scale))
+    picture = images.grid(drawn, images.shown_scale(config.data.image_size))
+    remedy = "make room, then the same command resumes"
+    with faults.explain_full_disk("the preview", workdir, remedy, lambda: picture.nbytes):
+        folder.mkdir(exist_ok=True)
+        images.save_png(folder / f"step_{step:07d}.png", picture)
     say(f"samples of step {step} in {folder}")
 
 

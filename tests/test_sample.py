@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 
 import jax
@@ -10,7 +12,7 @@ from conftest import TINY
 
 from configs import pretrain_digits
 from maskdm_jax import draw, images, sample, sharding, state, train
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 
 # (means, standard deviations) of images 3 and 8.
 PINNED_DRAWS = {
@@ -134,3 +136,29 @@ def test_image_i_has_class_i_unless_a_class_is_chosen(tiny_config):
     np.testing.assert_array_equal(each[0], threes[0])
     np.testing.assert_array_equal(each[1], eights[1])
     assert (threes[0] != eights[0]).any() and (threes[1] != eights[1]).any()
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(
+    tiny_config, trained, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
+    tiny_config.sample.num = 12
+    saved, save_png = [], images.save_png
+
+    def full(path, image):
+        if len(saved) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        saved.append(path)
+        save_png(path, image)
+
+    monkeypatch.setattr(images, "save_png", full)
+    with pytest.raises(RunError, match="No space left .* about 0.0 MiB are needed.* draws the res"):
+        sample.write_samples(tiny_config, workdir)
+    assert len(saved) == 3 and all(path.exists() for path in saved)
+    (folder,) = (workdir / "samples").iterdir()
+    left = folder / ".000007.png.host-1"  # of a process that was killed
+    left.write_bytes(b"half")
+    monkeypatch.setattr(images, "save_png", save_png)
+    sample.write_samples(tiny_config, workdir)
+    assert len(drawn(folder)) == 12 and not left.exists()

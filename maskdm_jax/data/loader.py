@@ -180,6 +180,8 @@ def _explained(config, folder):
     try:
         yield
     except OSError as error:
+        if faults.disk_is_full(error):
+            raise
         raise ConfigError(
             f"data.cache {config.data.cache!r} needs to write decoded images to {folder}: {error}; "
             "make it writable, or type --config.data.cache=none"

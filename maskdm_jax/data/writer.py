@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from absl import logging
 
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import faults, lock
 
 VERSION = "1.0.0"
@@ -34,6 +34,8 @@ def sole_writer(name: str, data_dir: str | pathlib.Path, flag: str) -> Iterator[
             data_dir.mkdir(parents=True, exist_ok=True)
             locked = stack.enter_context(lock.hold(data_dir, f".{name}.lock"))
         except OSError as error:
+            if faults.disk_is_full(error):
+                raise RunError(f"{flag} {data_dir}: {error.strerror}; make room") from error
             raise ConfigError(
                 f"{flag} {data_dir} cannot be written to: {error.strerror}; type a folder that can"
             ) from error

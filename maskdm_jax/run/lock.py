@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import faults
 from maskdm_jax.run.progress import say
 
 _RUN_LOCK = ".run_lock"
@@ -53,6 +54,7 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
     Raises:
       ConfigError: if the other run goes on, with its host, process and start; nothing was changed
         then. If the folder is not writable.
+      OSError: if the disk is full.
     """
     workdir = pathlib.Path(workdir)
     is_new = not workdir.exists()
@@ -60,6 +62,8 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / _RUN_LOCK).open("a+")
     except OSError as error:
+        if faults.disk_is_full(error):
+            raise
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another"
         ) from error
