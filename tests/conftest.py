@@ -92,7 +92,7 @@ def official_model():
 def run_main(data_dir):
     """Runs main.py in a process of its own: a tiny model on the digits."""
 
-    def run(config, workdir, *flags, wait=True, devices=1):
+    def run(config, workdir, *flags, wait=True, devices=1, own_group=False):
         command = [sys.executable, "main.py", f"--config=configs/{config}.py"]
         command += [f"--workdir={workdir}", f"--config.data.dir={data_dir}"]
         command += [f"--config.{name}={value}" for name, value in TINY.items()]
@@ -103,6 +103,7 @@ def run_main(data_dir):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=own_group,
         )
         if not wait:
             return process
