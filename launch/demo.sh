@@ -5,6 +5,15 @@
 #
 # An interrupted demo resumes where it stopped.
 set -euo pipefail
+
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  sed -n '2,/^[^#]/{ s/^# \{0,1\}//p }' "$0"
+  exit 0
+fi
+if [[ $# -gt 1 || ${1-} == -* ]]; then
+  echo "error: the arguments are '$*'; expected one folder; type launch/demo.sh FOLDER" >&2
+  exit 2
+fi
 cd "$(dirname "$0")/.."
 out=${1:-demo_output}
 

@@ -11,6 +11,12 @@
 # the commands and runs none.
 set -euo pipefail
 
+# The comment above is the help text.
+help() {
+  sed -n '2,/^[^#]/{ s/^# \{0,1\}//p }' "$0"
+  exit 0
+}
+
 fail() {
   echo "error: $*" >&2
   exit 2
@@ -23,16 +29,19 @@ while [[ $# -gt 0 ]]; do
     --finetune=*) finetune=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
     --dry-run) dry_run=true ;;
+    -h | --help) help ;;
     --) shift && break ;;
-    *) fail "unknown argument $1; the first lines of launch/gpu_host.sh list them all" ;;
+    *) fail "unknown argument $1; expected one that --help lists; type launch/gpu_host.sh --help" ;;
   esac
   shift
 done
 [[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
 workdir=$(realpath -m "$workdir")
 cd "$(dirname "$0")/.."
-[[ -f $pretrain ]] || fail "--pretrain is '$pretrain'; expected a file, configs/pretrain_NAME.py"
-[[ -f $finetune ]] || fail "--finetune is '$finetune'; expected a file, configs/finetune_NAME.py"
+[[ -f $pretrain ]] || fail "--pretrain is '$pretrain'; expected a file;" \
+  "type --pretrain=configs/pretrain_celebahq.py, say"
+[[ -f $finetune ]] || fail "--finetune is '$finetune'; expected a file;" \
+  "type --finetune=configs/finetune_celebahq.py, say"
 
 run() {
   if $dry_run; then

@@ -8,13 +8,18 @@
 # SIGTERM, and it is not run again.
 set -uo pipefail
 
+if [[ ${1-} == -h || ${1-} == --help ]]; then
+  sed -n '2,/^[^#]/{ s/^# \{0,1\}//p }' "$0"
+  exit 0
+fi
 restarts=0
 if [[ ${1-} == --restarts=* ]]; then
   restarts=${1#*=}
   shift
 fi
-if [[ $# -eq 0 || ! $restarts =~ ^[0-9]+$ ]]; then
-  echo "error: expected a command; type launch/keep_running.sh [--restarts=N] COMMAND ..." >&2
+if [[ $# -eq 0 || $1 == -* || ! $restarts =~ ^[0-9]+$ ]]; then
+  echo "error: --restarts is '$restarts' and the command '$*'; expected a whole number and a" \
+    "command; type launch/keep_running.sh --restarts=10 COMMAND ..." >&2
   exit 2
 fi
 

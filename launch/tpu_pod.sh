@@ -23,6 +23,12 @@
 # --project=ID goes to gcloud; --dry-run, with any action, prints the commands and runs none.
 set -euo pipefail
 
+# The comment above is the help text.
+help() {
+  sed -n '2,/^[^#]/{ s/^# \{0,1\}//p }' "$0"
+  exit 0
+}
+
 fail() {
   echo "error: $*" >&2
   exit 2
@@ -31,7 +37,11 @@ fail() {
 action=${1-}
 case $action in
   create | install | start | logs | stop | delete) shift ;;
-  *) fail "unknown action '$action'; expected create, install, start, logs, stop or delete" ;;
+  -h | --help) help ;;
+  *)
+    fail "the action is '$action'; expected create, install, start, logs, stop or delete;" \
+      "type launch/tpu_pod.sh create --name=NAME --zone=ZONE --type=v5litepod-16, say"
+    ;;
 esac
 name='' zone='' type='' version='' nfs='' project=() spot=() queued=false dry_run=false
 while [[ $# -gt 0 ]]; do
@@ -45,8 +55,9 @@ while [[ $# -gt 0 ]]; do
     --spot) spot=(--spot) ;;
     --queued) queued=true ;;
     --dry-run) dry_run=true ;;
+    -h | --help) help ;;
     --) shift && break ;;
-    *) fail "unknown argument $1; the first lines of launch/tpu_pod.sh list them all" ;;
+    *) fail "unknown argument $1; expected one that --help lists; type launch/tpu_pod.sh --help" ;;
   esac
   shift
 done
@@ -72,7 +83,8 @@ image() {
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
     v2-* | v3-* | v4-*) echo tpu-ubuntu2204-base ;;
-    *) fail "--type is '$type'; expected v5litepod-16, say, or its image: --version=NAME" ;;
+    *) fail "--type is '$type'; expected a type whose image is known here;" \
+      "type --type=v5litepod-16, say, or also --version=IMAGE" ;;
   esac
 }
 
@@ -89,7 +101,7 @@ create() {
 }
 
 install() {
-  [[ $nfs == *:/* ]] || fail "--nfs is '$nfs'; expected a share, such as --nfs=10.0.0.2:/share"
+  [[ $nfs == *:/* ]] || fail "--nfs is '$nfs'; expected a share; type --nfs=10.0.0.2:/share, say"
   local archive=${TMPDIR-/tmp}/maskdm_jax.tar.gz
   # Listed by name, since a checkout may also hold runs and data.
   run tar --create --gzip --file="$archive" --directory="$(realpath "$(dirname "$0")/..")" \

@@ -156,8 +156,8 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action):
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (POD, "unknown action ''"),
-        ([*POD, "dance"], "unknown action 'dance'"),
+        (POD, "the action is ''"),
+        ([*POD, "dance"], "the action is 'dance'"),
         ([*POD, "create", "--name=a"], "--name or --zone is missing"),
         ([*POD, "create", *NAMED], "--type is missing"),
         ([*POD, "create", *NAMED, "--type=h100"], "--type is 'h100'"),
@@ -169,8 +169,8 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action):
         ([HOST[0], "--pretrain=configs/no.py", "--workdir=w"], "--pretrain is 'configs/no.py'"),
         ([*HOST, "--workdir=w", "--fast"], "unknown argument --fast"),
         (["launch/slurm.sbatch"], "expected a job with main.py's arguments"),
-        (["launch/keep_running.sh"], "expected a command"),
-        (["launch/keep_running.sh", "--restarts=many", "true"], "expected a command"),
+        (["launch/keep_running.sh"], "the command ''; expected"),
+        (["launch/keep_running.sh", "--restarts=many", "true"], "--restarts is 'many'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
