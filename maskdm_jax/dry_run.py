@@ -47,7 +47,9 @@ def dry_run(config, num_examples: int) -> None:
     for card_gb in CARDS_GB:
         largest, size = largest_batch(needs, batch, multiple, int(card_gb * 1e9 * fraction))
         if largest:
-            found = f"train.batch_size {largest:,} fits ({size / 1e9:.3g} GB on each)"
+            # The search may end before the memory does.
+            bound = ", the largest that is tried," if largest + multiple > _MAX_BATCH else ""
+            found = f"train.batch_size {largest:,}{bound} fits ({size / 1e9:.3g} GB on each)"
         else:
             found = f"train.batch_size {multiple} does not fit; type {advice(config)}"
         say(f"devices of {card_gb} GB, of which JAX takes {fraction:.0%}: {found}")

@@ -78,3 +78,28 @@ def test_a_folder_that_a_failed_start_made_is_gone(tmp_path):
     with lock.one_run(tmp_path / "w"):
         pass
     assert (tmp_path / "w").exists()  # it was there before
+
+
+def test_a_second_first_start_holds_the_workdir_that_the_failed_first_one_removed(tmp_path):
+    workdir = tmp_path / "w"
+    code = HOLD.replace("held", "failed").replace("time.sleep", "sys.stdin.readline(); float")
+    fails = subprocess.Popen(
+        [sys.executable, "-c", code, str(workdir), "0"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert fails.stdout.readline() == "failed\n"
+    waits = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(workdir), "60"],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    try:
+        assert "waiting up to" in waits.stdout.readline()
+        fails.communicate("\n")
+        assert waits.stdout.readline() == "held\n"
+        # The lock is that of the file in the folder: a third run sees it.
+        file = (workdir / ".run_lock").open("a+")
+        with file, pytest.raises(BlockingIOError):
+            lock.fcntl.flock(file, lock.fcntl.LOCK_EX | lock.fcntl.LOCK_NB)
+    finally:
+        waits.kill()
+        waits.communicate()

@@ -40,7 +40,7 @@ def test_the_largest_batch_is_found_if_memory_grows_in_jumps():
 
 
 def test_a_dry_run_prints_what_fits_and_writes_nothing(tiny_config, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "CARDS_GB", (0.01,))  # suits a tiny model
+    monkeypatch.setattr(dry_run, "CARDS_GB", (0.01, 100))  # the first suits a tiny model
     monkeypatch.setattr(dry_run, "_MAX_BATCH", 32)  # the tests above cover the search
     tiny_config.model.depth = 1
     tiny_config.train.dry_run = True
@@ -50,6 +50,7 @@ def test_a_dry_run_prints_what_fits_and_writes_nothing(tiny_config, tmp_path, ca
     assert "batch     16:" in said
     for card in dry_run.CARDS_GB:
         assert f"devices of {card} GB, of which JAX takes 92%: train.batch_size " in said
+    assert "92%: train.batch_size 32, the largest that is tried, fits" in said
     assert not (tmp_path / "run").exists()
 
 

@@ -57,18 +57,8 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
       OSError: if the disk is full.
     """
     workdir = pathlib.Path(workdir)
-    is_new = not workdir.exists()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = (workdir / _RUN_LOCK).open("a+")
-    except OSError as error:
-        if faults.disk_is_full(error):
-            raise
-        raise ConfigError(
-            f"--workdir {workdir} cannot be written to: {error}; type another"
-        ) from error
+    file, is_new = _acquired(workdir)
     with file:
-        _acquire(file, workdir)
         if holder := _holder(file):
             say(f"taking over {workdir} from {holder}, which ended without releasing it")
         _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()})
@@ -76,9 +66,35 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
             yield
         finally:
             _write(file, None)
-            if is_new and [path.name for path in workdir.iterdir()] == [_RUN_LOCK]:
-                (workdir / _RUN_LOCK).unlink()
-                workdir.rmdir()
+            # Another run may be waiting for this file, or making one of its own.
+            with contextlib.suppress(OSError):
+                if is_new and [path.name for path in workdir.iterdir()] == [_RUN_LOCK]:
+                    (workdir / _RUN_LOCK).unlink()
+                    workdir.rmdir()
+
+
+def _acquired(workdir):
+    """(the locked file, whether this run made the workdir)."""
+    while True:
+        try:
+            is_new = not workdir.exists()
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = (workdir / _RUN_LOCK).open("a+")
+        except OSError as error:
+            if faults.disk_is_full(error):
+                raise
+            # The run before may have removed the folder it made.
+            if isinstance(error, FileNotFoundError) and workdir.parent.exists() and not is_new:
+                continue
+            raise ConfigError(
+                f"--workdir {workdir} cannot be written to: {error.strerror}; expected a folder, "
+                "or a path where one can be made; type another --workdir"
+            ) from error
+        _acquire(file, workdir)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(workdir / _RUN_LOCK)):
+                return file, is_new
+        file.close()  # the lock of a file that was removed while this run waited
 
 
 def _acquire(file, workdir):
