@@ -11,44 +11,43 @@ import contextlib
 import os
 import pathlib
 
-from absl import flags
-from ml_collections import config_flags
-
-from maskdm_jax.config import validate, validate_devices
+from maskdm_jax import config_file
+from maskdm_jax.config import FIELDS, validate_devices
 from maskdm_jax.errors import RunError
+from maskdm_jax.fields import TEXT, one_of, whole
 from maskdm_jax.run import command_line, files
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder for all that the run writes.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "Train, or draw samples.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Processes over all hosts.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process, from 0.")
+_EXAMPLE = "python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits"
 
 
-def main(argv):
-    config, mode = _CONFIG.value, _MODE.value
-    validate(config)
-    workdir = files.local_path(_WORKDIR.value, "--workdir")
+def main():
+    parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
+    parser.flag("--config", TEXT, "a file in configs/", required=True)
+    parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
+    parser.flag("--mode", one_of("train", "sample"), "train, or draw samples", "train")
+    parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
+    parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
+    parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")
+    args = parser.parse()
+    config = config_file.load(args.config, args.changes)
+    workdir = files.local_path(args.workdir, "--workdir")
 
     # Imported only now: a wrong value is reported without the second that these imports take.
     from maskdm_jax.run import distributed, memory
 
     memory.set_gpu_memory_fraction()
-    distributed.start(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    with distributed.errors_end_all_processes():
+    with distributed.errors_end_all_processes(args.process_id):
+        distributed.start(args.coordinator, args.num_processes, args.process_id)
+        validate_devices(config, distributed.num_devices(), args.mode)
         _use_compilation_cache(workdir)
-        _run(config, mode, workdir)
+        _run(config, args.mode, workdir)
 
 
 def _run(config, mode, workdir):
-    import jax
-
     from maskdm_jax import checkpoint, sample, train
     from maskdm_jax.run import distributed, faults, lock, memory, preemption
 
     faults.mute_late_tracebacks()
-    validate_devices(config, jax.device_count(), mode)
     try:
         with memory.explained(config, mode):
             if mode == "sample":
@@ -81,9 +80,4 @@ def _use_compilation_cache(workdir):
 
 
 if __name__ == "__main__":
-    command_line.run(
-        main,
-        required=("config", "workdir"),
-        example="python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits",
-        resumes=True,
-    )
+    command_line.run(main, resumes=True)

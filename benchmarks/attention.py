@@ -8,14 +8,16 @@ does: 3 x the forward pass's two matmuls. Prints one JSON line each; `ratio` is 
 XLA attention's on this machine.
 """
 
-import argparse
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import measure
+from benchmarks import cases, measure
+from maskdm_jax.fields import one_of
 from maskdm_jax.model import attention
+from maskdm_jax.run import command_line, distributed
 
 # length: (batch, heads)
 _SHAPES = {29: (1024, 8), 257: (256, 8), 417: (256, 12), 1025: (64, 12), 4097: (32, 12)}
@@ -51,11 +53,13 @@ def bench(length: int, implementation: str, seconds: float) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
-    parser.add_argument("--lengths", type=int, nargs="*", default=list(_SHAPES), choices=_SHAPES)
-    parser.add_argument("--seconds", type=float, default=0.5)
-    args = parser.parse_args()
-    for length in args.lengths:
+    parser = command_line.Parser(__doc__, "python -m benchmarks.attention")
+    lengths = [str(length) for length in _SHAPES]
+    parser.flag("--lengths", one_of(*lengths), "tokens of a sequence", lengths, many=True)
+    parser.flag("--seconds", cases.SECONDS, "timed work of each", 0.5)
+    args = parser.parse()
+    distributed.num_devices()
+    for length in map(int, args.lengths):
         plain = None
         for implementation in ("xla", "cudnn", "pallas", "hopper"):
             try:
@@ -71,4 +75,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

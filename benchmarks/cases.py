@@ -6,10 +6,12 @@ import jax
 import numpy as np
 from PIL import Image
 
-from maskdm_jax import sharding
-from maskdm_jax.config import default_config
+from maskdm_jax import config_file, sharding
+from maskdm_jax.config import FIELDS, validate, validate_devices
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.data import sources
+from maskdm_jax.fields import COUNT, TEXT, number, one_of
+from maskdm_jax.run import command_line, distributed
 
 # name: (config, batch)
 CASES = {
@@ -20,6 +22,7 @@ CASES = {
     "sample256": ("finetune_celebahq", 64),
 }
 NAMES = tuple(CASES)
+SECONDS = number(0.01, 3600)
 
 
 def config(name: str, data_dir: str, batch: int | None = None, fields: dict | None = None):
@@ -40,19 +43,25 @@ def config(name: str, data_dir: str, batch: int | None = None, fields: dict | No
     return result
 
 
-def parse_fields(settings: list[str]) -> dict:
-    """{"model.remat": "blocks"} from ["model.remat=blocks"], each value with its field's type."""
-    defaults, fields = default_config(), {}
-    for setting in settings:
-        name, value = setting.split("=", 1)
-        default = defaults
-        for part in name.split("."):
-            default = default[part]
-        if isinstance(default, tuple):
-            fields[name] = tuple(int(side) for side in value.split(","))
-        else:
-            fields[name] = type(default)(value)
-    return fields
+def parser(about: str, program: str, names: tuple[str, ...]) -> command_line.Parser:
+    """The flags that the benchmarks of one case share."""
+    example = f"python -m benchmarks.{program} --bench={names[0]} --data_dir=DIR"
+    result = command_line.Parser(about, example, FIELDS)
+    result.flag("--bench", one_of(*names), "the case", required=True)
+    result.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    result.flag("--batch", COUNT, "images; the case's if not given")
+    result.flag("--seconds", SECONDS, "timed work", 6.0)
+    return result
+
+
+def chosen(args, mode: str):
+    """The valid config of a command line that `parser` parsed, for this machine's devices."""
+    result = config(args.bench, args.data_dir, args.batch)
+    for change in args.changes:
+        config_file.set_field(result, change)
+    validate(result)
+    validate_devices(result, distributed.num_devices(), mode)
+    return result
 
 
 def open_source(config):

@@ -7,7 +7,6 @@ card. `first_step_s` is the time from the start of the process to the first fini
 empty compilation cache in the first run, with a filled one in the others.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -18,7 +17,8 @@ import tempfile
 import time
 
 from benchmarks import cases, run
-from maskdm_jax.run import telemetry
+from maskdm_jax.fields import TEXT, one_of
+from maskdm_jax.run import command_line, telemetry
 
 _MAIN = pathlib.Path(__file__).parents[1] / "main.py"
 
@@ -52,9 +52,9 @@ def bench(name: str, data_dir: str, cache: str, steps: int, cache_home: str) -> 
             while process.poll() is None and not telemetry.read_metrics(workdir):
                 time.sleep(0.05)
             first_step_s = time.perf_counter() - start
-            if process.wait():
+            if code := process.wait():
                 said.seek(0)
-                raise RuntimeError(f"main.py failed:\n{said.read()[-2000:]}")
+                raise run.failure("main.py", code, said.read())
         records = telemetry.read_metrics(workdir)
     rates = [r["images_per_s"] for r in records if r["step"] > steps // 3]
     return {
@@ -67,12 +67,14 @@ def bench(name: str, data_dir: str, cache: str, steps: int, cache_home: str) -> 
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loop", description=__doc__)
-    parser.add_argument("--bench", required=True, choices=cases.NAMES[:-1])
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument("--caches", nargs="*", default=["device", "host", "none"])
-    parser.add_argument("--seconds", type=float, default=12.0, help="of each loop, roughly")
-    args = parser.parse_args()
+    example = "python -m benchmarks.loop --bench=masked64 --data_dir=DIR"
+    parser = command_line.Parser(__doc__, example)
+    names, caches = cases.NAMES[:-1], ["device", "host", "none"]
+    parser.flag("--bench", one_of(*names), "the case", required=True)
+    parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    parser.flag("--caches", one_of(*caches), "values of data.cache", caches, many=True)
+    parser.flag("--seconds", cases.SECONDS, "timed work of each loop, roughly", 12.0)
+    args = parser.parse()
     options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds / 2)]
     bare = run.run_ours(args.bench, options)["images_per_s"]
     steps = max(int(args.seconds * bare / cases.CASES[args.bench][1]), 24)
@@ -84,4 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

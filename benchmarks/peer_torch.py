@@ -11,16 +11,25 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # maskdm_jax imports JAX, and the GPU belongs to PyTorch here
 
-import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import itertools  # noqa: E402
 import json  # noqa: E402
 import math  # noqa: E402
 import statistics  # noqa: E402
+import sys  # noqa: E402
 import time  # noqa: E402
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
+
+from maskdm_jax.errors import ConfigError  # noqa: E402
+from maskdm_jax.fields import COUNT, TEXT, one_of  # noqa: E402
+from maskdm_jax.run import command_line  # noqa: E402
+
+try:
+    import torch  # noqa: E402
+except ImportError:
+    missing = ConfigError("the peer needs PyTorch; type: pip install 'maskdm_jax[peer]'")
+    sys.exit(command_line.report(missing))
 from torch import nn  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
@@ -280,13 +289,14 @@ def _time(step, seconds, attention):
 
 def main():
     """The command line; prints one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--bench", required=True, choices=cases.NAMES)
-    parser.add_argument("--batch", type=int, help="images; default: the case's")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of all timed steps together")
-    parser.add_argument("--attention", choices=ATTENTION, default="default")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="folder of the sets")
-    args = parser.parse_args()
+    example = "python -m benchmarks.peer_torch --bench=masked256 --data_dir=DIR"
+    parser = command_line.Parser(__doc__, example)
+    parser.flag("--bench", one_of(*cases.NAMES), "the case", required=True)
+    parser.flag("--batch", COUNT, "images; the case's if not given")
+    parser.flag("--seconds", cases.SECONDS, "of all timed steps together", 6.0)
+    parser.flag("--attention", one_of(*ATTENTION), "the kernel", "default")
+    parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    args = parser.parse()
     config = cases.config(args.bench, args.data_dir, args.batch)
     batch = config.train.batch_size
     if args.bench == "sample256":
@@ -297,4 +307,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -6,7 +6,6 @@ DIR holds the sets celebahq (256x256) and celeba64 (64x64), as maskdm_jax.data.p
 Each measurement is a process of its own, so neither framework holds memory that the other needs.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -14,6 +13,9 @@ import subprocess
 import sys
 
 from benchmarks import cases, measure
+from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.fields import TEXT, one_of
+from maskdm_jax.run import command_line
 
 RESULTS = pathlib.Path(__file__).with_name("results.json")
 
@@ -25,7 +27,7 @@ def run_peer(bench: str, batch: int, options: list[str]) -> dict:
         if done.returncode == 0:
             return _last_line(done)
         if "out of memory" not in done.stderr.lower() or batch == 1:
-            raise RuntimeError(f"the peer failed at {bench}:\n{done.stderr[-2000:]}")
+            raise failure(f"the peer at {bench}", done.returncode, done.stderr)
         batch //= 2
 
 
@@ -34,8 +36,16 @@ def run_ours(bench: str, options: list[str], **env: str) -> dict:
     module = "benchmarks.sampling" if bench == "sample256" else "benchmarks.train_step"
     done = _run(module, bench, options, **env)
     if done.returncode:
-        raise RuntimeError(f"{module} failed at {bench}:\n{done.stderr[-2000:]}")
+        raise failure(f"{module} at {bench}", done.returncode, done.stderr)
     return _last_line(done)
+
+
+def failure(what: str, code: int, said: str) -> ConfigError | RunError:
+    """The error of a program that ended with exit code `code` and these last words."""
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    if code == ConfigError.exit_code:
+        return ConfigError(last.removeprefix("error: "))
+    return RunError(f"{what} ended with status {code}: {last}; type its command to see all of it")
 
 
 def row(bench: str, ours: dict, peer: dict, command: str) -> dict:
@@ -84,11 +94,12 @@ def keep(rows: list[dict]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument("--bench", nargs="*", default=cases.NAMES, choices=cases.NAMES)
-    parser.add_argument("--seconds", type=float, default=6.0, help="timed work of each")
-    args = parser.parse_args()
+    parser = command_line.Parser(__doc__, "python -m benchmarks.run --data_dir=DIR")
+    names = list(cases.NAMES)
+    parser.flag("--bench", one_of(*names), "the cases", names, many=True)
+    parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    parser.flag("--seconds", cases.SECONDS, "timed work of each", 6.0)
+    args = parser.parse()
     options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
     command = f"python -m benchmarks.run --bench {' '.join(args.bench)} --seconds {args.seconds:g}"
     rows = []
@@ -110,4 +121,4 @@ def _last_line(done):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -6,8 +6,8 @@ Prints one JSON line. Weights do not change the time. `evaluations_per_s` counts
 network evaluations and compares runs of any length; MFU is that of the forward pass.
 """
 
-import argparse
 import json
+import sys
 import time
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks import cases, measure
 from maskdm_jax import draw, flops, sharding, state
-from maskdm_jax.run import memory
+from maskdm_jax.run import command_line, memory
 
 _STEPS = 25
 
@@ -50,16 +50,11 @@ def bench(config, seconds: float) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sampling", description=__doc__)
-    parser.add_argument("--bench", default="sample256", choices=cases.NAMES[-1:])
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    args = parser.parse_args()
+    args = cases.parser(__doc__, "sampling", cases.NAMES[-1:]).parse()
     memory.set_gpu_memory_fraction()
-    config = cases.config(args.bench, args.data_dir, args.batch)
+    config = cases.chosen(args, "sample")
     print(json.dumps({"bench": args.bench, **bench(config, args.seconds)}), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -8,7 +8,6 @@ CUDA_VISIBLE_DEVICES=1,0 compares with the other. Prints one JSON line per case,
 adds the rows to results.json.
 """
 
-import argparse
 import json
 import os
 import re
@@ -17,21 +16,27 @@ import subprocess
 import sys
 
 from benchmarks import cases, measure, run
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import TEXT, Kind, nearest_word
+from maskdm_jax.run import command_line
 
 _NAMES = tuple(name for name in cases.NAMES if name != "sample256")  # those that train
 # Variables that change the rates, and so belong to the command that a row keeps.
 _VARIABLES = ("CUDA_VISIBLE_DEVICES", "NCCL_NVLS_ENABLE", "XLA_FLAGS")
 
 
+_CASE = re.compile(rf"({'|'.join(_NAMES)})(?::([1-9]\d*))?")
+
+
 def case(text: str) -> tuple[str, int]:
     """("whole256", 32) from "whole256:32"; without a number, the case's own batch."""
-    found = re.fullmatch(rf"({'|'.join(_NAMES)})(?::([1-9]\d*))?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a case; expected {', '.join(_NAMES)}, or, with a batch, whole256:32"
-        )
-    name, batch = found.groups()
+    name, batch = _CASE.fullmatch(text).groups()
     return name, int(batch or cases.CASES[name][1])
+
+
+def _nearest_case(text, default):
+    name = nearest_word(text.partition(":")[0], _NAMES)
+    return f"{name}:{cases.CASES[name][1]}" if name else default
 
 
 def count_gpus() -> int:
@@ -82,23 +87,27 @@ def table(rows: list[dict]) -> str:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument(
-        "--bench", nargs="+", type=case, default=[case(n) for n in _NAMES], metavar="CASE[:BATCH]"
-    )
-    parser.add_argument("--seconds", type=float, default=4.0, help="timed work of each")
-    args = parser.parse_args()
+    parser = command_line.Parser(__doc__, "python -m benchmarks.scaling --data_dir=DIR")
+    expected = f"{', '.join(_NAMES)}, or, with a batch, whole256:32"
+    kind = Kind(expected, lambda text: bool(_CASE.fullmatch(text)), _nearest_case)
+    parser.flag("--bench", kind, "the cases, as CASE or CASE:BATCH", list(_NAMES), many=True)
+    parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    parser.flag("--seconds", cases.SECONDS, "timed work of each", 4.0)
+    args = parser.parse()
+    chosen = [case(text) for text in args.bench]
     num_gpus = count_gpus()
     if num_gpus < 2:
-        parser.error(f"expected at least 2 GPUs; JAX sees {num_gpus}")
+        raise ConfigError(
+            f"JAX sees {num_gpus} GPUs; expected at least 2; type CUDA_VISIBLE_DEVICES=0,1 before "
+            "the command on a host that has them"
+        )
     options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
     settings = [f"{k}={shlex.quote(os.environ[k])}" for k in _VARIABLES if k in os.environ]
     command = [*settings, "python -m benchmarks.scaling --bench"]
-    command += [f"{name}:{batch}" for name, batch in args.bench]
+    command += [f"{name}:{batch}" for name, batch in chosen]
     command = " ".join([*command, f"--seconds {args.seconds:g}"])
     rows = []
-    for name, batch in args.bench:
+    for name, batch in chosen:
         rows.append(row(name, *bench(name, batch, num_gpus, options), command))
         run.keep(rows[-1:])
         print(json.dumps(rows[-1]), flush=True)
@@ -106,4 +115,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -7,16 +7,18 @@ U-ViT-B, patch 4, on the celebahq set, resized for other sizes. Prints one JSON 
 --plot draws docs/images/step_cost.png from these lines, and prints them as a table.
 """
 
-import argparse
 import concurrent.futures
 import json
 import pathlib
+import sys
 
 import jax
 
 from benchmarks import cases, measure, train_step
 from maskdm_jax import flops
-from maskdm_jax.run import memory
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import TEXT, one_of
+from maskdm_jax.run import command_line, distributed, memory
 
 # part: (case, batch, fields) of each point
 _PARTS = {
@@ -70,6 +72,17 @@ def bench(case: str, config, compiled, seconds: float) -> dict:
     }
 
 
+def read_rows(path: str) -> list[dict]:
+    """The JSON lines that an earlier call printed to a file."""
+    try:
+        return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--plot {path} cannot be read: {error}; expected lines that this program printed; "
+            "type python -m benchmarks.sweep --data_dir=DIR >> rows.jsonl to make them"
+        ) from error
+
+
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table."""
     lines = [
@@ -107,17 +120,19 @@ def plot(rows: list[dict]) -> None:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__)
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument("--part", nargs="*", default=list(_PARTS), choices=_PARTS)
-    parser.add_argument("--seconds", type=float, default=1.5, help="timed steps per point")
-    parser.add_argument("--plot", metavar="ROWS", help="draw the rows of this file, and stop")
-    args = parser.parse_args()
+    parser = command_line.Parser(__doc__, "python -m benchmarks.sweep --data_dir=DIR")
+    parts = list(_PARTS)
+    parser.flag("--part", one_of(*parts), "what is varied", parts, many=True)
+    parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    parser.flag("--seconds", cases.SECONDS, "timed steps per point", 1.5)
+    parser.flag("--plot", TEXT, "draw the rows of this file, and stop")
+    args = parser.parse()
     if args.plot:
-        rows = [json.loads(line) for line in pathlib.Path(args.plot).read_text().splitlines()]
+        rows = read_rows(args.plot)
         plot(rows)
         print(table(rows))
         return
+    distributed.num_devices()
     memory.set_gpu_memory_fraction()
     names, configs = [], []
     for case, batch, fields in points(args.part):
@@ -131,4 +146,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -4,13 +4,14 @@
 
 Prints one JSON line. The step is the one that main.py runs: images in device memory as uint8, mask,
 noise, loss, gradient, clipping, AdamW, EMA. --profile adds the time spent in each kind of kernel.
+--config.FIELD=VALUE changes the case.
 """
 
-import argparse
 import collections
 import json
 import pathlib
 import re
+import sys
 import tempfile
 import time
 
@@ -20,7 +21,7 @@ import numpy as np
 from benchmarks import cases, measure
 from maskdm_jax import flops, sharding
 from maskdm_jax.data import loader
-from maskdm_jax.run import memory
+from maskdm_jax.run import command_line, memory
 from maskdm_jax.state import init_state
 from maskdm_jax.step import lower_train_step
 
@@ -125,16 +126,11 @@ def profile(call, steps: int = 3) -> list[str]:
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
-    parser.add_argument("--bench", required=True, choices=cases.NAMES[:-1])
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets")
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--set", nargs="*", default=[], help="fields, such as model.remat=blocks")
-    args = parser.parse_args()
+    parser = cases.parser(__doc__, "train_step", cases.NAMES[:-1])
+    parser.add_argument("--profile", action="store_true", help="time of each kind of kernel")
+    args = parser.parse()
     memory.set_gpu_memory_fraction()
-    config = cases.config(args.bench, args.data_dir, args.batch, cases.parse_fields(args.set))
+    config = cases.chosen(args, "train")
     result, call = bench(config, args.seconds)
     print(json.dumps({"bench": args.bench, **result}), flush=True)
     if args.profile:
@@ -142,4 +138,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command_line.exit_code(main))

@@ -29,64 +29,73 @@ os.environ.update(
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
 import jax  # noqa: E402
-from absl import flags  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
 
 from launch import collectives, tpu_slices  # noqa: E402
-from maskdm_jax import draw, flops, sharding, step  # noqa: E402
-from maskdm_jax.config import validate, validate_devices  # noqa: E402
+from maskdm_jax import config_file, draw, flops, sharding, step  # noqa: E402
+from maskdm_jax.config import FIELDS, validate_devices  # noqa: E402
 from maskdm_jax.diffusion import samplers  # noqa: E402
 from maskdm_jax.errors import ConfigError  # noqa: E402
+from maskdm_jax.fields import COUNT, TEXT, one_of  # noqa: E402
 from maskdm_jax.model import attention  # noqa: E402
 from maskdm_jax.model.kernels import splash_attention  # noqa: E402
 from maskdm_jax.model.sizes import dimensions  # noqa: E402
 from maskdm_jax.run import command_line, memory  # noqa: E402
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file in configs/.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5e:16x16, v5e-256, v5p-128, ...")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample"], "What to compile.")
-_NUM_EXAMPLES = flags.DEFINE_integer(
-    "num_examples",
-    None,
-    "Images in the data set, if data.cache=device keeps it on the chips.",
-    lower_bound=1,
-)
-_ROW = flags.DEFINE_bool(
-    "row", False, "Print a row of docs/tpu.md's table; a batch that does not divide is rounded up."
+_EXAMPLE = (
+    "python launch/compile_check.py --config=configs/pretrain_celebahq.py --topology=v5e:16x16"
 )
 
 # Images in the sets that the shipped configs keep on the device.
 _NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
 
 
-def main(argv):
-    config, mode = _CONFIG.value, _MODE.value
-    tpu = tpu_slices.parse(_TOPOLOGY.value)
-    validate(config)
-    if _ROW.value:
+def main():
+    args = _parser().parse()
+    config, mode = config_file.load(args.config, args.changes), args.mode
+    tpu = tpu_slices.parse(args.topology)
+    if args.row:
         _round_batch_up(config, mode, tpu.num_chips)
     validate_devices(config, tpu.num_chips, mode)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("the libtpu wheel is missing; type pip install '.[tpu-compile]'")
     mesh = sharding.make_mesh(config, tpu.devices())
-    if not _ROW.value:
+    if not args.row:
         print(f"{mode} on {tpu.name}, {tpu.num_chips} chips: compiling ...", flush=True)
     start = time.perf_counter()
     try:
-        compiled = _lower(config, mode, mesh).compile()
+        compiled = _lower(config, mode, mesh, args.num_examples).compile()
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in reason or "hbm" not in str(error).lower():
             raise
-        print(_too_large(config, mode, tpu, reason))
+        if args.row:
+            print(_row_of(args, config, tpu, [""] * 7 + ["no"]))
+        else:
+            print(_too_large(config, mode, tpu, reason))
         return 1
     figures = _figures(config, mode, mesh, tpu, compiled)
     figures["compile_s"] = time.perf_counter() - start
-    if _ROW.value:
-        print(_row(config, mode, tpu, figures))
+    if args.row:
+        print(_row(args, config, tpu, figures))
     else:
         print(_report(config, mode, tpu, figures))
     return 0 if figures["fits"] else 1
+
+
+def _parser():
+    parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
+    parser.flag("--config", TEXT, "a file in configs/", required=True)
+    parser.flag("--topology", TEXT, "the slice: v5e:16x16, v5e-256, v5p-128, ...", required=True)
+    parser.flag("--mode", one_of("train", "sample"), "what to compile", "train")
+    parser.flag(
+        "--num_examples", COUNT, "images in the data set, if data.cache=device keeps it on chips"
+    )
+    parser.add_argument(
+        "--row",
+        action="store_true",
+        help="print a row of docs/tpu.md's table; a batch that does not divide is rounded up",
+    )
+    return parser
 
 
 def _batch(config, mode):
@@ -99,13 +108,13 @@ def _round_batch_up(config, mode, num_chips):
     settings.batch_size = -(-settings.batch_size // multiple) * multiple
 
 
-def _lower(config, mode, mesh):
+def _lower(config, mode, mesh, known_examples):
     """The program that main.py would compile, from shapes alone."""
     if mode == "sample":
         return draw.lower_draw(config, mesh)
     num_examples = 0
     if config.data.cache == "device":
-        num_examples = _NUM_EXAMPLES.value or _NUM_EXAMPLES_OF.get(config.data.name)
+        num_examples = known_examples or _NUM_EXAMPLES_OF.get(config.data.name)
         if not num_examples:
             raise ConfigError(
                 f"data.cache is 'device', and the number of images in {config.data.name!r} is not "
@@ -216,7 +225,7 @@ def _report(config, mode, tpu, f):
     return "\n".join(lines)
 
 
-def _row(config, mode, tpu, f):
+def _row(args, config, tpu, f):
     cells = (
         f"{f['argument'] / 2**30:.2f}",
         f"{f['temporary'] / 2**30:.2f}",
@@ -227,19 +236,17 @@ def _row(config, mode, tpu, f):
         f"{f['mfu']:.1%}",
         "yes" if f["fits"] else "no",
     )
-    return _row_of(config, mode, tpu, cells)
+    return _row_of(args, config, tpu, cells)
 
 
 def _too_large(config, mode, tpu, reason):
-    if _ROW.value:
-        return _row_of(config, mode, tpu, [""] * 7 + ["no"])
     reason = reason.removeprefix("RESOURCE_EXHAUSTED: ")
     return f"{reason}\nit does not fit; type {memory.advice(config, mode, tpu.num_chips)}"
 
 
-def _row_of(config, mode, tpu, cells):
-    name = pathlib.Path(flags.FLAGS["config"].config_filename).stem
-    return f"| {' | '.join((name, tpu.name, str(_batch(config, mode)), *cells))} |"
+def _row_of(args, config, tpu, cells):
+    name, batch = pathlib.Path(args.config).stem, str(_batch(config, args.mode))
+    return f"| {' | '.join((name, tpu.name, batch, *cells))} |"
 
 
 def _gib(size):
@@ -251,10 +258,5 @@ def _mb(size):
 
 
 if __name__ == "__main__":
-    command_line.run(
-        main,
-        required=("config", "topology"),
-        example="python launch/compile_check.py --config=configs/pretrain_celebahq.py "
-        "--topology=v5e:16x16",
-        unexpected=3,  # not 1, Python's default: here it means that the program does not fit
-    )
+    # Not 1, Python's own: here it means that the program does not fit.
+    command_line.run(main, unexpected=3)

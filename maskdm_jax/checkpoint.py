@@ -8,7 +8,6 @@ compared before a checkpoint is used: later damage, by a disk or a copy, is neve
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
 
-import argparse
 import concurrent.futures
 import hashlib
 import itertools
@@ -23,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from maskdm_jax.config import from_dict
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import COUNT_OR_0, TEXT, one_of
 from maskdm_jax.run import command_line, distributed, faults, files, hashes
 from maskdm_jax.run.progress import remark
 
@@ -48,7 +48,7 @@ def directory(workdir: str | pathlib.Path) -> pathlib.Path:
     if not _PATTERN.isdisjoint(str(path)):
         raise ConfigError(
             f"--workdir {path} has one of {' '.join(sorted(_PATTERN))} in it, which Orbax takes "
-            "for a pattern; type a path without them"
+            "for a pattern; type a --workdir without them"
         )
     return path / "checkpoints"
 
@@ -162,7 +162,12 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
     return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
 
 
-def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: bool = False) -> int:
+def find_step(
+    workdir: str | pathlib.Path,
+    step: int | None = None,
+    set_aside: bool = False,
+    instead: str = "another --workdir to start afresh",
+) -> int:
     """The step to use: `step`, or that of the newest undamaged checkpoint.
 
     One process reads each candidate in full, and reports the damaged ones it skips.
@@ -170,8 +175,8 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
     Args:
       workdir: the run.
       step: the step to use; None for the newest.
-      set_aside: move damaged, newer checkpoints to <workdir>/damaged_checkpoints, to let the run
-        save those steps again.
+      set_aside: move damaged, newer checkpoints away, to let the run save those steps again.
+      instead: what to type if there is no checkpoint to use.
 
     Raises:
       ConfigError: if there is no such checkpoint, if `step` or every checkpoint is damaged, or if
@@ -179,29 +184,25 @@ def find_step(workdir: str | pathlib.Path, step: int | None = None, set_aside: b
     """
     found = distributed.agreed(steps(workdir))
     if not found:
-        raise ConfigError(
-            f"{workdir} holds no checkpoint; expected a --workdir that training wrote"
-        )
+        raise ConfigError(f"{workdir} holds no checkpoint; expected a run's folder; type {instead}")
     if step is not None and step not in found:
-        raise ConfigError(f"{workdir} holds no checkpoint of step {step}; it holds {found}")
+        raise ConfigError(f"{workdir} holds steps {found}, not {step}; type --step={found[-1]}")
     candidates = found[::-1] if step is None else [step]
-    good = -1
-    if distributed.is_main():
-        good = _newest_whole(workdir, candidates, set_aside)
+    good = _newest_whole(workdir, candidates, set_aside) if distributed.is_main() else -1
     (good,) = distributed.agreed([good])
-    if good >= 0 and good not in steps(workdir):
+    if good >= 0:
+        if good in steps(workdir):
+            return good
         raise ConfigError(
             f"{workdir} on {socket.gethostname()} has no checkpoint {good}, which process 0 has "
-            "there; expected a folder on a file system that all hosts share"
+            "there; expected a folder on a file system that all hosts share; type its --workdir"
         )
-    if good >= 0:
-        return good
     if step is not None:
-        others = [s for s in found if s != step]
-        raise ConfigError(f"checkpoint {step} of {workdir} is damaged; others there: {others}")
+        others = [f"--step={s}" for s in found if s != step] or [instead]
+        raise ConfigError(f"checkpoint {step} of {workdir} is damaged; type {' or '.join(others)}")
     raise ConfigError(
         f"every checkpoint in {directory(workdir)} is damaged: {found}; restore one from a copy, "
-        "or type another --workdir to start afresh"
+        f"or type {instead}"
     )
 
 
@@ -319,7 +320,7 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
 
     The hash covers each array's name, dtype, shape and bytes, in the order of the names.
     """
-    step = find_step(workdir, step)
+    step = find_step(workdir, step, instead="the workdir of another run")
     sha = hashlib.sha256()
     for item in _ITEMS:
         tree = restore_item(workdir, step, item)
@@ -331,17 +332,18 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m maskdm_jax.checkpoint")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("digest", help="step and SHA-256 of a checkpoint")
-    command.add_argument("workdir")
-    command.add_argument("--step", type=int, help="default: the newest")
-    args = parser.parse_args(argv)
-    jax.config.update("jax_platforms", "cpu")
-    faults.mute_late_tracebacks()
-    return command_line.exit_code(
-        lambda: print("step {} sha256 {}".format(*digest(args.workdir, args.step)))
-    )
+    parser = command_line.Parser(__doc__, "python -m maskdm_jax.checkpoint digest WORKDIR")
+    parser.flag("command", one_of("digest"), "digest: step and SHA-256 of a checkpoint", "digest")
+    parser.flag("workdir", TEXT, "the run", required=True)
+    parser.flag("--step", COUNT_OR_0, "the checkpoint's; the newest if not given")
+
+    def print_digest():
+        args = parser.parse(argv)
+        jax.config.update("jax_platforms", "cpu")
+        faults.mute_late_tracebacks()
+        print("step {} sha256 {}".format(*digest(args.workdir, args.step)))
+
+    return command_line.exit_code(print_digest)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from maskdm_jax.fields import (
     Role,
     number,
     one_of,
+    quoted,
     whole,
 )
 from maskdm_jax.model.sizes import SIZES, Dimensions, dimensions, grid_shape
@@ -252,7 +253,7 @@ def described(config, stored, names: Iterable[str]) -> str:
 
 def as_flags(config, names: Iterable[str]) -> str:
     """The flags that give those fields `config`'s values."""
-    return " ".join(f"--config.{name}={_quoted(resolved(config, name))}" for name in names)
+    return " ".join(f"--config.{name}={quoted(resolved(config, name))}" for name in names)
 
 
 def check_same_architecture(config, stored, where: str) -> None:
@@ -318,12 +319,8 @@ def _validate_allowed(config):
 def _fail(config, name, expected, suggestion):
     raise ConfigError(
         f"{name} is {get(config, name)!r}; expected {expected}; "
-        f"type --config.{name}={_quoted(suggestion)}"
+        f"type --config.{name}={quoted(suggestion)}"
     )
-
-
-def _quoted(value):
-    return f'"{tuple(value)}"' if isinstance(value, (tuple, list)) else value
 
 
 def _as_stored(default, value):

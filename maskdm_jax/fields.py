@@ -1,10 +1,19 @@
-"""The types of the config table: a field's kind (the values it takes) and its role."""
+"""The types of the config table: a field's kind (the values it takes) and its role.
 
+The flags of the programs have kinds too, so a wrong value of either is answered in the same words.
+"""
+
+import ast
+import contextlib
 import difflib
 import enum
-import math
+import re
+import shlex
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+from maskdm_jax.errors import ConfigError
 
 
 class Role(enum.Enum):
@@ -26,11 +35,13 @@ class Kind(NamedTuple):
       expected: the accepted values, in words.
       accepts: value -> whether it is accepted.
       nearest: (wrong value, the field's default) -> a value to suggest.
+      read: typed text -> a value, which need not be an accepted one.
     """
 
     expected: str
     accepts: Callable[[Any], bool]
     nearest: Callable[[Any, Any], Any]
+    read: Callable[[str], Any] = str
 
 
 class Field(NamedTuple):
@@ -42,16 +53,45 @@ class Field(NamedTuple):
     meaning: str
 
 
+def typed(flag: str, text: str, kind: Kind, default: Any) -> Any:
+    """The value of a flag from the text that was typed for it.
+
+    Args:
+      flag: as typed, such as "--config.mask.ratio"; the name of an argument that has none.
+      text: what follows the "=".
+      kind: which values the flag takes.
+      default: the value to suggest if none is near.
+
+    Raises:
+      ConfigError: for a value that `kind` does not accept.
+    """
+    value = kind.read(text)
+    if not kind.accepts(value):
+        near = quoted(kind.nearest(value, default))
+        remedy = f"{flag}={near}" if flag.startswith("-") else near
+        raise ConfigError(f"{flag} is {value!r}; expected {kind.expected}; type {remedy}")
+    return value
+
+
+def quoted(value: Any) -> str:
+    """A value as it is typed in a shell."""
+    return f'"{tuple(value)}"' if isinstance(value, (tuple, list)) else shlex.quote(str(value))
+
+
+def nearest_word(word: str, words) -> str | None:
+    """The one of `words` that was probably meant; None if none is near. Case does not count."""
+    by_lower_case = {each.lower(): each for each in words}
+    near = difflib.get_close_matches(word.lower(), by_lower_case, 1)
+    return by_lower_case[near[0]] if near else None
+
+
 def number(low: float | None = None, high: float | None = None) -> Kind:
     """A finite number between inclusive bounds; None means unbounded."""
-    if low is None:
-        expected = "a finite number"
-    else:
-        expected = f"at least {low}" if high is None else f"between {low} and {high}"
+    expected = f"a finite number{_bounds(low, high)}"
 
     def nearest(value, default):
         if not _is_number(value) or low is None:
-            return default
+            return low if default is None else default
         return low if value < low else high
 
     def accepts(value):
@@ -59,7 +99,11 @@ def number(low: float | None = None, high: float | None = None) -> Kind:
             return False
         return (low is None or low <= value) and (high is None or value <= high)
 
-    return Kind(expected, accepts, nearest)
+    def read(text):
+        value = _literal(text)
+        return float(value) if type(value) is int else value
+
+    return Kind(expected, accepts, nearest, read)
 
 
 def whole(low: int, high: int | None = None) -> Kind:
@@ -72,28 +116,72 @@ def whole(low: int, high: int | None = None) -> Kind:
     def accepts(value):
         return isinstance(value, int) and kind.accepts(value)
 
-    return Kind(f"a whole number, {kind.expected}", accepts, nearest)
+    return Kind(f"a whole number{_bounds(low, high)}", accepts, nearest, _literal)
 
 
 def one_of(*words: str) -> Kind:
     """One of `words`."""
 
     def nearest(value, default):
-        by_lower_case = {word.lower(): word for word in words}
-        near = difflib.get_close_matches(str(value).lower(), by_lower_case, 1)
-        return by_lower_case[near[0]] if near else default
+        return nearest_word(str(value), words) or default or words[0]
 
     return Kind(f"one of {', '.join(words)}", lambda value: value in words, nearest)
 
 
+def _literal(text):
+    """The Python value that was typed; the text itself if it is none."""
+    text = text.strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with contextlib.suppress(ValueError, OverflowError):
+        if re.fullmatch(r"[+-]?(inf|nan)", text.lower()):
+            return float(text)
+    with warnings.catch_warnings():  # about the \. of regular expressions
+        warnings.simplefilter("ignore")
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            value = ast.literal_eval(text)
+            return tuple(value) if isinstance(value, list) else value
+    return text
+
+
+def _bounds(low, high):
+    if low is None:
+        return ""
+    return f", at least {low}" if high is None else f" between {low} and {high}"
+
+
 def _is_number(value):
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) < float("inf")  # false for nan; math.isfinite fails on 10**400
 
 
 def _is_size(value):
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
-    return all(isinstance(side, int) and side > 0 for side in value)
+    return all(type(side) is int and side > 0 for side in value)
+
+
+def _nearest_size(value, default):
+    sides = [int(side) for side in re.findall(r"(?<![\d.])[1-9]\d*", str(value))]
+    return (sides[0], (sides * 2)[1]) if sides else default
+
+
+def _nearest_flag(value, default):
+    words = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
+    return words.get(str(value).lower(), default)
+
+
+def _are_patterns(value):
+    if not isinstance(value, tuple) or not all(isinstance(name, str) for name in value):
+        return False
+    with contextlib.suppress(re.error):
+        return all(re.compile(name) for name in value)
+    return False
+
+
+def _read_patterns(text):
+    value = _literal(text)
+    return (value,) if isinstance(value, str) and value else value
 
 
 SEED = whole(0, 2**31 - 1)
@@ -102,10 +190,11 @@ COUNT_OR_0 = whole(0)
 NUMBER = number()
 NON_NEGATIVE = number(0)
 TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
-FLAG = Kind("True or False", lambda value: isinstance(value, bool), lambda value, default: default)
-SIZE = Kind("two positive numbers, (height, width)", _is_size, lambda value, default: default)
+FLAG = Kind("True or False", lambda value: isinstance(value, bool), _nearest_flag, _literal)
+SIZE = Kind("two whole numbers, (height, width)", _is_size, _nearest_size, _literal)
 NAMES = Kind(
-    "names, such as \"('position',)\"",
-    lambda value: isinstance(value, tuple) and all(isinstance(name, str) for name in value),
+    "regular expressions over names, such as \"('position', 'patch_embed/.*')\"",
+    _are_patterns,
     lambda value, default: default,
+    _read_patterns,
 )

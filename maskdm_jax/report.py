@@ -5,7 +5,6 @@
 Needs matplotlib: pip install 'maskdm_jax[demo]'.
 """
 
-import argparse
 import json
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ import numpy as np
 from maskdm_jax import flops
 from maskdm_jax.config import load_json
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import TEXT
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.telemetry import read_metrics
 
@@ -41,11 +41,16 @@ def write_report(
     )
     if not grids:
         raise ConfigError(
-            f"{finetune} holds no samples; type: python main.py --config=... --workdir={finetune} "
-            "--mode=sample"
+            f"{finetune} holds no samples; type: python main.py --config=configs/NAME.py "
+            f"--workdir={finetune} --mode=sample"
         )
-    out = pathlib.Path(out).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    out = files.local_path(out, "--out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out} cannot be written to: {error}; expected a folder; type --out=FOLDER"
+        ) from error
     shutil.copyfile(grids[-1], out / "samples.png")
     _plot(stages, out / "loss.png")
     rows = "\n".join(_row(name, *stage) for name, stage in stages.items())
@@ -84,7 +89,10 @@ Images/s is the median over the records; the last loss is the mean of the last t
 def _read(workdir):
     records = read_metrics(pathlib.Path(workdir).expanduser())
     if not records:
-        raise ConfigError(f"{workdir} holds no metrics.jsonl; expected a training --workdir")
+        raise ConfigError(
+            f"{workdir} holds no metrics.jsonl; expected the --workdir of a run that has trained; "
+            "type another --pretrain or --finetune"
+        )
     return load_json(pathlib.Path(workdir).expanduser() / "config.json"), records
 
 
@@ -117,13 +125,15 @@ def _plot(stages, path):
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m maskdm_jax.report")
-    parser.add_argument("--pretrain", required=True, help="workdir of stage 1")
-    parser.add_argument("--finetune", required=True, help="workdir of stage 2, with samples")
-    parser.add_argument("--out", required=True, help="folder for report.md and its pictures")
-    args = parser.parse_args(argv)
+    """The command line; returns the exit code."""
+    example = "python -m maskdm_jax.report --pretrain=W1 --finetune=W2 --out=DIR"
+    parser = command_line.Parser(__doc__, example)
+    parser.flag("--pretrain", TEXT, "workdir of stage 1", required=True)
+    parser.flag("--finetune", TEXT, "workdir of stage 2, with samples", required=True)
+    parser.flag("--out", TEXT, "folder for report.md and its pictures", required=True)
 
     def write():
+        args = parser.parse(argv)
         print(f"report: {write_report(args.pretrain, args.finetune, args.out)}")
 
     return command_line.exit_code(write)

@@ -38,7 +38,10 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     """
     workdir = pathlib.Path(workdir).expanduser()
     # Process 0 alone writes; the others follow what it finds, and help to draw.
-    step = checkpoint.find_step(workdir)
+    step = checkpoint.find_step(
+        workdir,
+        instead="the same command without --mode=sample to train first, or another --workdir",
+    )
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, workdir, step)
@@ -99,6 +102,12 @@ def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
     item = "ema" if config.sample.weights == "ema" else "params"
     params = checkpoint.restore_item(workdir, step, item, draw.abstract_params(config, mesh))
+    other = "raw" if item == "ema" else "ema"
+    faults.check_finite(
+        params,
+        f"checkpoint {step} of {workdir} ({config.sample.weights})",
+        f"another --workdir, or --config.sample.weights={other}",
+    )
     by_batch = sharding.batch_sharding(mesh)
     jitted = draw.jit_draw(config, mesh, by_batch)
 

@@ -67,7 +67,7 @@ def test_every_printable_character_is_saved_under_or_refused_before_any_write(tm
     assert checkpoint.find_step(tmp_path / allowed) == 5
     assert checkpoint.load_config(tmp_path / allowed, 5).seed == 0
     for character in "*?[]\\":
-        with pytest.raises(ConfigError, match="type a path without them"):
+        with pytest.raises(ConfigError, match="type a --workdir without them"):
             saved(tmp_path / f"a{character}b", [5])
     assert [path.name for path in tmp_path.iterdir()] == [allowed]
 
@@ -89,7 +89,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
         checkpoint.find_step(tmp_path)
     saved(tmp_path, [5])
     assert checkpoint.main(["digest", str(tmp_path), "--step", "7"]) == 2
-    assert "no checkpoint of step 7; it holds [5]" in capsys.readouterr().err
+    assert "holds steps [5], not 7; type --step=5" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_only_process_0_sees_is_an_error(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_damaged_checkpoint_is_reported_and_skipped(
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1 and told[0].startswith(f"checkpoint 6 of {run} is damaged (")
     assert checkpoint.steps(run) == [5, 6]  # a reader moves nothing
-    with pytest.raises(ConfigError, match=r"checkpoint 6 .* damaged; others there: \[5\]"):
+    with pytest.raises(ConfigError, match=r"checkpoint 6 .* damaged; type --step=5"):
         checkpoint.find_step(run, 6)
 
     assert checkpoint.find_step(run, set_aside=True) == 5

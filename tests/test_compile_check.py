@@ -115,9 +115,9 @@ def test_a_row_rounds_the_batch_up_until_it_divides():
         ("", (), "--topology is missing"),
         ("v5e-256", (), "type --config.train.batch_size=256"),
         ("v5e-16", ("--config.data.name=mine",), "type --num_examples=N"),
-        ("v5e-16", ("--config=README.md",), "--config cannot be loaded: "),
+        ("v5e-16", ("--config=README.md",), "--config is "),
         ("v5e-16", ("--num_examples=0",), "num_examples"),
-        ("v5e-16", ("--config.train.batchsize=1",), "unknown config field"),
+        ("v5e-16", ("--config.train.batchsize=1",), "is not a field of the config"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(topology, flags, said):

@@ -120,7 +120,8 @@ def test_a_tpu_vm_finds_the_number_of_hosts_in_its_metadata(
     [
         (("node0:1234", 2, None), "--process_id not given"),
         ((None, None, 0), "--coordinator and --num_processes not given"),
-        (("node0", 2, 0), "--coordinator is 'node0'; expected host:port"),
+        (("node0", 2, 0), "--coordinator is 'node0'; expected the host"),
+        (("node0:0", 2, 0), "a port from 1 to 65535; type --coordinator=node0:12345"),
         (("node0:1234", 0, 0), "--num_processes is 0"),
         (("node0:1234", 2, 2), "--process_id is 2; expected 0 to 1"),
     ],
@@ -129,6 +130,20 @@ def test_incomplete_and_impossible_flags_are_named(given, expected):
     with pytest.raises(ConfigError) as error:
         distributed.start(*given)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="This needs a host without GPU.")
+def test_processes_without_the_devices_they_want_each_end_with_one_sentence(
+    run_main, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    processes = pair(run_main, tmp_path / "w")
+    said = [p.communicate(timeout=60)[1] for p in processes]
+    assert [p.returncode for p in processes] == [2, 2], said
+    for text in said:
+        assert text.startswith("error: JAX_PLATFORMS is 'cuda'") and text.count("\n") == 1
+        assert "type JAX_PLATFORMS=cpu before the command" in text
+    assert not (tmp_path / "w").exists()
 
 
 def test_one_process_of_one_starts_nothing():

@@ -66,7 +66,7 @@ def test_images_and_labels_are_the_embedded_digits(tiny_config):
     "fields, expected",
     [
         ({"data.name": "cats"}, "maskdm_jax.data.prepare --images FOLDER --name cats --size 8"),
-        ({"data.name": ""}, "data.name is empty"),
+        ({"data.name": ""}, "data.name is ''"),
         ({"data.image_size": (16, 16)}, '--config.data.image_size="(8, 8)"'),
         ({"data.split": "test"}, "--config.data.split=train"),
         ({"model.num_classes": 11}, "--config.model.num_classes=10"),

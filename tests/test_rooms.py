@@ -9,7 +9,7 @@ PACKAGE = ROOT / "maskdm_jax"
 # Any room may import these, and they import at most what stands here.
 GROUND = {
     "errors": set(),
-    "fields": set(),
+    "fields": {"errors"},
     "rng": set(),
     "sharding": set(),
     "model.sizes": set(),
@@ -19,11 +19,12 @@ GROUND = {
 # room or module -> what it may import besides itself and the ground.
 ALLOWED = {
     "config": set(),
+    "config_file": {"config"},
     "diffusion": set(),
     "model": set(),
     "data": {"run.command_line", "run.faults", "run.lock"},
     "run": set(),
-    "weights": {"checkpoint", "config"},
+    "weights": {"checkpoint", "config", "run.faults"},
     "checkpoint": {"config", "run"},
     "optim": set(),
     "provenance": {"config"},

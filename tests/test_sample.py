@@ -11,7 +11,7 @@ from close import assert_close
 from conftest import TINY
 
 from configs import pretrain_digits
-from maskdm_jax import draw, images, sample, sharding, state, train
+from maskdm_jax import checkpoint, draw, images, sample, sharding, state, train
 from maskdm_jax.errors import ConfigError, RunError
 
 # (means, standard deviations) of images 3 and 8.
@@ -108,6 +108,22 @@ def test_a_workdir_without_the_model_is_named(tiny_config, trained, tmp_path):
     tiny_config.model.width = 64
     with pytest.raises(ConfigError, match="--config.model.width=32"):
         sample.write_samples(tiny_config, trained)
+
+
+def test_a_checkpoint_with_numbers_that_are_not_finite_is_not_drawn_from(tiny_config, tmp_path):
+    fresh = state.init_state(tiny_config, sharding.make_mesh(tiny_config))
+    params = jax.tree.map(np.array, fresh.params)
+    params["patch_embed"]["kernel"][0, 0] = np.nan
+    checkpoints = checkpoint.Checkpoints(tmp_path, tiny_config)
+    checkpoints.save(4, fresh.replace(ema=params), force=True)
+    checkpoints.close()
+    with pytest.raises(ConfigError) as error:
+        sample.write_samples(tiny_config, tmp_path)
+    assert f"checkpoint 4 of {tmp_path} (ema)" in str(error.value)
+    assert "patch_embed/kernel first" in str(error.value)
+    assert str(error.value).endswith("--config.sample.weights=raw")
+    tiny_config.sample.update(weights="raw", num=1, steps=1)
+    sample.write_samples(tiny_config, tmp_path)
 
 
 def test_a_draw_gives_these_images(tiny_config):

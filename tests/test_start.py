@@ -1,4 +1,6 @@
 import ast
+import os
+import pickle
 import re
 
 import jax
@@ -62,11 +64,12 @@ def test_raw_or_ema_weights_are_loaded(workdir, weights, scale):
     assert f"{weights}, step 7" in note
 
 
-def test_every_weight_that_does_not_fit_is_listed(workdir):
+def test_weights_that_do_not_fit_are_named_whole_blocks_as_one_expression(workdir):
     with pytest.raises(ConfigError) as error:
         load(init(workdir[0]), small(depth=5))
     text = str(error.value)
-    assert "missing in_block_1/qkv/kernel" in text and "missing out_block_1/skip/bias" in text
+    assert "24 of 66 weights" in text and "missing in_block_1/" in text
+    assert "\"('in_block_1/.*', 'out_block_1/.*',)\" to leave these out" in text
     fresh = small()
     del fresh["mid_block"]["norm_mlp"]
     with pytest.raises(ConfigError) as error:
@@ -74,7 +77,7 @@ def test_every_weight_that_does_not_fit_is_listed(workdir):
     assert "unexpected mid_block/norm_mlp/scale" in str(error.value)
     with pytest.raises(ConfigError) as error:
         load(init(workdir[0]), small(width=16))
-    assert "position has shape [5, 8], expected [5, 16]" in str(error.value)
+    assert "in_block_0/mlp_in/kernel has shape [8, 32], expected [16, 64]" in str(error.value)
 
 
 def test_ignored_weights_stay_fresh(workdir):
@@ -164,7 +167,7 @@ def test_an_official_pt_file_is_read(tmp_path, official_model):
     assert "=unknown" not in str(error.value)
 
     torch.save({"weights": weights}, path)
-    with pytest.raises(ConfigError, match="official MaskDM checkpoint"):
+    with pytest.raises(ConfigError, match="has no 'model' entry; expected .* official .pt file"):
         load(init(path), fresh)
 
 
@@ -174,3 +177,68 @@ def test_the_hint_works_when_typed(workdir):
     hint = re.search(r'--config.init.ignore="(.*?)"', str(error.value))[1]
     params, note = load(init(workdir[0], ignore=ast.literal_eval(hint)), small(depth=5))
     assert "fresh" in note and "in_block_1/qkv/kernel" in note
+
+
+def test_another_width_is_answered_with_the_flag_that_fits_the_weights(workdir):
+    with pytest.raises(ConfigError) as error:
+        load(init(workdir[0], model__width=16), small(width=16))
+    text = str(error.value)
+    assert "model.width (8 there, 16 here); type --config.model.width=8" in text
+    assert len(text) < 400 and "init.ignore" not in text  # it would leave out almost all
+
+
+def test_weights_that_are_not_finite_are_refused_unless_they_are_left_out(workdir, tmp_path):
+    config, state = tiny_config(), workdir[1]
+    params = jax.tree.map(np.array, state.params)
+    params["patch_embed"]["kernel"][0, 0] = np.inf
+    checkpoints = checkpoint.Checkpoints(tmp_path, config)
+    checkpoints.save(3, state.replace(params=params), force=True)
+    checkpoints.close()
+    with pytest.raises(ConfigError, match="1 of 42 .* not finite, patch_embed/kernel first"):
+        load(init(tmp_path), small())
+    load(init(tmp_path, "ema"), small())
+    load(init(tmp_path, ignore=("patch_embed/kernel",)), small())
+
+
+@pytest.mark.parametrize(
+    "name, content, expected",
+    [
+        ("a.pt", b"", "is empty"),
+        ("a.pt", b"text", "is not a PyTorch checkpoint"),
+        ("a.pt", pickle.dumps({"model": {}}), "is not a PyTorch checkpoint"),
+        ("a.pt", b"PK\x03\x04 and no more", "was cut short"),
+        ("a.safetensors", b"\2\0\0\0\0\0\0\0{}", "is a safetensors file, not a PyTorch checkpoint"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_without_pytorch(tmp_path, name, content, expected):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=f"{expected}; .* type --config.init.path=PATH"):
+        load(init(tmp_path / name), small())
+
+
+def test_the_folder_of_checkpoints_is_answered_with_the_workdir(workdir):
+    for path in (workdir[0] / "checkpoints", workdir[0] / "checkpoints" / "7"):
+        with pytest.raises(ConfigError, match=f"type --config.init.path={workdir[0]}$"):
+            load(init(path), small())
+
+
+def test_a_pt_file_with_code_or_of_another_model_is_refused_in_our_own_words(tmp_path):
+    torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    torch.save({"model": os.getcwd}, tmp_path / "code.pt")
+    with pytest.raises(
+        ConfigError, match="an object of posix.getcwd, .* any code; expected"
+    ) as error:
+        load(init(tmp_path / "code.pt"), small())
+    assert "weights_only" not in str(error.value)
+    other = {f"model.encoder.layer{i}.weight": torch.zeros(2, 2) for i in range(30)}
+    for weights, expected in (({"model.x": torch.zeros(1)}, "no weights"), (other, "are missing")):
+        torch.save({"model": weights}, tmp_path / "other.pt")
+        with pytest.raises(
+            ConfigError, match=f"{expected}.* type --config.init.path=PATH"
+        ) as error:
+            load(init(tmp_path / "other.pt"), small())
+        assert len(str(error.value)) < 600
+    whole = (tmp_path / "other.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match="was cut short"):
+        load(init(tmp_path / "cut.pt"), small())

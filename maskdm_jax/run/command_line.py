@@ -1,29 +1,140 @@
 """How the programs of this project start and end: flags, one-sentence errors, exit codes."""
 
+import argparse
 import contextlib
+import faulthandler
 import os
+import re
+import shlex
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags, logging
+from absl import logging
 
+from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError, RunError, StartError
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h: another attempt may succeed
 
+_CONFIG = "--config."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but a wrong command line raises ConfigError, in the words of the config's fields.
+
+    Flags with a value are declared by `flag`; `parse` gives their values, and those of the config.
+    """
+
+    def __init__(self, about: str, example: str, table: dict[str, fields.Field] | None = None):
+        """
+        Args:
+          about: the program's docstring, for --help.
+          example: a command that works, for error messages.
+          table: the config's fields, for a program that takes --config.FIELD=VALUE.
+        """
+        super().__init__(
+            usage=f"{example} ...",
+            description=about,
+            epilog=table and _described(table),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._example = example
+        self._fields = [f"{_CONFIG}{name}" for name in table or ()]
+        self._kinds = {}
+
+    def flag(
+        self,
+        name: str,
+        kind: fields.Kind,
+        meaning: str,
+        default=None,
+        required: bool = False,
+        many: bool = False,
+    ) -> None:
+        """Declares --NAME=VALUE; or, without the dashes in `name`, an argument without a flag.
+
+        Args:
+          name: with or without leading dashes.
+          kind: which values it takes.
+          meaning: for --help.
+          default: the value if it is not given.
+          required: whether it must be given.
+          many: whether it takes several values, as a list.
+        """
+        self._kinds[name] = (kind, default, required)
+        meaning += _takes(kind)
+        if default is not None:
+            meaning += f"; default: {' '.join(map(str, default)) if many else default}"
+        number = "*" if many else None if name.startswith("-") else "?"
+        shown = "VALUE" if name.startswith("-") else name.upper()
+        self.add_argument(
+            name, nargs=number, default=default, help=_escaped(meaning), metavar=shown
+        )
+
+    def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """The values of a command line, with --config.FIELD=VALUE as "FIELD=VALUE" in `changes`.
+
+        Args:
+          argv: the arguments; None for this process's.
+
+        Raises:
+          ConfigError: for the first thing that is wrong.
+        """
+        values, rest = self.parse_known_args(argv)
+        values.changes = []
+        while rest:
+            argument = rest.pop(0)
+            if not (self._fields and argument.startswith(_CONFIG)):
+                self._refuse(argument)
+            if "=" not in argument and rest and not rest[0].startswith("--"):
+                argument += f"={rest.pop(0)}"
+            values.changes.append(argument.removeprefix(_CONFIG))
+        for name, (kind, default, required) in self._kinds.items():
+            key = name.lstrip("-")
+            given = getattr(values, key)
+            if required and given in (None, "", []):
+                raise ConfigError(f"{name} is missing; type: {self._example}")
+            if isinstance(given, list) and given is not default:
+                typed = [fields.typed(name, text, kind, default[0]) for text in given]
+                setattr(values, key, typed or default)
+            elif isinstance(given, str):
+                setattr(values, key, fields.typed(name, given, kind, default))
+        return values
+
+    def error(self, message):
+        """argparse calls this for a flag without its value, and for one that takes none."""
+        found = re.match(r"argument (\S+): expected", message)
+        if not found:
+            raise ConfigError(f"{message}; type: {self._example}")
+        kind, default, _ = self._kinds[found[1]]
+        value = "VALUE" if default is None else fields.quoted(kind.nearest("", default))
+        raise ConfigError(
+            f"{found[1]} has no value; expected {kind.expected}; type {found[1]}={value}"
+        )
+
+    def _refuse(self, argument):
+        if not argument.startswith("-"):
+            raise ConfigError(
+                f"unexpected argument {argument!r}; expected --flag=value; type: {self._example}"
+            )
+        flag, has_value, value = argument.partition("=")
+        near = fields.nearest_word(flag, [*self._option_string_actions, *self._fields])
+        remedy = near + has_value + shlex.quote(value) * bool(has_value) if near else "--help"
+        raise ConfigError(
+            f"{flag} is not a flag of this program; expected one that --help lists; type {remedy}"
+        )
+
 
 def run(
-    main: Callable[[list[str]], int | None],
-    required: tuple[str, ...],
-    example: str,
-    unexpected: int = UNEXPECTED,
-    resumes: bool = False,
+    main: Callable[[], int | None], unexpected: int = UNEXPECTED, resumes: bool = False
 ) -> None:
-    """Parses the absl flags, which include `--config`, runs `main`, and exits.
+    """Runs `main`, and exits.
 
     Ctrl-C ends the process at once, also during the imports of native libraries, which turn
     Python's KeyboardInterrupt into errors of their own, and so does SIGTERM for a program that
@@ -31,9 +142,7 @@ def run(
     threads of a save in progress could keep it alive for minutes.
 
     Args:
-      main: what to run, given the positional arguments; returns the exit code, None for 0.
-      required: flags that must be given.
-      example: a command that gives them, for the error message.
+      main: what to run; returns the exit code, None for 0.
       unexpected: the exit code of an unexpected error.
       resumes: whether the same command continues what was stopped.
     """
@@ -46,13 +155,16 @@ def run(
     signal.signal(signal.SIGINT, stop)
     if resumes:
         signal.signal(signal.SIGTERM, stop)
+    faulthandler.enable()
     # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
     # raised anyway.
+    logging.use_absl_handler()
     logging.set_verbosity(logging.FATAL)
     try:
-        app.run(main, flags_parser=lambda argv: _parse(argv, required, example))
+        code = main()
     except Exception as error:
         _leave(report(error, unexpected))
+    sys.exit(code)
 
 
 def exit_code(work: Callable[[], object]) -> int:
@@ -70,7 +182,7 @@ def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
         print("stopped", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, (ConfigError, RunError, StartError)):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         return error.exit_code
     traceback.print_exception(error)
     return unexpected
@@ -83,28 +195,28 @@ def _leave(code):
     os._exit(code)
 
 
-def _parse(argv, required, example):
-    try:
-        left = flags.FLAGS(argv)
-        if flags.FLAGS.config is not None:
-            flags.FLAGS.config["seed"]  # loads the file, or raises its error
-    except (flags.Error, TypeError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
-    except (OSError, SyntaxError, ImportError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ConfigError(
-            f"--config cannot be loaded: {reason}; type --config=configs/NAME.py"
-        ) from error
-    except (AttributeError, KeyError) as error:
-        # ml-collections quotes its message twice, so its line break is a backslash and an n.
-        hint = str(error.args[0]).replace("\\n", ". ").replace("\\'", "").strip("'")
-        hint = ". ".join(line.strip("' ") for line in hint.splitlines())
-        raise ConfigError(
-            f"unknown config field {hint}; maskdm_jax/config.py documents every field"
-        ) from error
-    for flag in required:
-        if not flags.FLAGS[flag].value:
-            raise ConfigError(f"--{flag} is missing; type: {example}")
-    if len(left) > 1:
-        raise ConfigError(f"unexpected argument {left[1]!r}; expected --flag=value")
-    return left
+def _printable(text):
+    """`text` as one line: what a user typed may hold line breaks or a terminal's control codes."""
+    return "".join(c if c.isprintable() else repr(c).strip("'") for c in text)
+
+
+def _described(table):
+    """The config's fields for --help."""
+    lines = ["fields of the config, with the defaults that a file in configs/ starts from:", ""]
+    for name, field in table.items():
+        lines.append(f"  {_CONFIG}{name}={fields.quoted(field.default)}")
+        lines += textwrap.wrap(
+            field.meaning + _takes(field.kind),
+            92,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 8,
+        )
+    return _escaped("\n".join(lines))
+
+
+def _takes(kind):
+    return "" if kind is fields.TEXT else f" ({kind.expected})"
+
+
+def _escaped(text):
+    return text.replace("%", "%%")  # argparse formats its texts with %

@@ -27,6 +27,8 @@ _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for this long counts as dead, and the others end
 _SHUTDOWN_S = 60  # the first process to finish waits this long for the last
 _SHARED_S = 60  # network file systems show other hosts' new files only after a delay
+# What JAX raises without devices: an assertion of its own if no plugin is installed for a platform.
+_NO_DEVICES = (RuntimeError, AssertionError)
 _LINGER_S = 5  # see `errors_end_all_processes`
 
 
@@ -45,6 +47,7 @@ def start(
 
     Raises:
       ConfigError: if only some arguments are given, or one is out of range.
+      ConfigError: as `num_devices`, with several processes.
       StartError: if the processes cannot start.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
@@ -68,8 +71,27 @@ def start(
         if arguments is None:
             return
     _initialize(arguments, where)
+    num_devices()
     if not is_main():
         progress.mute()
+
+
+def num_devices() -> int:
+    """The number of devices of all processes.
+
+    Raises:
+      ConfigError: if the platform that JAX_PLATFORMS names has none here.
+    """
+    try:
+        return jax.device_count()
+    except _NO_DEVICES as error:
+        reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        raise ConfigError(
+            f"JAX_PLATFORMS is {jax.config.jax_platforms!r}, but JAX finds no such device on "
+            f"{socket.gethostname()}{reason}; expected a platform that this machine has and that "
+            "JAX was installed for; type JAX_PLATFORMS=cpu before the command to compute on the "
+            "CPU, or pip install '.[gpu]' for NVIDIA GPUs"
+        ) from error
 
 
 def agreed(numbers: list[int]) -> list[int]:
@@ -114,10 +136,13 @@ def several() -> bool:
 
 
 @contextlib.contextmanager
-def errors_end_all_processes() -> Iterator[None]:
+def errors_end_all_processes(process_id: int | None = None) -> Iterator[None]:
     """With several processes, reports an error of the block and ends this process at once.
 
     An ordinary exit would wait for the others, which wait for this one in a collective.
+
+    Args:
+      process_id: the index of this process if it is known before JAX has devices.
     """
     try:
         yield
@@ -127,7 +152,11 @@ def errors_end_all_processes() -> Iterator[None]:
         status = command_line.report(error)
         # The other processes abort once process 0, their coordinator, is gone. This leaves them
         # time to report their own error first, which may be the same.
-        if is_main():
+        try:
+            leads = is_main()
+        except _NO_DEVICES:  # and so no index
+            leads = not process_id
+        if leads:
             time.sleep(_LINGER_S)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -139,20 +168,24 @@ def _check(given):
     example = "--coordinator=HOST:PORT --num_processes=N --process_id=I"
     if missing:
         raise ConfigError(
-            f"{' and '.join(missing)} not given; several processes started by hand need "
-            f"all of {example}; one host, Slurm and TPU pods need none"
+            f"{' and '.join(missing)} not given; several processes started by hand need all three, "
+            f"while one host, Slurm and TPU pods need none; type {example}"
         )
-    if not re.fullmatch(r"\S+:\d+", given["coordinator"]):
+    found = re.fullmatch(r"\S+:(\d+)", given["coordinator"])
+    if not found or not 1 <= int(found[1]) <= 65_535:
         raise ConfigError(
-            f"--coordinator is {given['coordinator']!r}; expected host:port of process 0, such as "
-            "--coordinator=node0:12345"
+            f"--coordinator is {given['coordinator']!r}; expected the host of process 0 and a port "
+            "from 1 to 65535; type --coordinator=node0:12345, say"
         )
     count, index = given["num_processes"], given["process_id"]
     if count < 1:
-        raise ConfigError(f"--num_processes is {count}; expected at least 1; type {example}")
+        raise ConfigError(
+            f"--num_processes is {count}; expected at least 1; type --num_processes=1"
+        )
     if not 0 <= index < count:
         raise ConfigError(
-            f"--process_id is {index}; expected 0 to {count - 1}, since --num_processes is {count}"
+            f"--process_id is {index}; expected 0 to {count - 1}, since --num_processes is "
+            f"{count}; type --process_id={count - 1}"
         )
 
 
@@ -161,10 +194,11 @@ def _check_port(coordinator):
     port = int(coordinator.rpartition(":")[2])
     try:
         socket.create_server(("", port)).close()
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise StartError(
             f"--coordinator is {coordinator!r}, and port {port} cannot be opened here: {error}; "
-            "type a free port, the same in every process"
+            f"type --coordinator={coordinator.rpartition(':')[0]}:PORT with a free port, the same "
+            "in every process"
         ) from error
 
 

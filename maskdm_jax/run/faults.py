@@ -1,4 +1,4 @@
-"""Faults that stop a run under way: numbers that stay bad, and a full disk."""
+"""Faults that stop a run: numbers that are not finite, and a full disk."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 
-from maskdm_jax.errors import RunError
+from maskdm_jax.errors import ConfigError, RunError
 
 # A full disk, a used-up quota, a file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,6 +46,28 @@ class SkipCounter:
                 "type a lower --config.optim.lr_peak, --config.optim.clip_norm=1 or "
                 "--config.model.dtype=float32"
             )
+
+
+def check_finite(params, source: str, instead: str) -> None:
+    """Raises ConfigError, with the first name, if some of `params` are not finite.
+
+    Args:
+      params: a tree of arrays, which may be spread over devices.
+      source: where they are from.
+      instead: what to type.
+    """
+    import jax  # slow to load, and `prepare` loads this module too
+    import jax.numpy as jnp
+
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+    finite = jax.jit(lambda leaves: jnp.stack([jnp.isfinite(x).all() for x in leaves]))(leaves)
+    bad = [path for path, is_finite in zip(paths, finite.tolist(), strict=True) if not is_finite]
+    if bad:
+        name = jax.tree_util.keystr(bad[0], simple=True, separator="/")
+        raise ConfigError(
+            f"{len(bad)} of {len(paths)} parameters of {source} have values that are not finite, "
+            f"{name} first; expected finite numbers; type {instead}"
+        )
 
 
 def disk_is_full(error: BaseException) -> bool:

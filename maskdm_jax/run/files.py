@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import socket
+import unicodedata
 from collections.abc import Iterator
 
 from maskdm_jax.errors import ConfigError
@@ -19,15 +20,27 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
 
     Raises:
       ConfigError: for a URL such as gs://bucket/run, which as a path would be a folder named "gs:";
-        for ~ if no home folder is known.
+        for control characters other than white space, and bytes that are not UTF-8, which no
+        terminal can show; for ~ if no home folder is known; for a name that is too long.
     """
-    if re.match(r"[A-Za-z][\w+.-]*:/", str(path)):
+    path = str(path)
+    if any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in path):
+        raise ConfigError(
+            f"{name} is {path!r}; expected a path that can be printed; type another {name}"
+        )
+    if re.match(r"[A-Za-z][\w+.-]*:/", path):
         raise ConfigError(
             f"{name} is {path}; expected a folder of a local or mounted file system, since buckets "
-            "are not supported: type its path, such as /mnt/share/run"
+            "are not supported; type its path, such as /mnt/share/run"
         )
     try:
-        return pathlib.Path(path).expanduser().absolute()
+        absolute = pathlib.Path(path).expanduser().absolute()
+        absolute.exists()
+        return absolute
+    except OSError as error:  # such as a name that is too long
+        raise ConfigError(
+            f"{name} {path} cannot be used: {error.strerror}; type another {name}"
+        ) from error
     except RuntimeError as error:
         flag = name if name.startswith("--") else f"--config.{name}"
         raise ConfigError(

@@ -1,10 +1,10 @@
 """Starts from other weights: stage 2 from stage 1's workdir, or from an official `.pt` file.
 
-Weights that are missing, unexpected or of another shape are listed in one error, except those that
-`config.init.ignore` matches; an ignored weight starts fresh. Weights that fit but mean something
-else are an error too: they were trained with another prediction, noise schedule, number of
-timesteps, number of heads or patch grid, and `config.init.allow` does not list that field. A `.pt`
-file does not hold its number of heads.
+Weights that are missing, unexpected or of another shape are an error, except those that
+`config.init.ignore` matches; an ignored weight starts fresh. So are weights that are not finite,
+and weights that fit but mean something else: they were trained with another prediction, noise
+schedule, number of timesteps, number of heads or patch grid, and `config.init.allow` does not list
+that field. A `.pt` file does not hold its number of heads.
 """
 
 import re
@@ -17,7 +17,7 @@ from maskdm_jax import checkpoint
 from maskdm_jax.config import as_flags, described, differences, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
-from maskdm_jax.run import files
+from maskdm_jax.run import faults, files
 from maskdm_jax.weights import torch_io
 
 _GRID = ("data.image_size", "model.patch_size")
@@ -38,8 +38,8 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
       (float32 parameters with the structure of `make_fresh`'s, one sentence on what was loaded).
 
     Raises:
-      ConfigError: listing every weight that does not fit, or every field that gives the weights
-        another meaning; also if the path holds no weights.
+      ConfigError: naming the weights that do not fit, or the fields that give them another
+        meaning; also if they are not finite, or the path holds no weights.
     """
     init = config.init
     loaded, stored, source = _read(config, schedule_of)
@@ -47,13 +47,7 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
     ours = _flatten(expected)
     theirs = _flatten(loaded)
 
-    try:
-        patterns = [re.compile(pattern) for pattern in init.ignore]
-    except re.error as error:
-        raise ConfigError(
-            f"init.ignore {init.ignore}: {error}; expected regular expressions over names such as "
-            "mid_block/qkv/kernel"
-        ) from error
+    patterns = [re.compile(pattern) for pattern in init.ignore]
 
     def ignored(name):
         return any(pattern.fullmatch(name) for pattern in patterns)
@@ -71,16 +65,15 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
                 f"{name} has shape {list(theirs[name].shape)}, expected {list(ours[name].shape)}"
             )
     if problems:
-        names = ", ".join(f"'{name}'" for name in problems)
-        raise ConfigError(
-            f"init.path: {len(problems)} weights of {source} do not fit this model: "
-            f"{'; '.join(problems.values())}; set the model as in that run, or leave these out: "
-            f'--config.init.ignore="({names},)"'
-        )
+        raise ConfigError(_misfit(config, stored, source, problems, ours.keys() | theirs.keys()))
 
     left = [n for n in ours if ignored(n)]
     _check_meaning(config, stored, source, left)
     fresh = _flatten(make_fresh()) if left else {}
+    used = {n: theirs[n] for n in ours if n not in left}
+    if used:
+        other = "--config.init.path=PATH of another one"
+        faults.check_finite(used, f"init.path {source}", other)
     leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     note = f"loaded {len(ours) - len(left)} weights from {source}"
@@ -91,28 +84,65 @@ def _read(config, schedule_of):
     """(parameters, the config that they were trained with, a phrase for their source)."""
     init = config.init
     path = files.local_path(init.path, "init.path")
+    expected = (
+        "expected another run's workdir, or an official .pt file with tensors only; type "
+        "--config.init.path=PATH"
+    )
     if not path.exists():
-        raise ConfigError(
-            f"init.path {init.path} does not exist; expected the --workdir of a pre-training run, "
-            "or an official .pt file; type --config.init.path=THAT_WORKDIR"
-        )
+        raise ConfigError(f"init.path {init.path} does not exist; {expected}")
     if path.is_file():
         try:
             params, betas = torch_io.load_official(str(path), init.weights)
-        except (ValueError, ImportError) as error:
+        except ValueError as error:
+            raise ConfigError(f"init.path: {error}; {expected}") from error
+        except ImportError as error:
             raise ConfigError(f"init.path: {error}") from error
-        # All that is known of the meaning of such a file's weights.
+        # All that is known of the shape and the meaning of such a file's weights.
         stored = config.copy_and_resolve_references()
+        stored.model.width = params["position"].shape[-1]
+        stored.model.depth = sum(name.startswith("in_block_") for name in params) * 2 + 1
         stored.diffusion.prediction = "eps"
         if betas is not None:
             stored.diffusion.num_timesteps = len(betas)
             stored.diffusion.schedule = schedule_of(betas)
         return params, stored, str(path)
-    step = checkpoint.find_step(path)
+    # The folder of all checkpoints, or of one, instead of the workdir.
+    runs = [parent for parent in path.parents[:2] if checkpoint.steps(parent)]
+    step = checkpoint.find_step(
+        path, instead=f"--config.init.path={runs[0] if runs else 'PATH of such a workdir'}"
+    )
     item = {"raw": "params", "ema": "ema"}[init.weights]
     params = checkpoint.restore_item(path, step, item)
     stored = checkpoint.load_config(path, step)
     return params, stored, f"{path} ({init.weights}, step {step})"
+
+
+def _misfit(config, stored, source, problems, names):
+    """What does not fit, and what to type: the fields in which the models differ, or else the
+    first of those weights; a few can be left out, whole blocks as one expression."""
+    remedies = []
+    fields = differences(config, stored, [SHAPE])
+    if fields:
+        why = described(config, stored, fields)
+        remedies.append(f"{as_flags(stored, fields)} to build that model")
+    else:
+        why = "; ".join([*problems.values()][:3]) + (", ..." if len(problems) > 3 else "")
+    if len(problems) <= len(names) / 2:
+        expressions = ", ".join(repr(e) for e in _expressions(problems, names))
+        remedies.append(f'--config.init.ignore="({expressions},)" to leave these out')
+    remedies.append("--config.init.path='' for fresh weights")
+    return (
+        f"init.path: {len(problems)} of {len(names)} weights of {source} do not fit this model: "
+        f"{why}; type {', or '.join(remedies)}"
+    )
+
+
+def _expressions(problems, names):
+    """Regular expressions for the names of `problems`, one for a block of which none fits."""
+    for block in dict.fromkeys(name.partition("/")[0] for name in problems):
+        members = {name for name in names if name.partition("/")[0] == block}
+        bad = sorted(members & problems.keys())
+        yield from bad if len(bad) < len(members) or bad == [block] else [f"{block}/.*"]
 
 
 def _check_meaning(config, stored, source, left):

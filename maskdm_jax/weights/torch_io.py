@@ -5,6 +5,8 @@ An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (t
 """
 
 import pickle
+import re
+import zipfile
 
 import numpy as np
 
@@ -16,6 +18,8 @@ _DENSE = {
     "skip": "skip_linear",
 }
 _NORMS = {"norm_attention": "norm1", "norm_mlp": "norm2"}
+# How files of PyTorch before 1.6 start: a pickle of a magic number.
+_OLD_FORMAT = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 _PREFIX = {"raw": "model.", "ema": "ema_model.model."}
 
 
@@ -28,8 +32,9 @@ def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | N
 
     Raises:
       ImportError: if PyTorch is missing, with the command that installs it.
-      ValueError: if the file is not an official checkpoint.
+      ValueError: if the file is not an official checkpoint: why not.
     """
+    _check_format(path)
     try:
         import torch
     except ImportError as error:
@@ -38,14 +43,38 @@ def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | N
         ) from error
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is not a PyTorch checkpoint of tensors: {error}") from error
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {found[1]}" if found else "more than tensors"
+        raise ValueError(f"{path} holds {what}, and loading that could run any code") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} cannot be read ({reason})") from error
     group = {"raw": "model", "ema": "ema"}[weights]
     if not isinstance(checkpoint, dict) or group not in checkpoint:
-        raise ValueError(f"{path} has no '{group}' entry; expected an official MaskDM checkpoint")
-    params = from_official({k: v.numpy() for k, v in checkpoint[group].items()}, weights)
-    betas = checkpoint.get("model", {}).get("betas")
-    return params, None if betas is None else betas.numpy()
+        raise ValueError(f"{path} has no '{group}' entry")
+    tensors = {k: v for k, v in dict(checkpoint[group]).items() if isinstance(v, torch.Tensor)}
+    params = from_official({k: v.float().numpy() for k, v in tensors.items()}, weights)
+    betas = dict(checkpoint.get("model", {})).get("betas")
+    return params, betas.numpy() if isinstance(betas, torch.Tensor) else None
+
+
+def _check_format(path):
+    """Raises ValueError unless `path` is a zip archive of PyTorch, or its format before 1.6."""
+    with open(path, "rb") as file:
+        start = file.read(len(_OLD_FORMAT))
+    if not start:
+        raise ValueError(f"{path} is empty")
+    if start == _OLD_FORMAT:
+        return
+    if not start.startswith(b"PK"):
+        what = "a safetensors file, " if path.endswith(".safetensors") else ""
+        raise ValueError(f"{path} is {what}not a PyTorch checkpoint")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is a PyTorch checkpoint that was cut short")
+    with zipfile.ZipFile(path) as archive:
+        if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            raise ValueError(f"{path} is a zip archive, but not a PyTorch checkpoint")
 
 
 def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> dict:
@@ -61,7 +90,7 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
     rest = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
     rest = {k: v for k, v in rest.items() if k.startswith("encoder")}
     if not rest:
-        raise ValueError(f"no weights under '{prefix}encoder*'; is this an official checkpoint?")
+        raise ValueError(f"no weights under '{prefix}encoder*'")
 
     missing = []
 
@@ -107,7 +136,12 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
             params[f"{ours}_{i}"] = take_block(f"encoder.{theirs}.{i}")
             i += 1
     if missing:
-        raise ValueError(f"official weights that are missing: {missing}")
+        raise ValueError(f"official weights that are missing: {_some(missing)}")
     if rest:
-        raise ValueError(f"official weights with no place in this U-ViT: {sorted(rest)}")
+        raise ValueError(f"official weights with no place in this U-ViT: {_some(sorted(rest))}")
     return params
+
+
+def _some(names):
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"

@@ -1,0 +1,133 @@
+"""The config of a command: a file in configs/, then what --config.FIELD=VALUE changes in it."""
+
+import importlib.util
+import pathlib
+import traceback
+from collections.abc import Iterable
+
+from ml_collections import config_dict
+
+from maskdm_jax.config import FIELDS, get, validate
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import nearest_word, quoted, typed
+
+_EXAMPLE = "configs/pretrain_digits.py"
+
+
+def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
+    """The valid, locked config of a command.
+
+    Args:
+      path: a Python file with a function get_config().
+      changes: "FIELD=VALUE" each; the last one of a field counts.
+
+    Raises:
+      ConfigError: for a file that gives no config, and for a change or a value that cannot work.
+    """
+    config = _from_file(path)
+    for change in {change.partition("=")[0]: change for change in changes}.values():
+        set_field(config, change)
+    validate(config)
+    return config
+
+
+def set_field(config: config_dict.ConfigDict, change: str) -> None:
+    """Sets a field of `config` from a typed "FIELD=VALUE".
+
+    Raises:
+      ConfigError: for an unknown field, with the nearest name; for a value that it does not take.
+    """
+    name, has_value, text = change.partition("=")
+    if name not in FIELDS:
+        near = _nearest_field(name)
+        remedy = f"--config.{near}={quoted(text)}" if near else "--help"
+        raise ConfigError(
+            f"--config.{name} is not a field of the config; expected one of those that --help "
+            f"lists; type {remedy}"
+        )
+    kind, now = FIELDS[name].kind, get(config, name)
+    suggestion = now if kind.accepts(now) else FIELDS[name].default
+    if not has_value:
+        raise ConfigError(
+            f"--config.{name} has no value; expected {kind.expected}; type "
+            f"--config.{name}={quoted(suggestion)}"
+        )
+    value = typed(f"--config.{name}", text, kind, suggestion)
+    group, _, leaf = name.rpartition(".")
+    (config[group] if group else config)[leaf] = value
+
+
+def _nearest_field(name):
+    leaves = {field.rpartition(".")[2]: field for field in FIELDS}
+    leaf = name.rpartition(".")[2]
+    return leaves.get(leaf) or nearest_word(name, FIELDS) or leaves.get(nearest_word(leaf, leaves))
+
+
+def _from_file(path):
+    file = pathlib.Path(path).expanduser()
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(
+            f"--config is {path!r}, which is {_kind(file)}; expected a Python file, such as those "
+            f"in configs/; type --config={_nearest_file(file)}"
+        )
+    spec = importlib.util.spec_from_file_location("config_file", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        fault = "it has no function get_config()"
+        if hasattr(module, "get_config"):
+            config = module.get_config()
+            fault = _fault(config)
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
+        fault = _raised(error, file)
+    if fault:
+        raise ConfigError(
+            f"--config={path}: {fault}; expected a function get_config() that sets fields of "
+            "default_config() of maskdm_jax.config, and returns it; correct the file, or type "
+            f"--config={_EXAMPLE}"
+        )
+    return config.lock()
+
+
+def _kind(file):
+    if file.is_dir():
+        return "a folder"
+    return "not a Python file" if file.exists() else "not there"
+
+
+def _nearest_file(file):
+    files = [
+        *sorted(file.parent.glob("[a-z]*.py")),
+        *sorted(pathlib.Path("configs").glob("[a-z]*.py")),
+    ]
+    near = nearest_word(file.stem, [each.stem for each in files])
+    return next((each for each in files if each.stem == near), _EXAMPLE)
+
+
+def _fault(config):
+    """What is wrong with the result of get_config(); None if nothing."""
+    if not isinstance(config, config_dict.ConfigDict):
+        what = "None" if config is None else f"a {type(config).__name__}"
+        return f"get_config() returns {what}"
+    names = {
+        f"{group}.{leaf}" if leaf else group
+        for group, value in config.items()
+        for leaf in (value if isinstance(value, config_dict.ConfigDict) else ("",))
+    }
+    if missing := sorted(FIELDS.keys() - names):
+        return f"the config of get_config() lacks {missing[0]}"
+    if unknown := sorted(names - FIELDS.keys()):
+        return f"the config of get_config() has {unknown[0]}, which is not a field"
+    return None
+
+
+def _raised(error, file):
+    """An error of the user's file in words, with the line."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
+    if isinstance(error, SyntaxError):
+        lines.append(error.lineno)
+    where = f"line {lines[-1]}: " if lines else ""
+    text = error.msg if isinstance(error, SyntaxError) else str(error)
+    if text.startswith(("'", '"')):  # ml-collections quotes its texts, once or twice
+        text = text.replace("\\n", ". ").replace("\\", "").strip("\"'")
+    return f"{where}{type(error).__name__}: {' '.join(text.split())}"

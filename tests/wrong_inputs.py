@@ -1,0 +1,745 @@
+"""A table of wrong inputs: what each must be answered with. `python tests/wrong_inputs.py [WORD]`.
+
+Every wrong input ends with one sentence on stderr, "error: ...", and an exit code of
+docs/running.md's table. The sentence has the given value, what is expected, and what to type; what
+it says to type is itself accepted. This script runs each row (those whose label has WORD in it) and
+prints the answers; test_wrong_inputs.py does the same in `make test-slow`.
+
+The rows run in forks of one process that has imported the libraries: a tenth of a second each
+instead of several.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import os
+import pathlib
+import pickle
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+import zipfile
+
+ROOT = pathlib.Path(__file__).parents[1]
+TINY = (
+    "--config.model.width=32 --config.model.depth=3 --config.model.num_heads=2 "
+    "--config.train.batch_size=16 --config.train.num_steps=1"
+)
+DATA = "--config.data.dir={tmp}/data"
+MAIN = f"main.py --config=configs/pretrain_digits.py --workdir={{tmp}}/w {DATA} {TINY} "
+TUNE = MAIN.replace("pretrain", "finetune")
+SAMPLE = MAIN.replace("{tmp}/w", "{tmp}/run") + "--mode=sample --config.sample.num=1 "
+COMPILE = "launch/compile_check.py --config=configs/pretrain_digits.py "
+# Added to a command that is answered with "type --config.FIELD=VALUE": the next refusal, which
+# comes after all checks of the config, must then be this one.
+STOP = " --workdir={tmp}/a_file"
+
+
+@dataclasses.dataclass(frozen=True)
+class Wrong:
+    """One wrong input.
+
+    Fields:
+      command: the program and its arguments, quoted as in a shell; {tmp} is the folder of `make`.
+      says: what the sentence must contain: the given value, and what to type.
+      code: the exit code.
+      retry: arguments to add to what the sentence says to type; None: that is not tried.
+      instead: whether it is typed in place of the last argument, not after it.
+      after: what the sentence of that second attempt must contain.
+      env: environment variables; such a row runs in a process of its own.
+      lines: further lines on stderr, besides the sentence.
+    """
+
+    command: str
+    says: tuple[str, ...]
+    code: int = 2
+    retry: str | None = None
+    instead: bool = False
+    after: str = "--workdir"
+    env: tuple[tuple[str, str], ...] = ()
+    lines: int = 0
+
+    @property
+    def label(self) -> str:
+        for start in (MAIN, TUNE, SAMPLE, COMPILE):
+            if self.command.startswith(start):
+                name = {MAIN: "main", TUNE: "finetune", SAMPLE: "sample", COMPILE: "compile"}[start]
+                return f"{name} {self.command.removeprefix(start)}"
+        return self.command
+
+
+def setting(arguments: str, *says: str) -> Wrong:
+    """A wrong value of a field: what the sentence says to type must pass all checks."""
+    return Wrong(MAIN + arguments, says, retry=STOP)
+
+
+def unknown(arguments: str, *says: str) -> Wrong:
+    """As `setting`, but what the sentence says replaces the last argument."""
+    return Wrong(MAIN + arguments, says, retry=STOP, instead=True)
+
+
+FIELDS = [
+    setting("--config.data.image_size=8", "data.image_size is 8", '.image_size="(8, 8)"'),
+    setting("--config.data.image_size='(8,)'", "data.image_size is (8,)", '="(8, 8)"'),
+    setting("--config.data.image_size='(8, 8, 1)'", "(8, 8, 1)", '="(8, 8)"'),
+    setting("--config.data.image_size='(8, -8)'", "(8, -8)", '.image_size="(8, 8)"'),
+    setting("--config.data.image_size='(8.0, 8)'", "(8.0, 8)", '.image_size="(8, 8)"'),
+    setting("--config.data.image_size=8x8", "'8x8'", '.image_size="(8, 8)"'),
+    setting("--config.data.image_size=eight", "'eight'", ".image_size="),
+    setting("--config.data.image_size=", "data.image_size is ''", ".image_size="),
+    setting("--config.data.image_size='(9, 9)'", "data.image_size, (9, 9)", ".patch_size=1"),
+    setting("--config.init.ignore=", "init.ignore is ''", "init.ignore="),
+    setting("--config.init.ignore='(1, 2)'", "(1, 2)", "init.ignore="),
+    setting("--config.init.ignore=\"('[',)\"", "init.ignore is ('[',)", "init.ignore="),
+    setting("--config.init.allow=diffusion.shedule", "shedule'", "\"('diffusion.schedule',)\""),
+    setting("--config.init.allow=\"('seed',)\"", "('seed',)", "init.allow="),
+    setting("--config.seed=1.5", "seed is 1.5", "--config.seed=2"),
+    setting("--config.seed=True", "seed is True", "--config.seed="),
+    setting("--config.seed=-1", "seed is -1", "--config.seed=0"),
+    setting("--config.seed=99999999999", "seed is 99999999999", "--config.seed=2147483647"),
+    setting("--config.seed=", "seed is ''", "--config.seed=0"),
+    setting("--config.train.num_steps=many", "'many'", "--config.train.num_steps="),
+    setting("--config.train.num_steps=1e3", "1000.0", "--config.train.num_steps=1000"),
+    setting("--config.train.num_steps=0", "num_steps is 0", "--config.train.num_steps=1"),
+    setting("--config.train.num_steps=-5", "num_steps is -5", "--config.train.num_steps=1"),
+    setting("--config.train.num_steps=inf", "num_steps is inf", "--config.train.num_steps="),
+    setting("--config.train.num_steps=None", "num_steps is None", "--config.train.num_steps="),
+    setting("--config.train.batch_size=2.5", "batch_size is 2.5", "--config.train.batch_size=2"),
+    Wrong(
+        MAIN + "--config.train.dry_run=yes",
+        ("'yes'", "--config.train.dry_run=True"),
+        retry=" --config.data.name=cats",
+        after="'cats'",
+    ),
+    setting("--config.train.dry_run=2", "dry_run is 2", "--config.train.dry_run="),
+    setting("--config.data.flip=maybe", "'maybe'", "--config.data.flip="),
+    setting("--config.data.cache=hots", "'hots'", "--config.data.cache=host"),
+    setting("--config.data.cache=7", "data.cache is '7'", "--config.data.cache=device"),
+    setting("--config.data.channels=0", "data.channels is 0", "--config.data.channels=1"),
+    setting("--config.model.size=b", "'b'", "--config.model.size=B"),
+    setting("--config.model.width=-3", "model.width is -3", "--config.model.width=0"),
+    setting("--config.model.width=33", "model.num_heads is 2", "--config.model.num_heads=1"),
+    setting("--config.model.patch_size=3", "patch_size is 3", "--config.model.patch_size=2"),
+    setting("--config.model.mlp_ratio=0", "mlp_ratio is 0", "--config.model.mlp_ratio=0.25"),
+    setting("--config.model.dropout=nan", "dropout is nan", "--config.model.dropout=0.0"),
+    setting("--config.model.attention=hoper", "'hoper'", "--config.model.attention=hopper"),
+    setting("--config.model.dtype=float16", "'float16'", "--config.model.dtype="),
+    setting("--config.mask.ratio=0.99", "mask.ratio is 0.99", "--config.mask.ratio=0.95"),
+    setting("--config.mask.ratio=-1", "mask.ratio is -1", "--config.mask.ratio=0"),
+    setting("--config.mask.ratio=half", "'half'", "--config.mask.ratio=0.5"),
+    setting("--config.mask.ratio=nan", "mask.ratio is nan", "--config.mask.ratio=0.5"),
+    setting("--config.mask.ratio='(0.5,)'", "(0.5,)", "--config.mask.ratio="),
+    setting("--config.mask.kind=blok", "'blok'", "--config.mask.kind=block"),
+    setting("--config.mask.kind=block --config.mask.block_size=3", "size is 3", "block_size=2"),
+    setting("--config.mask.kind=crop --config.mask.crop_size=9", "size is 9", "crop_size=4"),
+    setting("--config.optim.lr_peak=-1", "lr_peak is -1", "--config.optim.lr_peak=0"),
+    setting("--config.optim.lr_peak=inf", "lr_peak is inf", "--config.optim.lr_peak=0.002"),
+    setting("--config.optim.lr_peak=1e400", "lr_peak is inf", "--config.optim.lr_peak=0.002"),
+    setting("--config.optim.lr_peak=fast", "'fast'", "--config.optim.lr_peak=0.002"),
+    setting("--config.optim.b1=1", "optim.b1 is 1", "--config.optim.b1=0.99999"),
+    setting("--config.optim.ema_decay=2", "ema_decay is 2", "--config.optim.ema_decay=1"),
+    setting("--config.optim.accumulate_steps=3", "steps is 3", "accumulate_steps=1"),
+    setting("--config.optim.ema_ramp=1.0", "ema_ramp is 1.0", "--config.optim.ema_ramp="),
+    setting(
+        "--config.sample.steps=9 --config.diffusion.num_timesteps=9",
+        "num_timesteps is 9",
+        "num_timesteps=50",
+    ),
+    setting("--config.diffusion.prediction=noise", "'noise'", "--config.diffusion.prediction="),
+    setting("--config.sample.guidance_scale=nan", "guidance_scale is nan", "guidance_scale=1"),
+    setting(
+        "--config.model.num_classes=0 --config.sample.guidance_scale=2",
+        "guidance_scale is 2",
+        "guidance_scale=1",
+    ),
+    setting(
+        "--config.model.num_classes=0 --config.sample.label=3",
+        "sample.label is 3",
+        "--config.sample.label=-1",
+    ),
+    setting("--config.model.num_classes=10 --config.sample.label=10", "label is 10", "label="),
+    setting("--config.sample.steps=2000", "steps is 2000", "--config.sample.steps=1000"),
+    setting("--config.sample.eta=1.5", "eta is 1.5", "--config.sample.eta=1"),
+    setting("--config.sample.num=0", "sample.num is 0", "--config.sample.num=1"),
+    setting("--config.mesh.fsdp=3", "mesh.fsdp is 3", "--config.mesh.fsdp=1"),
+    setting("--config.mesh.data=7", "mesh.data is 7", "--config.mesh.data=-1"),
+    setting("--config.mesh.data=0", "mesh.data is 0", "--config.mesh.data="),
+    unknown("--config.mask.ration=0.5", "mask.ration", "--config.mask.ratio"),
+    unknown("--config.masks.ratio=0.5", "masks.ratio", "--config.mask.ratio"),
+    unknown("--config.lr_peak=1", "lr_peak", "--config.optim.lr_peak"),
+    Wrong(MAIN + "--config.zzz=1", ("zzz", "--help")),
+    Wrong(MAIN + "--config.mask=0.5", ("--config.mask ", "--config.mask.")),
+    Wrong(MAIN + "--config.seed.x=1", ("seed.x", "--config.seed=")),
+    unknown("--config.mask.ratio", "--config.mask.ratio", "--config.mask.ratio=0.5"),
+]
+
+FLAGS = [
+    setting("--mode=smaple", "--mode is 'smaple'", "--mode=sample"),
+    unknown("--mode=dance", "--mode is 'dance'", "--mode=train"),
+    setting("--mode=", "--mode is ''", "--mode=train"),
+    unknown("--mode", "--mode", "--mode=train"),
+    unknown("--mask.ratio=0.5", "--mask.ratio", "--config.mask.ratio=0.5"),
+    unknown("--wokdir=x", "--wokdir", "--workdir"),
+    Wrong(
+        MAIN + "--zzz=3",
+        (
+            "--zzz",
+            "--help",
+        ),
+    ),
+    Wrong(
+        MAIN + "-v",
+        (
+            "-v",
+            "--help",
+        ),
+    ),
+    Wrong(
+        MAIN + "extra",
+        (
+            "'extra'",
+            "--flag=value",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=two",
+        (
+            "'two'",
+            "--num_processes=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=1.5",
+        (
+            "1.5",
+            "--num_processes=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=2",
+        (
+            "--coordinator",
+            "--process_id",
+            "--coordinator=HOST:PORT",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=0 --process_id=0 --coordinator=a:1",
+        (
+            "is 0",
+            "--num_processes=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=2 --process_id=2 --coordinator=a:1",
+        (
+            "is 2",
+            "--process_id=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=2 --process_id=0 --coordinator=a",
+        (
+            "'a'",
+            "--coordinator=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=2 --process_id=0 --coordinator=a:0",
+        (
+            "a:0",
+            "--coordinator=",
+        ),
+    ),
+    Wrong(
+        MAIN + "--num_processes=2 --process_id=0 --coordinator=a:99999",
+        (
+            "a:99999",
+            "--coordinator=",
+        ),
+    ),
+    Wrong("main.py", ("--config", "main.py --config=configs/pretrain_digits.py --workdir=")),
+    Wrong("main.py --config=configs/pretrain_digits.py", ("--workdir", "--workdir=")),
+    Wrong("main.py --workdir={tmp}/w", ("--config", "--config=configs/")),
+    Wrong(MAIN + "--workdir=", ("--workdir", "type")),
+    Wrong(MAIN + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type", "--workdir")),
+    Wrong(MAIN + "--workdir={tmp}/a_file/w", ("{tmp}/a_file/w", "type", "--workdir")),
+    Wrong(MAIN + "--workdir=/proc/w", ("/proc/w", "type", "--workdir")),
+    Wrong(MAIN + "--workdir=gs://bucket/w", ("gs://bucket/w", "type", "/mnt/share")),
+    Wrong(MAIN + "--workdir={tmp}/w[1]", ("w[1]", "type", "--workdir")),
+    Wrong(MAIN + "--workdir='{tmp}/a_file/a\nb'", ("a\\nb", "type", "--workdir")),
+    Wrong(MAIN + "--workdir='{tmp}/a\x1b[1mb'", ("a\\x1b", "type", "--workdir")),
+    Wrong(MAIN + "--workdir={tmp}/" + "w" * 256, ("www", "type", "--workdir")),
+]
+
+CONFIGS = [
+    Wrong(f"main.py {STOP} --config={name}", (name, *says))
+    for name, *says in [
+        ("configs/nope.py", "type", "--config=configs/"),
+        ("configs/pretrain_digit.py", "--config=configs/pretrain_digits.py"),
+        ("pretrain_digits", "--config=configs/pretrain_digits.py"),
+        ("configs", "a folder", "--config=configs/"),
+        ("configs/pretrain_digits", "--config=configs/pretrain_digits.py"),
+        ("{tmp}/a.json", "type", "--config=configs/"),
+        ("{tmp}/syntax.py", "line 3", "type"),
+        ("{tmp}/no_module.py", "nowhere", "line 1", "type"),
+        ("{tmp}/raises.py", "ZeroDivisionError", "line 4", "type"),
+        ("{tmp}/stops.py", "type"),
+        ("{tmp}/no_function.py", "get_config", "type"),
+        ("{tmp}/returns_none.py", "None", "default_config", "type"),
+        ("{tmp}/returns_dict.py", "dict", "default_config", "type"),
+        ("{tmp}/other_fields.py", "default_config", "type"),
+        ("{tmp}/unknown_field.py", "ration", "ratio", "type"),
+        ("{tmp}/wrong_type.py", "line 6", "type"),
+        ("{tmp}/needs_argument.py", "get_config", "type"),
+        ("", "--config", "type"),
+    ]
+]
+CONFIGS += [
+    Wrong(f"main.py --config={{tmp}}/wrong_value.py {STOP}", (
+        "mask.ratio is 3", "--config.mask.ratio=0.95"), retry=""),
+]  # fmt: skip
+
+SETS = [
+    Wrong(MAIN + "--config.data.name=", ("data.name", "--config.data.name=digits")),
+    Wrong(MAIN + "--config.data.name=cats", ("'cats'", "prepare --images FOLDER --name cats")),
+    Wrong(MAIN + "--config.data.name=digit", ("'digit'", "--config.data.name=digits")),
+    Wrong(MAIN + "--config.data.name=My-Faces", ("'My-Faces'", "--name my_faces")),
+    Wrong(MAIN + "--config.data.name=celeb_a", ("'celeb_a'", "tfds build celeb_a --file_format")),
+    Wrong(MAIN + "--config.data.name=cifar10/3.0.2", ("cifar10/3.0.2", "tfds build cifar10")),
+    Wrong(MAIN + "--config.data.name='a b'", ("'a b'", "--name a_b")),
+    Wrong(MAIN + "--config.data.name=../x", ("'../x'", "--config.data.name=")),
+    Wrong(MAIN + "--config.data.split=tset", ("'tset'", "--config.data.split=train")),
+    Wrong(MAIN + "--config.data.split=train[:5]", ("train[:5]", "--config.data.split=train")),
+    Wrong(MAIN + "--config.data.dir={tmp}/a_file", ("{tmp}/a_file", "--config.data.dir=")),
+    Wrong(MAIN + "--config.data.dir=/proc/x", ("/proc/x", "type")),
+    Wrong(MAIN + "--config.data.dir=gs://bucket/x", ("gs://bucket/x", "type")),
+    Wrong(
+        MAIN + "--config.data.name=cats --config.data.dir={tmp}/nowhere",
+        ("{tmp}/nowhere", "--config.data.dir="),
+    ),
+    Wrong(
+        MAIN + "--config.data.image_size='(16, 16)'",
+        ("(16, 16, 1)", '--config.data.image_size="(8, 8)"'),
+        retry=" --config.train.num_steps=1 --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
+    Wrong(
+        MAIN + "--config.data.channels=3",
+        ("(8, 8, 3)", "--config.data.channels=1"),
+        retry=" --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
+    Wrong(
+        MAIN + "--config.model.num_classes=9",
+        ("num_classes is 9", "--config.model.num_classes=10"),
+        retry=" --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
+]
+
+WEIGHTS = [
+    *(
+        Wrong(f"{TUNE}--config.init.path={path}", (path, *says))
+        for path, *says in [
+            ("/nowhere", "does not exist", "--config.init.path="),
+            ("{tmp}/text.pt", "type", "--config.init.path="),
+            ("{tmp}/empty.pt", "empty", "--config.init.path="),
+            ("{tmp}/truncated.pt", "type", "--config.init.path="),
+            ("{tmp}/code.pt", "type", "--config.init.path="),
+            ("{tmp}/code_in_zip.pt", "type"),
+            ("{tmp}/zip.pt", "type", "--config.init.path="),
+            ("{tmp}/model.safetensors", "safetensors", "--config.init.path="),
+            ("{tmp}/a.png", "type", "--config.init.path="),
+            ("{tmp}/an_empty_folder", "no checkpoint", "--config.init.path="),
+            ("{tmp}/run/checkpoints", "--config.init.path={tmp}/run"),
+            ("{tmp}/run/checkpoints/1", "--config.init.path={tmp}/run"),
+            ("{tmp}/nan", "patch_embed/kernel", "not finite", "--config.init.path="),
+            ("gs://bucket/w", "type"),
+        ]
+    ),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.width=64", (
+        "model.width (32 there, 64 here)", "--config.model.width=32"),
+        retry="", after=""),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.depth=5", (
+        "model.depth (3 there, 5 here)", "--config.model.depth=3")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.patch_size=1", (
+        "model.patch_size (2 there, 1 here)", "--config.model.patch_size=2")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.diffusion.prediction=v", (
+        "diffusion.prediction (eps there, v here)", "--config.diffusion.prediction=eps")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.init.weights=em", (
+        "'em'", "--config.init.weights=ema")),
+]  # fmt: skip
+
+RUNS = [
+    Wrong(SAMPLE + "--workdir={tmp}/w", ("{tmp}/w", "no checkpoint", "without --mode=sample")),
+    Wrong(SAMPLE + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type")),
+    Wrong(SAMPLE + "--config.model.width=64", ("(32 there, 64 here)", "--config.model.width=32")),
+    Wrong(SAMPLE + "--config.sample.label=10", ("sample.label is 10", "--config.sample.label=-1")),
+    Wrong(SAMPLE + "--config.sample.guidance_scale=x", ("scale is 'x'", "guidance_scale=1")),
+    Wrong(SAMPLE + "--workdir={tmp}/nan", ("patch_embed/kernel", "not finite", "type")),
+    Wrong(TUNE.replace("{tmp}/w", "{tmp}/run"), ("mask.kind is 'none'", "init.path={tmp}/run")),
+    Wrong(MAIN.replace("{tmp}/w", "{tmp}/run") + "--config.model.width=64", (
+        "(32 there, 64 here)", "--config.model.width=32")),
+    Wrong("maskdm_jax.checkpoint", ("workdir", "digest WORKDIR")),
+    Wrong("maskdm_jax.checkpoint digets {tmp}/run", ("'digets'", "digest")),
+    Wrong("maskdm_jax.checkpoint digest", ("workdir", "type")),
+    Wrong("maskdm_jax.checkpoint digest /nowhere", ("/nowhere", "type")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/a_file", ("{tmp}/a_file", "type")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/an_empty_folder", ("an_empty_folder", "type")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/run --step=9", ("[1], not 9", "--step=1")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/run --step=x", ("'x'", "--step=")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/run --stp=1", ("--stp", "--step")),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/broken", ("{tmp}/broken", "type"), lines=1),
+    Wrong("maskdm_jax.checkpoint digest {tmp}/broken --step=1", ("is damaged", "type"), lines=1),
+    Wrong("maskdm_jax.report", ("--pretrain", "--pretrain=W1 --finetune=W2 --out=DIR")),
+    Wrong("maskdm_jax.report --pretrain=/nowhere --finetune={tmp}/run --out={tmp}/o", (
+        "/nowhere", "type")),
+    Wrong("maskdm_jax.report --pretrain={tmp}/run --finetune={tmp}/run --out={tmp}/o", (
+        "{tmp}/run", "--mode=sample")),
+    Wrong("maskdm_jax.report --pretrian=a --finetune=b --out=c", ("--pretrian", "--pretrain")),
+    Wrong("maskdm_jax.report --pretrain={tmp}/sampled --finetune={tmp}/sampled "
+          "--out={tmp}/a_file", ("{tmp}/a_file", "--out=")),
+]  # fmt: skip
+
+DEVICES = [
+    Wrong(MAIN, ("JAX_PLATFORMS is 'cuda'", "JAX_PLATFORMS=cpu"), env=(("JAX_PLATFORMS", "cuda"),)),
+    Wrong(MAIN, ("JAX_PLATFORMS is 'gpu'", "type"), env=(("JAX_PLATFORMS", "gpu"),)),
+    Wrong(SAMPLE, ("JAX_PLATFORMS is 'cuda'", "type"), env=(("JAX_PLATFORMS", "cuda"),)),
+    Wrong("benchmarks.train_step --bench masked64 --data_dir={tmp}/data", (
+        "JAX_PLATFORMS is 'cuda'", "type"), env=(("JAX_PLATFORMS", "cuda"),)),
+]  # fmt: skip
+
+LAUNCH = [
+    Wrong(COMPILE, ("--topology", "--topology=v5e")),
+    Wrong(COMPILE + "--topology=v9:4x4", ("'v9:4x4'", "--topology=v5e:4x4")),
+    Wrong(COMPILE + "--topology=v5e:3x3", ("'v5e:3x3'", "--topology=v5e:4x4")),
+    Wrong(COMPILE + "--topology=v5e-17", ("'v5e-17'", "--topology=v5e-16")),
+    Wrong(COMPILE + "--topology=", ("--topology", "--topology=v5e")),
+    Wrong(COMPILE + "--topolgy=v5e-16", ("--topolgy", "--topology")),
+    Wrong(COMPILE + "--topology=v5e-16 --num_examples=0", ("0", "--num_examples=1")),
+    Wrong(COMPILE + "--topology=v5e-16 --num_examples=x", ("'x'", "--num_examples=")),
+    Wrong(COMPILE + "--topology=v5e-16 --mode=smaple", ("'smaple'", "--mode=sample")),
+    Wrong(COMPILE + "--topology=v5e-16 --config.train.batch_size=3", ("is 3", "batch_size=16")),
+    Wrong("launch/gpu_host.sh", ("--workdir", "--workdir=")),
+    Wrong("launch/gpu_host.sh --wokdir=x", ("--wokdir=x", "--help")),
+    Wrong("launch/gpu_host.sh --workdir={tmp}/w", ("--pretrain", "type --pretrain=configs/")),
+    Wrong("launch/gpu_host.sh --workdir={tmp}/w --pretrain=configs/nope.py", (
+        "configs/nope.py", "type --pretrain=configs/")),
+    Wrong("launch/demo.sh --out=x", ("--out=x", "type launch/demo.sh")),
+    Wrong("launch/demo.sh a b", ("b", "type launch/demo.sh")),
+    Wrong("launch/keep_running.sh", ("type launch/keep_running.sh",)),
+    Wrong("launch/keep_running.sh --restarts=x true", ("x", "type launch/keep_running.sh")),
+    Wrong("launch/keep_running.sh --restart=3 true", ("--restart=3", "--restarts=")),
+    Wrong("launch/slurm.sbatch", ("type sbatch",)),
+    Wrong("launch/tpu_pod.sh", ("create", "type launch/tpu_pod.sh")),
+    Wrong("launch/tpu_pod.sh destroy", ("'destroy'", "type launch/tpu_pod.sh")),
+    Wrong("launch/tpu_pod.sh create --name=a", ("--zone", "--zone=")),
+    Wrong("launch/tpu_pod.sh create --name=a --zone=b", ("--type", "--type=v5litepod-16")),
+    Wrong("launch/tpu_pod.sh create --name=a --zone=b --type=h100", ("'h100'", "--type=v5")),
+    Wrong("launch/tpu_pod.sh install --name=a --zone=b --nfs=x", ("'x'", "--nfs=10")),
+    Wrong("launch/tpu_pod.sh start --name=a --zone=b", ("type", "--config=configs/")),
+    Wrong("launch/tpu_pod.sh logs --nam=a --zone=b", ("--nam=a", "--help")),
+]  # fmt: skip
+
+BENCHMARKS = [
+    Wrong("benchmarks.train_step", ("--bench", "--bench=")),
+    Wrong("benchmarks.train_step --bench=masked25", ("'masked25'", "--bench=masked256")),
+    Wrong("benchmarks.train_step --bench=masked64 --batch=0", ("0", "--batch=1")),
+    Wrong("benchmarks.train_step --bench=masked64 --seconds=nan", ("nan", "--seconds=")),
+    Wrong("benchmarks.train_step --bench=masked64 --seconds=-1", ("-1", "--seconds=")),
+    Wrong("benchmarks.train_step --bench=masked64 --data_dir=/nowhere", (
+        "/nowhere", "prepare", "--data_dir")),
+    Wrong("benchmarks.train_step --bench=masked64 --config.model.remat", (
+        "--config.model.remat", "model.remat=none")),
+    Wrong("benchmarks.train_step --bench=masked64 --config.model.reamt=blocks", (
+        "model.reamt", "model.remat=blocks")),
+    Wrong("benchmarks.train_step --bench=masked64 --config.model.remat=block", (
+        "'block'", "model.remat=blocks")),
+    Wrong("benchmarks.train_step --bench=masked64 --profle", ("--profle", "--profile")),
+    Wrong("benchmarks.sampling --bench=masked64", ("'masked64'", "--bench=sample256")),
+    Wrong("benchmarks.attention --lengths 30", ("'30'", "--lengths=29")),
+    Wrong("benchmarks.attention --seconds=0", ("0", "--seconds=")),
+    Wrong("benchmarks.loop --bench=masked64 --caches dsik", ("'dsik'", "--caches")),
+    Wrong("benchmarks.loop", ("--bench", "--bench=")),
+    Wrong("benchmarks.loop --bench=masked64 --data_dir=/nowhere", ("/nowhere", "prepare")),
+    Wrong("benchmarks.scaling --bench masked64:0", ("'masked64:0'", "masked64:1024")),
+    Wrong("benchmarks.scaling --bench mask64", ("'mask64'", "masked64")),
+    Wrong("benchmarks.scaling", ("0 GPUs", "type CUDA_VISIBLE_DEVICES=0,1")),
+    Wrong("benchmarks.sweep --part ration", ("'ration'", "--part=ratio")),
+    Wrong("benchmarks.sweep --plot /nowhere", ("/nowhere", "type")),
+    Wrong("benchmarks.sweep --plot {tmp}/text.pt", ("text.pt", "type")),
+    Wrong("benchmarks.sweep --data_dir=/nowhere", ("/nowhere", "prepare")),
+    Wrong("benchmarks.run --bench masked", ("'masked'", "--bench=masked")),
+    Wrong("benchmarks.run --data_dir=/nowhere", ("/nowhere", "prepare")),
+    Wrong("benchmarks.peer_torch --bench=whole6", ("type",)),
+]  # fmt: skip
+
+PREPARE_COMMAND = "maskdm_jax.data.prepare --images={tmp}/images --name=a --size=8 "
+PREPARE = [
+    Wrong("maskdm_jax.data.prepare", ("--images", "type")),
+    Wrong(PREPARE_COMMAND + "--quality=500", ("500", "--quality=100")),
+    Wrong(PREPARE_COMMAND + "--quality=0", ("0", "--quality=1")),
+    Wrong(PREPARE_COMMAND + "--quality=high", ("'high'", "--quality=95")),
+    Wrong(PREPARE_COMMAND + "--size=big", ("'big'", "--size=256")),
+    Wrong(PREPARE_COMMAND + "--size=0", ("0", "--size=")),
+    Wrong(PREPARE_COMMAND + "--size=8,8", ("'8,8'", "--size=8x8")),
+    Wrong(PREPARE_COMMAND + "--size=8.5", ("'8.5'", "--size=")),
+    Wrong(PREPARE_COMMAND + "--channels=4", ("4", "--channels=3")),
+    Wrong(PREPARE_COMMAND + "--encoding=jpg", ("'jpg'", "--encoding=jpeg")),
+    Wrong(PREPARE_COMMAND + "--num_processes=0", ("0", "--num_processes=")),
+    Wrong(PREPARE_COMMAND + "--name=My-Faces", ("'My-Faces'", "--name=my_faces")),
+    Wrong(PREPARE_COMMAND + "--name=", ("''", "--name=")),
+    Wrong(PREPARE_COMMAND + "--images=/nowhere", ("/nowhere", "--images=")),
+    Wrong(PREPARE_COMMAND + "--images={tmp}/a_file", ("{tmp}/a_file", "--images=")),
+    Wrong(PREPARE_COMMAND + "--images={tmp}/an_empty_folder", ("an_empty_folder", "--images=")),
+    Wrong(PREPARE_COMMAND + "--images=gs://bucket/x", ("gs://bucket/x", "type")),
+    Wrong(PREPARE_COMMAND + "--data_dir={tmp}/a_file", ("{tmp}/a_file", "--data_dir=")),
+    Wrong(PREPARE_COMMAND + "--data_dir=/proc/x", ("/proc/x", "--data_dir=")),
+    Wrong(PREPARE_COMMAND + "--name=digits --data_dir={tmp}/data", ("digits", "--name=")),
+    Wrong(PREPARE_COMMAND + "--sise=8", ("--sise", "--size")),
+]
+
+# (program, what its --help must contain); it ends with 0.
+HELP = [
+    (
+        "main.py",
+        ("--workdir", "--mode", "train, sample", "--config.mask.ratio=0.9", "W2 --mode=sample"),
+    ),
+    ("launch/compile_check.py", ("--topology", "--config.mask.ratio=0.9", "Exit status")),
+    ("maskdm_jax.checkpoint", ("digest", "--step")),
+    ("maskdm_jax.report", ("--pretrain", "--out")),
+    ("maskdm_jax.data.prepare", ("--images", "--size")),
+    ("benchmarks.train_step", ("--bench", "--profile")),
+    ("benchmarks.sampling", ("--bench", "--seconds")),
+    ("benchmarks.attention", ("--lengths", "--seconds")),
+    ("benchmarks.loop", ("--bench", "--caches")),
+    ("benchmarks.scaling", ("--bench", "CASE:BATCH")),
+    ("benchmarks.sweep", ("--part", "--plot")),
+    ("benchmarks.run", ("--bench", "--data_dir")),
+    ("launch/gpu_host.sh", ("--pretrain", "--dry-run")),
+    ("launch/demo.sh", ("OUTPUT_FOLDER",)),
+    ("launch/keep_running.sh", ("--restarts", "status 75")),
+    ("launch/slurm.sbatch", ("sbatch --nodes=2",)),
+    ("launch/tpu_pod.sh", ("create", "--queued")),
+]
+
+TABLE = [
+    *FIELDS, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
+]  # fmt: skip
+
+_CONFIG = "from maskdm_jax.config import default_config\n\n\ndef get_config():\n"
+FILES = {
+    "a_file": "text",
+    "a.json": '{"seed": 0}',
+    "syntax.py": "def get_config():\n    return 1\nif:\n",
+    "no_module.py": "import nowhere\n",
+    "raises.py": "\n\ndef get_config():\n    return 1 / 0\n",
+    "stops.py": "import sys\nsys.exit(0)\n",
+    "no_function.py": "seed = 0\n",
+    "returns_none.py": f"{_CONFIG}    default_config()\n",
+    "returns_dict.py": "def get_config():\n    return {'seed': 0}\n",
+    "other_fields.py": "from ml_collections import config_dict\n\n\ndef get_config():\n"
+    "    return config_dict.ConfigDict({'seed': 0, 'steps': 3})\n",
+    "unknown_field.py": f"{_CONFIG}    c = default_config()\n    c.mask.ration = 1\n    return c\n",
+    "wrong_type.py": f"{_CONFIG}    c = default_config()\n    c.mask.ratio = 'x'\n    return c\n",
+    "wrong_value.py": f"{_CONFIG}    c = default_config()\n    c.mask.ratio = 3.0\n    return c\n",
+    "needs_argument.py": "def get_config(size):\n    return size\n",
+    "text.pt": "these are no weights\n",
+    "empty.pt": "",
+}
+
+
+# A white pixel.
+_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTgUqwAAAABJRU5ErkJggg=="
+)
+
+
+class _Code:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def make(folder: pathlib.Path) -> None:
+    """The files and runs that the rows name, in `folder`."""
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "an_empty_folder").mkdir()
+    (folder / "code.pt").write_bytes(pickle.dumps({"model": _Code()}, protocol=2))
+    (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    with zipfile.ZipFile(folder / "zip.pt", "w") as archive:
+        archive.writestr("readme.txt", "no weights " * 100)
+    with zipfile.ZipFile(folder / "code_in_zip.pt", "w") as archive:
+        archive.writestr("a/data.pkl", (folder / "code.pt").read_bytes())
+        archive.writestr("a/version", "3")
+    whole = (folder / "zip.pt").read_bytes()
+    (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    (folder / "images").mkdir()
+    (folder / "images/0.png").write_bytes(base64.b64decode(_PNG))
+    train = MAIN.replace("{tmp}/w", "{tmp}/run").format(tmp=folder)
+    code, out, err = attempt(f"{train} --config.checkpoint.every_steps=1", {})
+    assert code == 0, err
+    shutil.copytree(folder / "run", folder / "sampled")
+    (folder / "sampled/samples/a").mkdir(parents=True)
+    (folder / "sampled/samples/a/grid.png").write_bytes(b"")
+    shutil.copytree(folder / "run", folder / "broken")
+    (folder / "broken/checkpoints/1/state/manifest.ocdbt").write_bytes(b"")
+    code, out, err = _fork(lambda: _save_nan(folder))
+    assert code == 0, err
+
+
+def _save_nan(folder):
+    """A run whose parameters are not all finite, with hashes that fit."""
+    import jax
+    import numpy as np
+
+    from maskdm_jax import checkpoint, sharding
+    from maskdm_jax.state import init_state
+
+    config = checkpoint.load_config(folder / "run", 1)
+    state = init_state(config, sharding.make_mesh(config))
+    params = jax.tree.map(np.asarray, state.params)
+    params["patch_embed"]["kernel"] = params["patch_embed"]["kernel"] * np.nan
+    checkpoints = checkpoint.Checkpoints(folder / "nan", config)
+    checkpoints.save(1, state.replace(params=params, ema=params), force=True)
+    checkpoints.close()
+
+
+def faults(row: Wrong, folder: pathlib.Path) -> tuple[list[str], str]:
+    """(what falls short in the answer to a row, the answer)."""
+    command = row.command.format(tmp=folder)
+    for name in ("w", "o", "x"):  # an input that was accepted leaves something there
+        shutil.rmtree(folder / name, ignore_errors=True)
+    code, out, err = attempt(command, dict(row.env))
+    found = []
+    if code != row.code:
+        found.append(f"exit code {code}, not {row.code}")
+    if "Traceback" in out + err:
+        found.append("a stack trace")
+    lines = err.splitlines()
+    sentences = [line for line in lines if line.startswith("error: ")]
+    if len(sentences) != 1 or len(lines) != 1 + row.lines:
+        found.append(f"{len(lines)} lines on stderr, {len(sentences)} of them 'error: '")
+    sentence = sentences[0] if sentences else ""
+    if not re.search(r"\btype:? ", sentence):
+        found.append("does not say what to type")
+    if len(sentence) > 700:
+        found.append(f"{len(sentence)} characters")
+    found += [f"lacks {says}" for says in row.says if says.format(tmp=folder) not in sentence]
+    if row.retry is not None and not found:
+        typed = " ".join(re.findall(r'--[\w.]+=(?:"[^"]*"|[^\s,;]+)', sentence.split("type", 1)[1]))
+        kept = command.rpartition(" ")[0] if row.instead else command
+        again = f"{kept} {typed}{row.retry.format(tmp=folder)}"
+        _, _, then = attempt(again, dict(row.env))
+        if row.after not in then or sentence in then:
+            found.append(f"after {typed!r}: {then.strip()[-300:]}")
+    return found, err.strip()
+
+
+def attempt(command: str, env: dict[str, str]) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a program of this repository."""
+    program, *arguments = shlex.split(command)
+    is_module = not program.endswith((".py", ".sh", ".sbatch"))
+    if env or not (is_module or program.endswith(".py")):
+        start = [sys.executable, *(["-m"] * is_module), program]
+        if program.endswith((".sh", ".sbatch")):
+            start = ["bash", program]
+        done = subprocess.run(
+            [*start, *arguments],
+            env={**os.environ, **env},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=300,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    def work():
+        sys.argv = [program, *arguments]
+        if is_module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            sys.path.insert(0, str(ROOT))
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+
+    return _fork(work)
+
+
+def _fork(work):
+    """Runs `work` as a program in a fork of this process."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                signal.alarm(300)
+                os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                work()
+                code = 0
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else end.code is not None
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                with contextlib.suppress(Exception):
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        out.seek(0)
+        err.seek(0)
+        return os.waitstatus_to_exitcode(status), out.read(), err.read()
+
+
+def prepared() -> None:
+    """Imports what the programs import, for all forks; starts no thread and touches no device."""
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    import warnings
+
+    warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
+    import importlib
+
+    for name in ("sample", "train", "data.prepare", "report"):
+        importlib.import_module(f"maskdm_jax.{name}")
+
+
+def main(word: str = "") -> int:
+    """Prints the answer to every row whose label has `word`; 1 if some fall short."""
+    prepared()
+    rows = [row for row in ([*TABLE, *PREPARE] if word else TABLE) if word in row.label]
+    helps = [(program, says) for program, says in HELP if word in f"{program} --help"]
+    short = 0
+    for program, says in helps:
+        code, out, err = attempt(f"{program} --help", {})
+        if code or err or not all(text in out for text in says):
+            short += 1
+            print(f"SHORT {program} --help: exit code {code}\n{err}{out[:500]}")
+    with tempfile.TemporaryDirectory() as folder:
+        make(pathlib.Path(folder))
+        for row in rows:
+            found, answer = faults(row, pathlib.Path(folder))
+            short += bool(found)
+            print(
+                f"{'SHORT' if found else 'ok   '} {row.label}\n      {answer}".replace(folder, "")
+            )
+            print("".join(f"      - {fault}\n" for fault in found), end="", flush=True)
+    print(f"{short} of {len(rows) + len(helps)} fall short")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))
