@@ -128,6 +128,18 @@ def one_of(*words: str) -> Kind:
     return Kind(f"one of {', '.join(words)}", lambda value: value in words, nearest)
 
 
+def choice(*values: int) -> Kind:
+    """One of these whole numbers."""
+
+    def nearest(value, default):
+        return min(values, key=lambda v: abs(v - value)) if _is_number(value) else default
+
+    def accepts(value):
+        return type(value) is int and value in values
+
+    return Kind(f"one of {', '.join(map(str, values))}", accepts, nearest, _literal)
+
+
 def _literal(text):
     """The Python value that was typed; the text itself if it is none."""
     text = text.strip()

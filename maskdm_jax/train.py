@@ -207,5 +207,5 @@ def _make_folder(workdir):
         tempfile.TemporaryFile(dir=workdir).close()
     except OSError as error:
         raise ConfigError(
-            f"--workdir {workdir} cannot be written to: {error}; type another"
+            f"--workdir {workdir} cannot be written to: {error}; type another --workdir"
         ) from error

@@ -495,7 +495,7 @@ PREPARE = [
     Wrong(PREPARE_COMMAND + "--encoding=jpg", ("'jpg'", "--encoding=jpeg")),
     Wrong(PREPARE_COMMAND + "--num_processes=0", ("0", "--num_processes=")),
     Wrong(PREPARE_COMMAND + "--name=My-Faces", ("'My-Faces'", "--name=my_faces")),
-    Wrong(PREPARE_COMMAND + "--name=", ("''", "--name=")),
+    Wrong(PREPARE_COMMAND + "--name=", ("--name", "--name=")),
     Wrong(PREPARE_COMMAND + "--images=/nowhere", ("/nowhere", "--images=")),
     Wrong(PREPARE_COMMAND + "--images={tmp}/a_file", ("{tmp}/a_file", "--images=")),
     Wrong(PREPARE_COMMAND + "--images={tmp}/an_empty_folder", ("an_empty_folder", "--images=")),
@@ -532,6 +532,7 @@ HELP = [
 
 TABLE = [
     *FIELDS, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
+    *PREPARE,
 ]  # fmt: skip
 
 _CONFIG = "from maskdm_jax.config import default_config\n\n\ndef get_config():\n"
@@ -720,7 +721,7 @@ def prepared() -> None:
 def main(word: str = "") -> int:
     """Prints the answer to every row whose label has `word`; 1 if some fall short."""
     prepared()
-    rows = [row for row in ([*TABLE, *PREPARE] if word else TABLE) if word in row.label]
+    rows = [row for row in TABLE if word in row.label]
     helps = [(program, says) for program, says in HELP if word in f"{program} --help"]
     short = 0
     for program, says in helps:

@@ -39,7 +39,7 @@ def write_digits(data_dir: str | pathlib.Path) -> None:
         (_png(image), str(label), f"{i:04d}")
         for i, (image, label) in enumerate(zip(pixels, digits.target, strict=True))
     )
-    with writer.sole_writer(NAME, data_dir, "data.dir"):
+    with writer.sole_writer(NAME, data_dir, "--config.data.dir"):
         if not writer.exists(NAME, data_dir):  # another process may have written it meanwhile
             writer.write(
                 NAME,

@@ -9,7 +9,6 @@ cannot be read is counted and named; if it is more than 1 %, that is an error, a
 written.
 """
 
-import argparse
 import collections
 import hashlib
 import os
@@ -20,6 +19,7 @@ import textwrap
 
 from PIL import ImageColor
 
+from maskdm_jax import fields
 from maskdm_jax.data import folders, writer
 from maskdm_jax.data.encode import Target, encode_all
 from maskdm_jax.data.folders import counting_order, shown
@@ -67,13 +67,13 @@ def prepare(
     """
     root, data_dir = local_path(images, "--images"), local_path(data_dir, "--data_dir")
     target = Target(size, channels, encoding, quality, _colour(background))
-    _check(root, name, target, test_share)
+    _check(root, name)
     found = folders.find(root)
     if not found.images:
         left_out = f" but {found.described()}" if found.left_out else ""
         raise ConfigError(
             f"--images {shown(root)} holds no images{left_out}; expected files that Pillow reads, "
-            "such as .jpg and .png"
+            "such as .jpg and .png; type --images=FOLDER"
         )
     _check_lost(root, found, [])
     splits = folders.splits(root, found.images)
@@ -83,7 +83,7 @@ def prepare(
         if writer.exists(name, data_dir):
             raise ConfigError(
                 f"the data set {data_dir / name} exists; delete that folder to make it again, or "
-                "type another --name"
+                f"type --name={name}_2, say"
             )
         return _write(root, name, data_dir, target, found, splits, num_processes or os.cpu_count())
 
@@ -144,7 +144,7 @@ def _divided(root, splits, test_share):
     if [*splits] != ["train"]:
         raise ConfigError(
             f"--test_share {test_share:g} is for a folder without splits, but --images "
-            f"{shown(root)} has {' and '.join(splits)}; leave --test_share out"
+            f"{shown(root)} has {' and '.join(splits)}; type the same command without --test_share"
         )
 
     def is_test(path):
@@ -158,7 +158,7 @@ def _divided(root, splits, test_share):
         if not members:
             raise ConfigError(
                 f"--test_share {test_share:g} leaves none of {len(splits['train'])} images for "
-                f"split {split}; type another share"
+                f"split {split}; type --test_share=0.5, say"
             )
     return divided
 
@@ -179,24 +179,17 @@ def _check_lost(root, found, unreadable):
     )
 
 
-def _check(root, name, target, test_share):
+def _check(root, name):
     if not root.is_dir():
-        raise ConfigError(f"--images {shown(root)} is not a folder; expected a folder of images")
+        raise ConfigError(
+            f"--images is {shown(root)}, which is no folder; expected a folder of images; type "
+            "--images=FOLDER"
+        )
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         near = re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_0123456789") or "my_faces"
         raise ConfigError(
             f"--name {name!r} is not a data set's name; expected lower-case letters, digits and "
-            f"underscores, a letter first; type --name {near}"
-        )
-    if min(target.size) < 1:
-        raise ConfigError(f"--size {target.size} is not positive; type pixels, such as --size 64")
-    if not 1 <= target.quality <= 100:
-        raise ConfigError(
-            f"--quality {target.quality} is not a JPEG quality, 1 to 100; type --quality 95"
-        )
-    if not 0 <= test_share < 1:  # false for nan too
-        raise ConfigError(
-            f"--test_share {test_share:g} is not a share, 0 to below 1; type --test_share 0.05"
+            f"underscores, a letter first; type --name={near}"
         )
 
 
@@ -205,46 +198,49 @@ def _colour(text):
         return ImageColor.getrgb(text)[:3]
     except ValueError as error:
         raise ConfigError(
-            f"--background {text!r} is not a colour; type a name, such as --background black, or "
-            'its red, green and blue, such as --background "#808080"'
+            f"--background {text!r} is not a colour; type --background=black, say, or its "
+            'red, green and blue: --background="#808080"'
         ) from error
 
 
-def _size(text):
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected pixels, such as 256 or 128x64")
-    return int(match[1]), int(match[2] or match[1])
+def _read_size(text):
+    sides = [int(side) for side in text.split("x")] if re.fullmatch(r"\d+(x\d+)?", text) else [0]
+    return text if 0 in sides else (sides * 2)[:2]
 
 
-def _positive(text):
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; expected a number of processes, such as 4")
-    return int(text)
+def _nearest_size(value, default):
+    return "x".join(re.findall(r"(?<![\d.])[1-9]\d*", value)[:2]) or "256"
+
+
+_SIZE = fields.Kind(
+    "pixels: 256, or 128x64 (height x width)",
+    lambda value: isinstance(value, list),
+    _nearest_size,
+    _read_size,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m maskdm_jax.data.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--images", required=True, help="folder of images, or of class folders")
-    parser.add_argument("--name", required=True, help="name of the data set, for config.data.name")
-    parser.add_argument("--size", required=True, type=_size, help="pixels: 256, or 128x64 (HxW)")
-    parser.add_argument("--data_dir", default="~/tensorflow_datasets", help="as config.data.dir")
-    parser.add_argument("--channels", type=int, choices=(1, 3), default=3)
-    parser.add_argument("--encoding", choices=("png", "jpeg"), default="png")
-    parser.add_argument("--quality", type=int, default=95, help="JPEG quality")
-    parser.add_argument(
-        "--background", default="white", help="colour behind transparent parts: a name or #rrggbb"
-    )
-    parser.add_argument(
-        "--test_share", type=float, default=0.0, help="share of the images for split test"
-    )
-    parser.add_argument("--num_processes", type=_positive, help="default: one per core")
-    args = vars(parser.parse_args(argv))
-    return command_line.exit_code(lambda: prepare(**args))
+    """The command line; returns the exit code."""
+    example = "python -m maskdm_jax.data.prepare --images=FOLDER --name=faces --size=256"
+    parser = command_line.Parser(__doc__, example)
+    parser.flag("--images", fields.TEXT, "folder of images, or of class folders", required=True)
+    parser.flag("--name", fields.TEXT, "the data set's name, for config.data.name", required=True)
+    parser.flag("--size", _SIZE, "pixels of the square, or height x width", required=True)
+    parser.flag("--data_dir", fields.TEXT, "as config.data.dir", "~/tensorflow_datasets")
+    parser.flag("--channels", fields.choice(3, 1), "3 for RGB, 1 for grey", 3)
+    parser.flag("--encoding", fields.one_of("png", "jpeg"), "of images that are resized", "png")
+    parser.flag("--quality", fields.whole(1, 100), "of JPEG", 95)
+    parser.flag("--background", fields.TEXT, "behind transparent parts: name or #rrggbb", "white")
+    parser.flag("--test_share", fields.number(0, 0.99), "share of the images for split test", 0.0)
+    parser.flag("--num_processes", fields.COUNT, "one per core if not given")
+
+    def run():
+        args = vars(parser.parse(argv))
+        del args["changes"]
+        prepare(**args | {"size": tuple(args["size"])})
+
+    return command_line.exit_code(run)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ def sole_writer(name: str, data_dir: str | pathlib.Path, flag: str) -> Iterator[
             if faults.disk_is_full(error):
                 raise RunError(f"{flag} {data_dir}: {error.strerror}; make room") from error
             raise ConfigError(
-                f"{flag} {data_dir} cannot be written to: {error.strerror}; type a folder that can"
+                f"{flag} {data_dir} cannot be written to: {error.strerror}; expected a folder, "
+                f"or a path where one can be made; type {flag}=FOLDER"
             ) from error
         if locked:
             for unfinished in (data_dir / name).glob("incomplete.*"):
