@@ -34,11 +34,13 @@ setup(
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
+        "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published
         "convert": ["torch>=2.6"],  # only to read official .pt checkpoints
         # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
         "test": [
+            "lmdb>=1.4",
             "matplotlib>=3.8",
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -41,9 +41,14 @@ FIELDS: dict[str, Field] = {
         "determines the weights, the order of the examples, the masks and the noise"),
 
     "data.name": Field("", TEXT, UPDATE,
-        "a data set written by maskdm_jax.data.prepare, or any TFDS set with images"),
-    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where TFDS data sets are stored"),
+        "a TFDS set with images, such as maskdm_jax.data.prepare writes; a .zip of images; LSUN's "
+        "folder with an lmdb; digits; or swiss_roll"),
+    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where data sets are stored"),
     "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
+    "data.fraction": Field(1.0, number(0, 1), UPDATE,
+        "share of the split's examples to train on: those of smallest SHA-256 of their ids"),
+    "data.crop": Field("none", one_of("none", "center", "celeba"), UPDATE,
+        "the part of each image that is resized to data.image_size; none: the set has that size"),
     "data.image_size": Field((64, 64), SIZE, SHAPE, "height, width in pixels"),
     "data.channels": Field(3, whole(1, 12), SHAPE, "channels of the prepared set's images"),
     "data.flip": Field(False, FLAG, UPDATE, "flip each image left-right with probability 1/2"),

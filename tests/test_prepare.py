@@ -73,7 +73,7 @@ def test_files_of_the_right_size_are_kept_byte_for_byte(tmp_path):
     (tmp_path / "in").mkdir()
     picture(8, 16).save(tmp_path / "in" / "a.jpg", quality=60)
     assert run(tmp_path, "faces", "8x16") == 0
-    record = opened(tmp_path, "faces", (8, 16)).folder.glob("*.array_record*")
+    record = opened(tmp_path, "faces", (8, 16)).cache_dir.parent.glob("*.array_record*")
     data = (tmp_path / "in" / "a.jpg").read_bytes()
     from array_record.python import array_record_module
 
@@ -249,7 +249,7 @@ def test_pixels_do_not_depend_on_an_installed_opencv(tmp_path, monkeypatch):
     expected[4, 3] = 255
     np.testing.assert_array_equal(source[1]["image"], expected)
     # All that TFDS itself, with OpenCV or without, would read is the same.
-    stored = [record["image"] for record in source.records]
+    stored = [source.records[i]["image"] for i in range(len(source))]
     assert all(pixels.is_plain(Image.open(io.BytesIO(data)), data) for data in stored)
 
 

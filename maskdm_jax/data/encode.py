@@ -27,7 +27,7 @@ class Target(NamedTuple):
     channels: int = 3
     encoding: str = "png"
     quality: int = 95
-    background: tuple[int, int, int] = (255, 255, 255)
+    background: tuple[int, int, int] = pixels.WHITE
 
 
 class Encoded(NamedTuple):

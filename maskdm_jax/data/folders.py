@@ -6,6 +6,8 @@ import dataclasses
 import os
 import pathlib
 import re
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -29,9 +31,9 @@ _EXPECTED = {_HIDDEN, _TEXT}
 
 @dataclasses.dataclass
 class Found:
-    """What `find` saw below a folder."""
+    """The images of a folder or an archive, and what else is there."""
 
-    images: list[pathlib.Path]
+    images: list[Any]
     left_out: dict[str, list[str]]  # kind -> names
 
     def num_lost(self) -> int:
@@ -53,7 +55,6 @@ def find(root: pathlib.Path) -> Found:
     Pillow recognises its content.
     """
     images, left_out, seen = [], collections.defaultdict(list), set()
-    formats, suffixes = pixels.formats(), pixels.suffixes()
 
     def cannot_list(error):
         left_out["folders without permission"].append(shown(error.filename, root))
@@ -70,34 +71,44 @@ def find(root: pathlib.Path) -> Found:
             subfolders.remove(name)
         for name in names:
             path = pathlib.Path(folder, name)
-            if kind := _why_no_image(path, formats, suffixes):
+            if kind := _why_no_image(path):
                 left_out[kind].append(shown(path, root))
             else:
                 images.append(path)
-    images.sort(key=lambda path: [counting_order(part) for part in path.relative_to(root).parts])
+    images.sort(key=lambda path: path_order(path.relative_to(root)))
     return Found(images, {kind: sorted(names) for kind, names in sorted(left_out.items())})
 
 
-def _why_no_image(path, formats, suffixes):
-    """The kind of a file that is no image; "" for an image."""
-    if path.name.startswith("."):
+def _why_no_image(path):
+    if not path.name.startswith("."):
+        if not path.exists():
+            return "links to nothing"
+        if not path.is_file():
+            return "neither files nor folders"
+    return why_no_image(path.name, lambda: path.open("rb"))
+
+
+def why_no_image(name: str, open_file: Callable[[], BinaryIO]) -> str:
+    """The kind of a file that is no image; "" for an image.
+
+    Args:
+      name: the file's, without its folder.
+      open_file: opens it; called if the suffix does not tell.
+    """
+    if name.startswith("."):
         return _HIDDEN
-    if not path.exists():
-        return "links to nothing"
-    if not path.is_file():
-        return "neither files nor folders"
-    suffix = path.suffix.lower()
-    if suffix in suffixes:
+    suffix = pathlib.PurePath(name).suffix.lower()
+    if suffix in pixels.suffixes():
         return ""
     try:
-        with Image.open(path, formats=formats):
+        with open_file() as file, Image.open(file, formats=pixels.formats()):
             return ""
     except PermissionError:
         return "files without permission"
     except Exception:  # Pillow's readers raise errors of any type on what they do not know
         pass
     try:
-        with path.open("rb") as file:
+        with open_file() as file:
             head = file.read(4096)
         # Incremental: a character that is cut at the end is no error.
         if b"\0" not in head and codecs.getincrementaldecoder("utf-8")().decode(head):
@@ -107,56 +118,75 @@ def _why_no_image(path, formats, suffixes):
     return f"files *{suffix}" if suffix else "files without a suffix"
 
 
-def splits(root: pathlib.Path, images: list[pathlib.Path]) -> dict[str, list[tuple]]:
+def splits(
+    root: pathlib.PurePath, images: list[pathlib.PurePath], flag: str = "--images"
+) -> dict[str, list[tuple]]:
     """Each split's (path, class) pairs, in the order of `images`.
 
     Folders named train, val (or validation) and test directly below `root` are splits, if no other
     folder there holds images. Below a split, or below `root` without splits, each folder is a class
     if it holds every image; otherwise all images are one class.
 
+    Args:
+      root: the folder, or the archive as if it were one.
+      images: paths below it.
+      flag: what named `root`, for error messages.
+
     Raises:
       ConfigError: if images lie beside class folders, or folders of other names beside splits.
     """
     tops = {path.relative_to(root).parts[0] for path in images if path.parent != root}
     loose = [path for path in images if path.parent == root]
-    named = sorted(top for top in tops if top.lower() in _SPLITS)
+    named = sorted(top for top in tops if is_split(top))
     if not named:
-        return {"train": _classes(root, root, images)}
+        return {"train": _classes(root, root, images, flag)}
+    alone = f", or type --images {shown(root / named[0])} to use that alone"
+    alone = alone if flag == "--images" else ""
     others = sorted(tops - set(named), key=counting_order)
     if others or loose:
         other = others[0] if others else loose[0].name
         raise ConfigError(
-            f"--images {shown(root)} holds {shown(other)} beside {named[0]}, the name of a split; "
+            f"{flag} {shown(root)} holds {shown(other)} beside {named[0]}, the name of a split; "
             "expected folders of splits alone (train, val, test) or of classes alone: move or "
-            f"rename one of them, or type --images {shown(root / named[0])} to use that alone"
+            f"rename one of them{alone}"
         )
     found = {}
     for top in named:
         members = [path for path in images if path.relative_to(root).parts[0] == top]
-        found.setdefault(_SPLITS[top.lower()], []).extend(_classes(root, root / top, members))
+        found.setdefault(_SPLITS[top.lower()], []).extend(_classes(root, root / top, members, flag))
     has_classes = {split: any(c != _ONE_CLASS for _, c in found[split]) for split in found}
     if len(set(has_classes.values())) > 1:
         with_classes = [split for split, has in has_classes.items() if has]
         raise ConfigError(
-            f"--images {shown(root)} has class folders in {' and '.join(with_classes)} only; "
+            f"{flag} {shown(root)} has class folders in {' and '.join(with_classes)} only; "
             "expected them in every split, or in none: move the images of the other splits into "
-            f"class folders, or type --images {shown(root / named[0])} to use that alone"
+            f"class folders{alone}"
         )
     order = list(dict.fromkeys(_SPLITS.values()))
     return {split: found[split] for split in sorted(found, key=order.index)}
 
 
-def _classes(root, top, images):
+def is_split(name: str) -> bool:
+    """Whether a folder of that name is a split."""
+    return name.lower() in _SPLITS
+
+
+def _classes(root, top, images, flag):
     loose = [path for path in images if path.parent == top]
     if loose and len(loose) < len(images):
         raise ConfigError(
-            f"--images {shown(root)} holds images beside sub-folders ({shown(loose[0], root)}, "
+            f"{flag} {shown(root)} holds images beside sub-folders ({shown(loose[0], root)}, "
             "say); move them into a sub-folder, since each sub-folder is a class, or all images "
             "into one folder"
         )
     if loose:
         return [(path, _ONE_CLASS) for path in images]
     return [(path, shown(path.relative_to(top).parts[0])) for path in images]
+
+
+def path_order(path: pathlib.PurePath) -> list:
+    """A sort key for relative paths that puts 2 before 10 in every part."""
+    return [counting_order(part) for part in path.parts]
 
 
 def counting_order(name: str) -> list:

@@ -7,7 +7,9 @@ of each batch. Images go to the devices as uint8.
 """
 
 import contextlib
+import math
 import os
+import shutil
 from collections.abc import Iterator
 
 import jax
@@ -17,7 +19,7 @@ from jax.sharding import Mesh
 from maskdm_jax import sharding
 from maskdm_jax.data import batch
 from maskdm_jax.data.sources import Source
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import faults, files, lock, progress
 
 _PREFETCH_BATCHES = 4
@@ -67,6 +69,8 @@ class Loader:
         self._order = Order(config.seed, len(source), config.train.batch_size)
         self._sharding = sharding.batch_sharding(mesh)
         self._rows = sharding.local_rows(self._sharding, config.train.batch_size)
+        if config.data.cache == "device":
+            _check_device_room(config, source, mesh)
         self._cache = None if config.data.cache == "none" else _open_cache(config, source)
         self.arrays = {}
         if config.data.cache == "device":
@@ -134,24 +138,60 @@ def _prefetched(source, first, num_threads, buffer_size, batch_size=None):
     return iter(dataset)
 
 
+def _decoded_bytes(source):
+    return len(source) * (math.prod(source.image_shape) + np.dtype(np.int32).itemsize)
+
+
+def _check_device_room(config, source, mesh):
+    """Raises ConfigError if the decoded set does not fit in the free memory of a device."""
+    needed = _decoded_bytes(source)
+    for device in mesh.local_devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:  # a CPU
+            continue
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+        if needed > free:
+            raise ConfigError(
+                f"data.cache 'device' needs {_gib(needed)} on each device for {len(source):,} "
+                f"images, but a {device.device_kind} has {_gib(free)} free; type "
+                "--config.data.cache=host"
+            )
+
+
+def _check_disk_room(source, folder):
+    """Raises RunError if the decoded set does not fit on the disk of `folder`."""
+    needed, free = _decoded_bytes(source), shutil.disk_usage(folder).free
+    if needed > free:
+        raise RunError(
+            f"{len(source):,} decoded images need {_gib(needed)}, but {folder} has {_gib(free)} "
+            "free; make room, or type --config.data.cache=none"
+        )
+
+
+def _gib(num_bytes):
+    return f"{num_bytes / 2**30:,.3g} GiB"
+
+
 def _open_cache(config, source) -> dict[str, np.ndarray]:
     """The decoded set as memory maps; decodes it first if no process has done so yet."""
-    folder = source.folder / "decoded"
+    folder = source.cache_dir
     # A set that is prepared again has other bytes under the same name.
     key = source.fingerprint[:12]
-    paths = {k: folder / f"{source.split}-{k}-{key}.npy" for k in ("image", "label")}
+    paths = {k: folder / f"{source.variant}-{k}-{key}.npy" for k in ("image", "label")}
     cache = _mapped(source, paths)
     if cache is not None:
         return cache
     with contextlib.ExitStack() as stack:
         with _explained(config, folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             locked = stack.enter_context(lock.hold(folder))
         cache = _mapped(source, paths)  # another process may have written it meanwhile
         if cache is None:
             if locked:
-                files.remove_leftovers(folder, f"{source.split}-*.npy")
-            _decode_all(config, source, folder, paths)
+                files.remove_leftovers(folder, f"{source.variant}-*.npy")
+            _remove_stale(config, source, paths)
+            _check_disk_room(source, folder)
+            _decode_all(config, source, paths)
             cache = _mapped(source, paths)
     return cache
 
@@ -196,16 +236,21 @@ def _reserve(path):
             os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _decode_all(config, source, folder, paths):
-    with _explained(config, folder):
-        for stale in folder.glob("*.npy"):  # of an earlier preparation
-            if stale not in paths.values() and stale.name.startswith(f"{source.split}-"):
-                stale.unlink()
+def _remove_stale(config, source, paths):
+    """Removes decoded images of an earlier preparation of the set."""
+    for kind, path in paths.items():
+        with _explained(config, path.parent):
+            for stale in path.parent.glob(f"{source.variant}-{kind}-*.npy"):
+                if stale != path:
+                    stale.unlink()
+
+
+def _decode_all(config, source, paths):
     shape = (len(source), *source.image_shape)
     labels = np.zeros(len(source), np.int32)
     examples = _prefetched(source, 0, config.data.num_threads, 1024)
     with files.whole(paths["image"]) as image_file, files.whole(paths["label"]) as label_file:
-        with _explained(config, folder):
+        with _explained(config, image_file.parent):
             images = np.lib.format.open_memmap(image_file, mode="w+", dtype=np.uint8, shape=shape)
         _reserve(image_file)
         tracked = progress.track(examples, len(source), f"decoding {config.data.name}", "images")

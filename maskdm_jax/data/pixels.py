@@ -1,40 +1,92 @@
-"""From encoded images to pixels, by Pillow alone: the same on every machine.
+"""From encoded images to pixels, by Pillow alone: the same on every machine. And the named crops.
 
 TFDS decodes with OpenCV where that is installed and with Pillow elsewhere, and the two read some
 files differently: 16-bit colours, transparent colours, the orientation in a photograph's EXIF data.
 """
 
+import functools
 import io
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+WHITE = (255, 255, 255)
 # What Pillow recognises but cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+CELEBA_SIZE = (178, 218)  # width, height
 
 
+@functools.cache
 def formats() -> list[str]:
     """Pillow's names of the formats that it can decode here."""
     Image.init()
     return sorted(Image.OPEN.keys() - _NOT_DECODED)
 
 
+@functools.cache
 def suffixes() -> set[str]:
     """The file name suffixes of those formats, in lower case, with their dots."""
     decoded = set(formats())
     return {suffix for suffix, name in Image.EXTENSION.items() if name in decoded}
 
 
-def decode(data: bytes, channels: int) -> np.ndarray:
-    """The uint8 pixels [H, W, channels] of an encoded image of 8 bits per channel.
+def decode(
+    data: bytes, channels: int, crop: str = "none", size: tuple[int, int] | None = None
+) -> np.ndarray:
+    """The uint8 pixels [H, W, channels] of an encoded image, upright and on white.
+
+    Args:
+      data: a file that Pillow reads.
+      channels: 1 (grey), 3 (RGB) or 4 (RGBA, as stored).
+      crop: a crop of `cropped`, or "none".
+      size: (height, width) that the crop is resized to.
 
     Raises:
       Exception: of any type, from Pillow, if `data` is not a whole image.
     """
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert(_MODES[channels])).reshape(image.height, -1, channels)
+    with Image.open(io.BytesIO(data), formats=formats()) as image:
+        if channels != 4 and not is_plain(image, data):
+            ImageOps.exif_transpose(image, in_place=True)
+            image = to_8_bits(image, channels, WHITE)
+        image = image.convert(_MODES[channels])
+        if crop != "none":
+            image = cropped(image, crop, size)
+        return np.asarray(image).reshape(image.height, -1, channels)
+
+
+def cropped(image: Image.Image, crop: str, size: tuple[int, int]) -> Image.Image:
+    """A named part of an image, resized without aliasing.
+
+    center: the largest central part of the shape of `size`, its corner rounded down to a whole
+      pixel, and Pillow's Lanczos filter.
+    celeba: of an aligned image of CelebA, the 128x128 square round (x 89, y 121): columns 25 to
+      152, rows 57 to 184. With Pillow's bilinear filter, which is widened when it shrinks an image,
+      these are the pixels of DDIM and U-ViT, who crop so and call torchvision's Resize.
+
+    Args:
+      image: an 8-bit image.
+      crop: "center" or "celeba".
+      size: (height, width) of the result.
+
+    Raises:
+      ValueError: for "celeba", if the image is not 178 pixels wide and 218 high.
+    """
+    height, width = size
+    if crop == "celeba":
+        if image.size != CELEBA_SIZE:
+            raise ValueError(
+                f"it is {image.width} pixels wide and {image.height} high, but crop celeba is for "
+                "the aligned images of CelebA, 178 wide and 218 high"
+            )
+        box, resample = (25, 57, 153, 185), Image.Resampling.BILINEAR
+    else:
+        scale = min(image.width / width, image.height / height)
+        wide, high = round(width * scale), round(height * scale)
+        left, top = (image.width - wide) // 2, (image.height - high) // 2
+        box, resample = (left, top, left + wide, top + high), Image.Resampling.LANCZOS
+    return image.crop(box).resize((width, height), resample)
 
 
 def is_plain(image: Image.Image, data: bytes) -> bool:
@@ -51,6 +103,17 @@ def is_plain(image: Image.Image, data: bytes) -> bool:
         and not getattr(image, "is_animated", False)
         and image.getexif().get(0x0112, 1) == 1  # the orientation
     )
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) of an image once it is upright."""
+    turned = image.getexif().get(0x0112, 1) >= 5
+    return image.size if turned else image.size[::-1]
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Whether an image has no colours, whatever their values."""
+    return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
 
 
 def to_8_bits(image: Image.Image, channels: int, background: tuple[int, int, int]) -> Image.Image:

@@ -1,20 +1,19 @@
-"""Opens a data set: any TFDS set with images, read through `data_source`, without TensorFlow."""
+"""Opens the data set of a config: finds its reader, and checks it against the config.
 
-import contextlib
+A reader is a file of its own that returns an `ImageSet`, and a line of `_find`.
+"""
+
 import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
-import re
-from typing import Any
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from maskdm_jax.data import digits, pixels
+from maskdm_jax.data import archives, digits, pixels, tfds, toy
+from maskdm_jax.data.image_set import ImageSet, Records, damage_explained
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import nearest_word
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
@@ -22,13 +21,25 @@ _FINGERPRINT_EXAMPLES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A data set by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}."""
+    """A data set by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}.
 
-    records: Any  # TFDS's random-access data source; its images are encoded, or uint8 arrays
-    folder: pathlib.Path  # of the prepared set
-    split: str
+    Fields:
+      records: its examples, or the part of them that `data.fraction` takes.
+      image_shape: (height, width, channels) of the images that this returns.
+      num_classes: 0 if there are no labels.
+      cache_dir: where decoded images may be kept, shared by all sources of the set.
+      split, crop, fraction: the fields of `config.data`.
+      remedy: what to do if an example cannot be read.
+    """
+
+    records: Records
     image_shape: tuple[int, int, int]
     num_classes: int
+    cache_dir: pathlib.Path
+    split: str = "train"
+    crop: str = "none"
+    fraction: float = 1.0
+    remedy: str = "prepare the set again"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -37,21 +48,35 @@ class Source:
         image, label = self._read(index)
         if isinstance(image, bytes):
             with self._damage_explained(index):
-                image = pixels.decode(image, self.image_shape[-1])
+                image = pixels.decode(image, self.image_shape[-1], self.crop, self.image_shape[:2])
+        if image.shape != self.image_shape:
+            raise ConfigError(
+                f"{self.records.name(index)} has {_shown(image.shape)} pixels; expected "
+                f"data.image_size, {_shown(self.image_shape)}: type --config.data.crop=center"
+            )
         return {"image": image, "label": np.int32(label)}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 over the number of examples and the bytes of 64 of them, evenly spaced.
+        """A SHA-256 over the crop, the number of examples, and the bytes of 64 of them.
 
-        It is the same for a copy of the set in another place.
+        It is the same for a copy of the set in another place. The examples are evenly spaced over
+        those that `data.fraction` takes.
         """
-        sha = hashlib.sha256(json.dumps([len(self), self.image_shape, self.num_classes]).encode())
+        facts = [len(self), self.image_shape, self.num_classes]
+        facts += [self.crop] * (self.crop != "none")
+        sha = hashlib.sha256(json.dumps(facts).encode())
         for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_EXAMPLES).astype(int)):
             image, label = self._read(index)
             data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
             sha.update(f"{index} {label} {len(data)}\n".encode() + data)
         return sha.hexdigest()
+
+    @property
+    def variant(self) -> str:
+        """What distinguishes this source's decoded images from others in `cache_dir`."""
+        crop = "" if self.crop == "none" else f"-{self.crop}{_shown(self.image_shape)}"
+        return self.split + crop + ("" if self.fraction == 1 else f"-{self.fraction:g}")
 
     def _read(self, index):
         with self._damage_explained(index):
@@ -59,20 +84,24 @@ class Source:
             return record["image"], record.get("label", 0)
 
     def _damage_explained(self, index):
-        return _damage_explained(f"example {index} of {self.folder}", self.folder)
+        return damage_explained(lambda: self.records.name(int(index)), self.remedy)
 
 
-@contextlib.contextmanager
-def _damage_explained(what, folder):
-    """Turns any error of the readers, which raise all kinds of them, into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"{what} cannot be read: {reason}; restore {folder} from a copy, or delete it, prepare "
-            "the set again, and type the same command"
-        ) from error
+class _Part:
+    """Some of the examples of `records`, in the same order."""
+
+    def __init__(self, records: Records, indices: np.ndarray):
+        self._records = records
+        self._indices = indices
+
+    def __len__(self):
+        return len(self._indices)
+
+    def __getitem__(self, index):
+        return self._records[int(self._indices[index])]
+
+    def name(self, index):
+        return self._records.name(int(self._indices[index]))
 
 
 def open_source(config) -> Source:
@@ -86,112 +115,114 @@ def open_source(config) -> Source:
     data_dir = files.local_path(data.dir, "data.dir")
     if not data.name:
         raise ConfigError(
-            "data.name is ''; expected a data set; type --config.data.name=digits, say"
+            "data.name is empty; expected a data set, such as --config.data.name=digits"
         )
     if data_dir.exists() and not data_dir.is_dir():
         raise ConfigError(
-            f"data.dir {data_dir} is a file; expected the folder of data sets; type "
+            f"data.dir {data_dir} is a file; expected the folder of data sets: type "
             f"--config.data.dir={data_dir.parent}"
         )
-    if data.name == digits.NAME:
+    found = _find(config, data_dir)
+    _check(config, found)
+    records = found.splits[data.split]()
+    if not len(records):
+        raise ConfigError(f"data.name {data.name!r} has no examples in split {data.split}")
+    return Source(
+        records if data.fraction == 1 else _part(records, data),
+        (*data.image_size, data.channels),
+        found.num_classes,
+        found.cache_dir,
+        data.split,
+        data.crop,
+        data.fraction,
+        found.remedy,
+    )
+
+
+def _find(config, data_dir) -> ImageSet:
+    """The one place where a name becomes a set."""
+    name = config.data.name
+    path = data_dir / pathlib.Path(name).expanduser()
+    cache_dir = data_dir / "decoded" / path.name
+    if name == toy.NAME:
+        return toy.open_swiss_roll(cache_dir)
+    if path.suffix.lower() == ".zip":
+        return archives.open_zip(path, cache_dir)
+    if (path / "data.mdb").exists():
+        return archives.open_lmdb(path, cache_dir)
+    if name == digits.NAME:
         digits.write_digits(data_dir)
-    if not re.fullmatch(r"\w+([/:].*)?", data.name):  # TFDS takes no other name
-        raise ConfigError(_not_found(data, data_dir))
-    folder = data_dir / data.name
-    with _damage_explained(f"the data set {folder}", folder):
-        try:
-            builder = tfds.core.read_only_builder.builder_from_files(
-                data.name, data_dir=str(data_dir)
-            )
-        except tfds.core.DatasetNotFoundError:
-            builder = None
-    if builder is None:
-        raise ConfigError(_not_found(data, data_dir))
-    return _checked(config, builder, data_dir)
+    return tfds.open_set(name, data_dir, _shown(config.data.image_size))
 
 
-def _not_found(data, data_dir):
-    """That there is no such set, with what to type for each reason that a user may have."""
-    there = {path.parents[1].name for path in data_dir.glob("*/*/dataset_info.json")}
-    near = nearest_word(data.name, there | {digits.NAME})
-    name = re.sub(r"[^a-z0-9]+", "_", data.name.lower()).strip("_") or "my_images"
-    name = name if name[0].isalpha() else f"set_{name}"  # `prepare` takes no other name
-    remedies = [f"--config.data.name={near}"] * bool(near)
-    found = re.fullmatch(r"([a-z]\w*)(/.*)?", data.name)
-    if not (found and found[2]):
-        then = "" if name == data.name else f" and then --config.data.name={name}"
-        remedies.append(
-            f"python -m maskdm_jax.data.prepare --images FOLDER --name {name} --size "
-            f"{_size(data.image_size)} --data_dir {data_dir}{then} for images of your own"
-        )
-    if found:
-        remedies.append(
-            f"tfds build {found[1]} --file_format=array_record --data_dir={data_dir} for a set of "
-            "the TFDS catalogue"
-        )
-    remedies.append("--config.data.dir=FOLDER for a set that lies elsewhere")
-    what = f"data.name {data.name!r} is not a set in data.dir {data_dir}"
-    return f"{what}; type {', or '.join(remedies)}"
-
-
-def _checked(config, builder, data_dir):
+def _check(config, found: ImageSet):
     data = config.data
-    features = dict(builder.info.features.items())
-    if "image" not in features:
+    if data.split not in found.splits:
         raise ConfigError(
-            f"data.name {data.name!r} has no images, but {sorted(features)}; expected a set with a "
-            "feature named image; type --config.data.name=NAME"
+            f"data.split is {data.split!r}; {data.name} has {sorted(found.splits)}; type "
+            f"--config.data.split={next(iter(found.splits))}"
         )
-    splits = sorted(builder.info.splits)
-    if data.split not in splits:
-        near = nearest_word(data.split.partition("[")[0], splits) or splits[0]
-        raise ConfigError(
-            f"data.split is {data.split!r}; expected a split of {data.name}, which has "
-            f"{', '.join(splits)}; type --config.data.split={near}"
-        )
-    image = features["image"]
-    if image.np_dtype != np.uint8:
-        raise ConfigError(
-            f"data.name {data.name!r} has images of {np.dtype(image.np_dtype)}; expected uint8, 8 "
-            "bits per channel; convert the images to PNG, and type: python -m "
-            "maskdm_jax.data.prepare --images FOLDER --name my_images --size "
-            f"{_size(data.image_size)} --data_dir {data_dir}"
-        )
-    expected, shape = (*data.image_size, data.channels), image.shape
-    if None in shape:
-        raise ConfigError(
-            f"data.name {data.name!r} has images of many sizes; expected one size; write its "
-            "images to a folder, and type: python -m maskdm_jax.data.prepare --images FOLDER "
-            f"--name my_images --size {_size(data.image_size)} --data_dir {data_dir}, and then "
-            "--config.data.name=my_images"
-        )
-    if tuple(shape) != expected:
-        raise ConfigError(
-            f"data.image_size and data.channels are {expected} (height, width, channels), but "
-            f"{data.name} has images of {tuple(shape)}; type --config.data.image_size="
-            f'"{tuple(shape[:2])}" --config.data.channels={shape[2]}'
-        )
-    num_classes = getattr(features.get("label"), "num_classes", 0)
-    if config.model.num_classes not in (0, num_classes):
+    _check_shape(data, found.image_shape)
+    if config.model.num_classes not in (0, found.num_classes):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but {data.name} has "
-            f"{num_classes} classes; type --config.model.num_classes={num_classes}"
-            + " (or =0 to train without classes)"
-            * bool(num_classes)
+            f"{found.num_classes} classes; type --config.model.num_classes={found.num_classes}, or "
+            "0 to train without classes"
         )
-    # Encoded images stay encoded here: Source decodes them.
-    encoded = isinstance(image, tfds.features.Image)
-    decoders = {"image": tfds.decode.SkipDecoding()} if encoded else None
-    try:
-        records = builder.as_data_source(data.split, decoders=decoders)
-    except NotImplementedError as error:
+
+
+def _check_shape(data, shape):
+    expected = (*data.image_size, data.channels)
+    many_sizes = None in shape
+    if data.crop == "none" and many_sizes:
         raise ConfigError(
-            f"data.name {data.name!r} is not in ArrayRecord format; type: tfds build "
-            f"{builder.name} --file_format=array_record --data_dir={data_dir} --overwrite"
-        ) from error
-    return Source(records, pathlib.Path(builder.data_dir), data.split, expected, num_classes)
+            f"data.name {data.name!r} has images of many sizes; type --config.data.crop=center to "
+            f"cut and resize them to {_shown(expected)} pixels"
+        )
+    if data.crop == "none" and shape != expected:
+        crop = ", or --config.data.crop=center to resize them" if shape[2] == data.channels else ""
+        raise ConfigError(
+            f"data.image_size and data.channels are {expected} (height, width, channels), but "
+            f"{data.name} has images of {shape}; type --config.data.image_size="
+            f'"{shape[:2]}" --config.data.channels={shape[2]}{crop}'
+        )
+    if shape[2] != data.channels:
+        raise ConfigError(
+            f"data.channels is {data.channels}, but the images of {data.name} have {shape[2]}; "
+            f"type --config.data.channels={shape[2]}"
+        )
+    if data.crop == "celeba" and not many_sizes and shape[:2] != pixels.CELEBA_SIZE[::-1]:
+        raise ConfigError(
+            f"data.crop is celeba, for aligned images of CelebA, 218 pixels high and 178 wide; "
+            f"{data.name} has images of {shape[:2]}: type --config.data.crop=center"
+        )
+    height, width = data.image_size
+    if data.crop == "celeba" and height != width:
+        raise ConfigError(
+            f"data.crop celeba cuts squares, but data.image_size is {height, width}; type "
+            f'--config.data.image_size="{height, height}"'
+        )
 
 
-def _size(image_size):
-    height, width = image_size
+def _part(records, data):
+    """The round(fraction * n) examples of smallest SHA-256 of their ids.
+
+    An example's place does not depend on the others, so a smaller fraction lies within a larger
+    one.
+    """
+    count = round(data.fraction * len(records))
+    if not count:
+        raise ConfigError(
+            f"data.fraction {data.fraction:g} of the {len(records):,} examples of {data.name} is "
+            f"none; type at least --config.data.fraction={1 / len(records):.2g}"
+        )
+    digests = [hashlib.sha256(identity).digest() for identity in records.ids()]
+    # A stable sort: examples of the same id keep their order.
+    order = np.argsort(np.array(digests, "S32"), kind="stable")
+    return _Part(records, np.sort(order[:count]))
+
+
+def _shown(shape):
+    """A size as `prepare` takes it: "64", or "128x64" for height and width."""
+    height, width = shape[:2]
     return f"{height}" if height == width else f"{height}x{width}"
