@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from benchmarks import cases, measure, run, scaling, sweep, train_step
+from benchmarks import cases, input_pipeline, measure, run, scaling, sweep, train_step
 from maskdm_jax import config as config_lib
 from maskdm_jax import flops
 from maskdm_jax.errors import ConfigError
@@ -153,3 +153,17 @@ def test_a_call_is_timed_after_warm_up_in_three_groups(monkeypatch):
 
     assert measure.seconds_per_call(call, seconds=3) == pytest.approx(0.1)
     assert calls == list(range(len(calls))) and len(calls) == 5 + 1 + 3 * 10
+
+
+def test_the_input_rate_of_each_cache_is_compared_with_the_steps(data_dir, capsys, monkeypatch):
+    fields = ["data.name=digits", "data.image_size=8,8", "data.channels=1", "train.batch_size=16"]
+    command = ["--bench", "masked64", "--data_dir", str(data_dir), "--seconds", "0.1", "--set"]
+    assert input_pipeline.main([*command, *fields, "--need", "10"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["cache"] for row in rows] == ["none", "host"]  # no accelerator here
+    for row in rows:
+        assert row["ratio"] == row["images_per_s"] / 10 and row["image_size"] == 8
+    latest = [r for r in json.loads(run.RESULTS.read_text()) if r["bench"] == "masked256"][-1]
+    assert input_pipeline.needed("masked256") == latest["images_per_s"]
+    assert input_pipeline.main([*command, "data.name=cats"]) == 2
+    assert "maskdm_jax.data.prepare" in capsys.readouterr().err

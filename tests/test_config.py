@@ -181,7 +181,7 @@ def test_another_architecture_is_refused_with_the_flags_that_match():
     assert "--config.model.size=S" in text and "--config.diffusion.prediction=v" in text
 
 
-@pytest.mark.parametrize("name", ["digits", "celeba64", "celebahq"])
+@pytest.mark.parametrize("name", ["digits", "swiss_roll", "celeba64", "celebahq"])
 @pytest.mark.parametrize("kind", ["pretrain", "finetune", "scratch"])
 def test_shipped_configs_are_valid_and_both_stages_share_their_model(name, kind):
     import importlib
