@@ -109,6 +109,7 @@ def test_a_zip_of_one_image_is_a_data_set(tmp_path):
 
 def test_bad_zips_are_one_sentence(tmp_path):
     assert "is not a file" in refusal(tmp_path, "a.zip")
+    assert "buckets are not supported" in refusal(tmp_path, "gs://bucket/a.zip")
     write_zip(tmp_path / "a.zip", {})
     assert "holds no images; expected" in refusal(tmp_path, "a.zip")
     write_zip(tmp_path / "a.zip", {"a.txt": b"hello"})

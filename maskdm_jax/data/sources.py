@@ -142,7 +142,8 @@ def open_source(config) -> Source:
 def _find(config, data_dir) -> ImageSet:
     """The one place where a name becomes a set."""
     name = config.data.name
-    path = data_dir / pathlib.Path(name).expanduser()
+    typed = files.local_path(name, "data.name")  # refuses a URL
+    path = typed if name.startswith(("/", "~")) else data_dir / name
     cache_dir = data_dir / "decoded" / path.name
     if name == toy.NAME:
         return toy.open_swiss_roll(cache_dir)
