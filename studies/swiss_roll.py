@@ -8,7 +8,6 @@ points (swiss_roll.png) and one JSON line per run (swiss_roll.jsonl). The distan
 Wasserstein-1 distance to the test points. Needs matplotlib: pip install 'maskdm_jax[demo]'.
 """
 
-import argparse
 import importlib
 import json
 import pathlib
@@ -21,7 +20,8 @@ import numpy as np
 
 from maskdm_jax import checkpoint, draw, sharding, state, step, train
 from maskdm_jax.data import loader, sources, toy
-from maskdm_jax.run import command_line
+from maskdm_jax.fields import COUNT, TEXT, number
+from maskdm_jax.run import command_line, files
 from maskdm_jax.run.progress import say
 
 # arm: its stages, each a config and the share of the seconds it gets
@@ -112,38 +112,40 @@ def plot(panels: dict[str, np.ndarray], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m studies.swiss_roll")
-    parser.add_argument("--out", required=True, type=pathlib.Path)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of training, for each arm")
-    parser.add_argument("--seeds", type=int, default=3)
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(args.out / "xla_cache"))
-    stages = [stage for stages in ARMS.values() for stage in stages]
+def study(out: pathlib.Path, seconds: float, num_seeds: int) -> None:
+    """Runs every arm with every seed, and writes swiss_roll.jsonl and swiss_roll.png to `out`."""
+    times = step_seconds([stage for stages in ARMS.values() for stage in stages], out / "data")
+    say(", ".join(f"{stage}: {1e3 * times[stage]:.3g} ms a step" for stage in times))
+    true, other = (toy.to_points(toy.to_pixels(toy.points(split))) for split in ("test", "train"))
+    floor = sliced_wasserstein(other[: len(true)], true)
+    say(f"floor, training against test points: {floor:.4f}")
+    panels = {"test points": true}
+    for seed in range(num_seeds):
+        for arm, stages in ARMS.items():
+            points = run_arm(arm, out, seed, seconds, times)
+            distance = sliced_wasserstein(points, true)
+            if seed == 0:
+                panels[f"{arm}: {distance:.4f}"] = points
+            row = {"arm": arm, "seed": seed, "seconds": seconds}
+            row |= {"step_ms": {stage: 1e3 * times[stage] for stage in stages}}
+            row |= {"sliced_wasserstein": distance, "points": len(points), "floor": floor}
+            with open(out / "swiss_roll.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"seed {seed}, {arm}: {distance:.4f}")
+    plot(panels, out / "swiss_roll.png")
 
-    def study():
-        times = step_seconds(stages, args.out / "data")
-        say(", ".join(f"{stage}: {1e3 * times[stage]:.3g} ms a step" for stage in stages))
-        true = toy.to_points(toy.to_pixels(toy.points("test")))
-        other = toy.to_points(toy.to_pixels(toy.points("train")))[: len(true)]
-        say(f"floor, training against test points: {sliced_wasserstein(other, true):.4f}")
-        panels = {"test points": true}
-        with open(args.out / "swiss_roll.jsonl", "a") as file:
-            for seed in range(args.seeds):
-                for arm in ARMS:
-                    points = run_arm(arm, args.out, seed, args.seconds, times)
-                    distance = sliced_wasserstein(points, true)
-                    panels.setdefault(f"{arm}: {distance:.4f}", points) if seed == 0 else None
-                    row = {"arm": arm, "seed": seed, "seconds": args.seconds}
-                    row |= {"step_ms": {s: 1e3 * times[s] for s in ARMS[arm]}}
-                    row |= {"sliced_wasserstein": distance, "points": len(points)}
-                    file.write(json.dumps(row) + "\n")
-                    say(f"seed {seed}, {arm}: {distance:.4f}")
-        plot(panels, args.out / "swiss_roll.png")
 
-    return command_line.exit_code(study)
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line.Parser(__doc__, "python -m studies.swiss_roll --out=DIR")
+    parser.flag("--out", TEXT, "folder for all that this writes", required=True)
+    parser.flag("--seconds", number(0.01), "of training, for each arm", 60.0)
+    parser.flag("--seeds", COUNT, "runs of each arm", 3)
+    args = parser.parse(argv)
+    out = files.local_path(args.out, "--out")
+    out.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
+    study(out, args.seconds, args.seeds)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line.exit_code(main))

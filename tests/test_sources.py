@@ -108,7 +108,7 @@ def test_a_zip_of_one_image_is_a_data_set(tmp_path):
 
 
 def test_bad_zips_are_one_sentence(tmp_path):
-    assert "is not a file" in refusal(tmp_path, "a.zip")
+    assert "which is no file; expected a .zip" in refusal(tmp_path, "a.zip")
     assert "buckets are not supported" in refusal(tmp_path, "gs://bucket/a.zip")
     write_zip(tmp_path / "a.zip", {})
     assert "holds no images; expected" in refusal(tmp_path, "a.zip")
@@ -120,10 +120,12 @@ def test_bad_zips_are_one_sentence(tmp_path):
     write_zip(tmp_path / "a.zip", FOLDER)
     whole = (tmp_path / "a.zip").read_bytes()
     (tmp_path / "a.zip").write_bytes(whole[: len(whole) // 2])  # its directory is at the end
-    assert "cannot be read: File is not a zip file; copy" in refusal(tmp_path, "a.zip")
+    assert "cannot be read: File is not a zip file; copy or make it again" in refusal(
+        tmp_path, "a.zip"
+    )
     at = whole.index(b"PK\1\2") + 8  # the flags of the first member
     (tmp_path / "a.zip").write_bytes(whole[:at] + bytes([whole[at] | 1]) + whole[at + 1 :])
-    assert "is encrypted; make it again without a password" in refusal(tmp_path, "a.zip")
+    assert "is encrypted; expected one without a password" in refusal(tmp_path, "a.zip")
     at = whole.index(FOLDER["train/2/4.png"]) + 60
     (tmp_path / "a.zip").write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     assert "train/2/4.png of" in refusal(tmp_path, "a.zip")
@@ -141,7 +143,9 @@ def test_text_named_jpg_is_named_wherever_it_is(tmp_path):
     for bad in ("000.jpg", "100.jpg"):  # among the images looked at first, and not
         write_zip(tmp_path / "a.zip", members | {bad: b"hello"})
         text = refusal(tmp_path, "a.zip")
-        assert f"{bad} of {tmp_path}/a.zip cannot be read" in text
+        assert (
+            f"{bad} of {tmp_path}/a.zip cannot be read: cannot identify image file; repair" in text
+        )
         assert "repair or remove it" in text
 
 
@@ -353,9 +357,9 @@ def write_catalogue(data_dir, shape=(None, None, 3), config=None):
 
 def test_a_catalogue_set_of_many_sizes_is_read_with_a_crop(tmp_path):
     write_catalogue(tmp_path)
-    assert "has images of many sizes; type --config.data.crop=center" in refusal(
-        tmp_path, "pictures"
-    )
+    text = refusal(tmp_path, "pictures")
+    assert "has images of many sizes; expected 8 pixels" in text
+    assert "type --config.data.crop=center" in text
     source = opened(tmp_path, "pictures", crop="center")
     np.testing.assert_array_equal(source[0]["image"], np.asarray(picture(8, 9, 0))[:, :8])
     assert len(source) == 6 and source.num_classes == 0
@@ -379,7 +383,8 @@ def test_a_catalogue_set_half_prepared_is_named_with_what_to_type(tmp_path):
     assert len(opened(tmp_path, "pictures/big")) == 6
     # Without the catalogue's own default.
     shutil.rmtree(tmp_path / "pictures" / ".config")
-    assert "big, small; type --config.data.name=pictures/big" in refusal(tmp_path, "pictures")
+    text = refusal(tmp_path, "pictures")
+    assert "big, small; expected one" in text and "--config.data.name=pictures/big" in text
     (shard,) = folder.glob("*.array_record*")
     shard.unlink()
     text = refusal(tmp_path, "pictures/big")

@@ -26,7 +26,7 @@ def test_the_distance_sees_what_the_marginals_hide():
     assert far > 5 * floor
 
 
-def test_the_study_trains_each_arm_for_its_seconds_and_draws_both(tmp_path, monkeypatch, capsys):
+def test_the_study_trains_each_arm_for_its_seconds_and_draws_both(tmp_path, monkeypatch):
     asked = []
 
     def train(config, workdir):
@@ -39,7 +39,7 @@ def test_the_study_trains_each_arm_for_its_seconds_and_draws_both(tmp_path, monk
         lambda stages, data_dir: dict(zip(stages, (1, 2, 4), strict=True)),
     )
     monkeypatch.setattr(swiss_roll, "draw_points", lambda config, workdir: toy.points("test"))
-    assert swiss_roll.main([f"--out={tmp_path}", "--seconds=100", "--seeds=1"]) == 0
+    swiss_roll.main([f"--out={tmp_path}", "--seconds=100", "--seeds=1"])
     assert asked == [
         ("pretrain_seed0", "patch", 30, ""),
         ("finetune_seed0", "none", 35, f"{tmp_path}/pretrain_seed0"),
@@ -52,7 +52,7 @@ def test_the_study_trains_each_arm_for_its_seconds_and_draws_both(tmp_path, monk
 
 
 @pytest.mark.slow
-def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch):
     def config_of(stage, data_dir, seed):
         config = real(stage, data_dir, seed)
         config.model.update(width=16, depth=1, num_heads=1)
@@ -64,7 +64,7 @@ def test_the_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(swiss_roll, "config_of", config_of)
     monkeypatch.setattr(swiss_roll, "_STEPS_PER_ROUND", 1)
     monkeypatch.setattr(toy, "_SIZES", {"train": 500, "test": 400})
-    assert swiss_roll.main([f"--out={tmp_path}", "--seconds=0.01", "--seeds=1"]) == 0
+    swiss_roll.main([f"--out={tmp_path}", "--seconds=0.01", "--seeds=1"])
     rows = [json.loads(line) for line in (tmp_path / "swiss_roll.jsonl").read_text().splitlines()]
     assert all(row["points"] == 400 and 0 < row["sliced_wasserstein"] < 2 for row in rows)
     assert min(min(row["step_ms"].values()) for row in rows) > 0

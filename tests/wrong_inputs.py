@@ -118,6 +118,10 @@ FIELDS = [
         after="'cats'",
     ),
     setting("--config.train.dry_run=2", "dry_run is 2", "--config.train.dry_run="),
+    setting("--config.data.fraction=2", "data.fraction is 2", "--config.data.fraction=1"),
+    setting("--config.data.fraction=-0.1", "fraction is -0.1", "--config.data.fraction=0"),
+    setting("--config.data.fraction=10%", "'10%'", "--config.data.fraction=1.0"),
+    setting("--config.data.crop=centre", "'centre'", "--config.data.crop=center"),
     setting("--config.data.flip=maybe", "'maybe'", "--config.data.flip="),
     setting("--config.data.cache=hots", "'hots'", "--config.data.cache=host"),
     setting("--config.data.cache=7", "data.cache is '7'", "--config.data.cache=device"),
@@ -315,6 +319,31 @@ SETS = [
     Wrong(MAIN + "--config.data.name=cifar10/3.0.2", ("cifar10/3.0.2", "tfds build cifar10")),
     Wrong(MAIN + "--config.data.name='a b'", ("'a b'", "--name a_b")),
     Wrong(MAIN + "--config.data.name=../x", ("'../x'", "--config.data.name=")),
+    Wrong(MAIN + "--config.data.name=a.zip", ("{tmp}/data/a.zip", "--config.data.name=")),
+    Wrong(MAIN + "--config.data.name=gs://b/a.zip", ("gs://b/a.zip", "type")),
+    Wrong(MAIN + "--config.data.name={tmp}/empty.zip", ("{tmp}/empty.zip", "data.name=FILE.zip")),
+    Wrong(MAIN + "--config.data.name={tmp}/cut.zip", ("{tmp}/cut.zip", "type the same command")),
+    Wrong(MAIN + "--config.data.name={tmp}/text.zip", ("a.jpg of {tmp}/text.zip", "repair or")),
+    Wrong(MAIN + "--config.data.name={tmp}/a_lmdb", ("a_lmdb", "type")),
+    Wrong(
+        MAIN + "--config.data.name={tmp}/pixel.zip",
+        ("(1, 1, 1)", "--config.data.crop=center"),
+        retry=" --config.model.num_classes=0 --config.model.patch_size=1 "
+        "--config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
+    Wrong(
+        MAIN + "--config.data.fraction=0.0001",
+        ("0.0001", "none of the 1,797", "--config.data.fraction=0.00056"),
+        retry=" --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
+    Wrong(
+        MAIN + "--config.data.crop=celeba",
+        ("celeba", "(8, 8)", "--config.data.crop=center"),
+        retry=" --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
     Wrong(MAIN + "--config.data.split=tset", ("'tset'", "--config.data.split=train")),
     Wrong(MAIN + "--config.data.split=train[:5]", ("train[:5]", "--config.data.split=train")),
     Wrong(MAIN + "--config.data.dir={tmp}/a_file", ("{tmp}/a_file", "--config.data.dir=")),
@@ -563,6 +592,13 @@ _PNG = (
 )
 
 
+ZIPS = {
+    "empty.zip": {},
+    "text.zip": {"a.jpg": b"these are no pixels"},
+    "pixel.zip": {"a.png": base64.b64decode(_PNG)},
+}
+
+
 class _Code:
     def __reduce__(self):
         return os.system, ("true",)
@@ -583,6 +619,14 @@ def make(folder: pathlib.Path) -> None:
         archive.writestr("a/version", "3")
     whole = (folder / "zip.pt").read_bytes()
     (folder / "truncated.pt").write_bytes(whole[: len(whole) // 2])
+    for name, members in ZIPS.items():
+        with zipfile.ZipFile(folder / name, "w") as archive:
+            for member, data in members.items():
+                archive.writestr(member, data)
+    whole = (folder / "pixel.zip").read_bytes()
+    (folder / "cut.zip").write_bytes(whole[: len(whole) // 2])
+    (folder / "a_lmdb").mkdir()
+    (folder / "a_lmdb/data.mdb").write_bytes(b"no database")
     (folder / "images").mkdir()
     (folder / "images/0.png").write_bytes(base64.b64decode(_PNG))
     train = MAIN.replace("{tmp}/w", "{tmp}/run").format(tmp=folder)

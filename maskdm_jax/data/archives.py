@@ -57,10 +57,10 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
     """
     if not path.is_file():
         raise ConfigError(
-            f"data.name {path} is not a file; expected a .zip of images: type its path, absolute "
-            "or from data.dir"
+            f"data.name is {path}, which is no file; expected a .zip of images; type "
+            "--config.data.name=FILE.zip, with a path from the root or from data.dir"
         )
-    remedy = "copy or make it again"
+    remedy = "copy or make it again, and type the same command"
     with damage_explained(lambda: f"the zip file {path}", remedy):
         archive = zipfile.ZipFile(path)
         members = _members(archive)
@@ -78,7 +78,7 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
         split: _ZipRecords(archive, [member(image, label) for image, label in pairs])
         for split, pairs in splits.items()
     }
-    remedy = f"repair or remove it, and make {path.name} again"
+    remedy = f"repair or remove it, make {path.name} again, and type the same command"
     return _image_set(records, len(labels), cache_dir, remedy)
 
 
@@ -88,12 +88,14 @@ def _members(archive):
     for info in archive.infolist():
         if info.flag_bits & 1:
             raise ConfigError(
-                f"the zip file {archive.filename} is encrypted; make it again without a password"
+                f"the zip file {archive.filename} is encrypted; expected one without a password; "
+                "make it again, and type the same command"
             )
         path = pathlib.PurePosixPath(info.filename.lstrip("/"))
         if path in members:
             raise ConfigError(
-                f"the zip file {archive.filename} holds {folders.shown(path)} twice; make it again"
+                f"the zip file {archive.filename} holds {folders.shown(path)} twice; expected "
+                "every name once; make it again, and type the same command"
             )
         if not info.is_dir():
             members[path] = info
@@ -114,12 +116,13 @@ def _found(archive, members):
         but = f" but {found.described()}" if left_out else ""
         raise ConfigError(
             f"the zip file {archive.filename} holds no images{but}; expected files that Pillow "
-            "reads, such as .jpg and .png"
+            "reads, such as .jpg and .png; type --config.data.name=FILE.zip"
         )
     if found.num_lost() > _MAX_LOST_SHARE * (len(images) + found.num_lost()):
         raise ConfigError(
             f"more than 1 % of the zip file {archive.filename} would be left out: "
-            f"{found.described()}; convert them to .png or remove them, and make it again"
+            f"{found.described()}; expected images; convert them to .png or remove them, make it "
+            "again, and type the same command"
         )
     if left_out:
         progress.remark(f"left out of {archive.filename}: {found.described()}")
@@ -161,7 +164,7 @@ def open_lmdb(folder: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
     Raises:
       ConfigError: if the package lmdb is missing, or the folder cannot be read.
     """
-    remedy = f"unpack {folder} again"
+    remedy = f"unpack {folder} again, and type the same command"
     with damage_explained(lambda: f"the lmdb {folder}", remedy):
         records = _LmdbRecords(folder)
     if not len(records):
@@ -178,7 +181,8 @@ def _environment(folder):
         import lmdb
     except ImportError as error:
         raise ConfigError(
-            f"data.name {folder.name} needs the package lmdb; type: pip install 'maskdm_jax[lmdb]'"
+            f"data.name {folder.name!r} needs the package lmdb; type: pip install "
+            "'maskdm_jax[lmdb]'"
         ) from error
     return lmdb.open(str(folder), readonly=True, create=False, lock=False, readahead=False)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -65,5 +66,6 @@ def damage_explained(what: Callable[[], str], remedy: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", " ".join(str(error).split()))[:200]
+        reason = reason or type(error).__name__
         raise ConfigError(f"{what()} cannot be read: {reason}; {remedy}") from error

@@ -14,6 +14,7 @@ import numpy as np
 from maskdm_jax.data import archives, digits, pixels, tfds, toy
 from maskdm_jax.data.image_set import ImageSet, Records, damage_explained
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import nearest_word
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
@@ -52,7 +53,7 @@ class Source:
         if image.shape != self.image_shape:
             raise ConfigError(
                 f"{self.records.name(index)} has {_shown(image.shape)} pixels; expected "
-                f"data.image_size, {_shown(self.image_shape)}: type --config.data.crop=center"
+                f"{_shown(self.image_shape)}, data.image_size; type --config.data.crop=center"
             )
         return {"image": image, "label": np.int32(label)}
 
@@ -115,18 +116,21 @@ def open_source(config) -> Source:
     data_dir = files.local_path(data.dir, "data.dir")
     if not data.name:
         raise ConfigError(
-            "data.name is empty; expected a data set, such as --config.data.name=digits"
+            "data.name is ''; expected a data set; type --config.data.name=digits, say"
         )
     if data_dir.exists() and not data_dir.is_dir():
         raise ConfigError(
-            f"data.dir {data_dir} is a file; expected the folder of data sets: type "
+            f"data.dir {data_dir} is a file; expected the folder of data sets; type "
             f"--config.data.dir={data_dir.parent}"
         )
     found = _find(config, data_dir)
     _check(config, found)
     records = found.splits[data.split]()
     if not len(records):
-        raise ConfigError(f"data.name {data.name!r} has no examples in split {data.split}")
+        raise ConfigError(
+            f"data.split is {data.split!r}, in which {data.name} has no examples; expected at "
+            f"least one; type --config.data.split=NAME with another of {', '.join(found.splits)}"
+        )
     return Source(
         records if data.fraction == 1 else _part(records, data),
         (*data.image_size, data.channels),
@@ -158,17 +162,20 @@ def _find(config, data_dir) -> ImageSet:
 
 def _check(config, found: ImageSet):
     data = config.data
-    if data.split not in found.splits:
+    splits = sorted(found.splits)
+    if data.split not in splits:
+        near = nearest_word(data.split.partition("[")[0], splits) or splits[0]
         raise ConfigError(
-            f"data.split is {data.split!r}; {data.name} has {sorted(found.splits)}; type "
-            f"--config.data.split={next(iter(found.splits))}"
+            f"data.split is {data.split!r}; expected a split of {data.name}, which has "
+            f"{', '.join(splits)}; type --config.data.split={near}"
         )
     _check_shape(data, found.image_shape)
     if config.model.num_classes not in (0, found.num_classes):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but {data.name} has "
-            f"{found.num_classes} classes; type --config.model.num_classes={found.num_classes}, or "
-            "0 to train without classes"
+            f"{found.num_classes} classes; type --config.model.num_classes={found.num_classes}"
+            + " (or =0 to train without classes)"
+            * bool(found.num_classes)
         )
 
 
@@ -177,8 +184,9 @@ def _check_shape(data, shape):
     many_sizes = None in shape
     if data.crop == "none" and many_sizes:
         raise ConfigError(
-            f"data.name {data.name!r} has images of many sizes; type --config.data.crop=center to "
-            f"cut and resize them to {_shown(expected)} pixels"
+            f"data.name {data.name!r} has images of many sizes; expected "
+            f"{_shown(expected)} pixels, data.image_size; type --config.data.crop=center to cut "
+            "and resize them"
         )
     if data.crop == "none" and shape != expected:
         crop = ", or --config.data.crop=center to resize them" if shape[2] == data.channels else ""
@@ -194,14 +202,14 @@ def _check_shape(data, shape):
         )
     if data.crop == "celeba" and not many_sizes and shape[:2] != pixels.CELEBA_SIZE[::-1]:
         raise ConfigError(
-            f"data.crop is celeba, for aligned images of CelebA, 218 pixels high and 178 wide; "
-            f"{data.name} has images of {shape[:2]}: type --config.data.crop=center"
+            f"data.crop is celeba, but {data.name} has images of {shape[:2]} (height, width); "
+            "expected the aligned images of CelebA, (218, 178); type --config.data.crop=center"
         )
     height, width = data.image_size
     if data.crop == "celeba" and height != width:
         raise ConfigError(
-            f"data.crop celeba cuts squares, but data.image_size is {height, width}; type "
-            f'--config.data.image_size="{height, height}"'
+            f"data.image_size is {height, width}, but data.crop is celeba; expected a square; "
+            f'type --config.data.image_size="{height, height}"'
         )
 
 
@@ -214,8 +222,9 @@ def _part(records, data):
     count = round(data.fraction * len(records))
     if not count:
         raise ConfigError(
-            f"data.fraction {data.fraction:g} of the {len(records):,} examples of {data.name} is "
-            f"none; type at least --config.data.fraction={1 / len(records):.2g}"
+            f"data.fraction is {data.fraction:g}, which is none of the {len(records):,} examples "
+            f"of {data.name}; expected at least one; type --config.data.fraction="
+            f"{1 / len(records):.2g}, say"
         )
     digests = [hashlib.sha256(identity).digest() for identity in records.ids()]
     # A stable sort: examples of the same id keep their order.

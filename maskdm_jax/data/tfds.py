@@ -1,13 +1,16 @@
 """Sets in the format of TensorFlow Datasets, read through `data_source`, without TensorFlow."""
 
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from maskdm_jax.data import digits, toy
 from maskdm_jax.data.image_set import ImageSet, damage_explained, ids_by_index
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import nearest_word
 from maskdm_jax.run import progress
 
 
@@ -51,7 +54,12 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
         reads.
     """
     folder = data_dir / name
-    remedy = f"restore {folder} from a copy, or delete it and prepare the set again"
+    remedy = (
+        f"restore {folder} from a copy, or delete it, prepare the set again, and type the same "
+        "command"
+    )
+    if not re.fullmatch(r"\w+([/:].*)?", name):  # TFDS takes no other name
+        raise ConfigError(_not_found(name, data_dir, size))
     with damage_explained(lambda: f"the data set {folder}", remedy):
         try:
             builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=str(data_dir))
@@ -62,14 +70,16 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
     features = dict(builder.info.features.items())
     if "image" not in features:
         raise ConfigError(
-            f"data.name {name!r} has no images, but {sorted(features)}; type another one"
+            f"data.name {name!r} has no images, but {sorted(features)}; expected a set with a "
+            "feature named image; type --config.data.name=NAME"
         )
     image = features["image"]
     if image.np_dtype != np.uint8:
         raise ConfigError(
             f"data.name {name!r} has images of {np.dtype(image.np_dtype)}; expected uint8, 8 "
-            "bits per channel: convert the images to PNG and type: python -m "
-            f"maskdm_jax.data.prepare --images FOLDER --name NAME --size {size}"
+            "bits per channel; convert the images to PNG, and type: python -m "
+            "maskdm_jax.data.prepare --images FOLDER --name my_images --size "
+            f"{size} --data_dir {data_dir}"
         )
     # Encoded images stay encoded here: Source decodes them.
     encoded = isinstance(image, tfds.features.Image)
@@ -82,7 +92,7 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
             except NotImplementedError as error:
                 raise ConfigError(
                     f"data.name {name!r} is not in ArrayRecord format; type: tfds build {name} "
-                    f"--file_format=array_record --overwrite --data_dir={data_dir}"
+                    f"--file_format=array_record --data_dir={data_dir} --overwrite"
                 ) from error
         return _Records(data_source, str(folder), "id" in features)
 
@@ -96,22 +106,37 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
 
 
 def _not_found(name, data_dir, size):
-    """Why there is no such set, and what to type."""
+    """That there is no such set, with what to type for each reason that a user may have."""
     folder = data_dir / name
-    build = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
-    prepare = (
-        f"python -m maskdm_jax.data.prepare --images FOLDER --name {name} --size {size} "
-        f"--data_dir {data_dir}"
-    )
-    commands = build if "/" in name else f"{prepare}, or, for a set of the TFDS catalogue, {build}"
     if unfinished := sorted(folder.glob("**/incomplete.*")):
         return (
-            f"data.name {name!r} is prepared only in part, in {unfinished[0]}: the preparation is "
-            f"still running, or was stopped; wait, or type: {commands}"
+            f"data.name {name!r} is prepared only in part, in {unfinished[0]}; expected a "
+            "preparation that has ended: wait until it has or, if it was stopped, type its command "
+            f"again: tfds build {name} --file_format=array_record --data_dir={data_dir} for a set "
+            "of the TFDS catalogue"
         )
     if configs := sorted(path.parts[-3] for path in folder.glob("*/*/dataset_info.json")):
         return (
-            f"data.name {name!r} is one of several sets in {folder}: {', '.join(configs)}; type "
-            f"--config.data.name={name}/{configs[0]}"
+            f"data.name {name!r} is a folder of several sets, {', '.join(configs)}; expected one "
+            f"of them; type --config.data.name={name}/{configs[0]}"
         )
-    return f"data.name {name!r} is not in data.dir {data_dir}; type: {commands}"
+    there = {path.parents[1].name for path in data_dir.glob("*/*/dataset_info.json")}
+    near = nearest_word(name, there | {digits.NAME, toy.NAME})
+    own = re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "my_images"
+    own = own if own[0].isalpha() else f"set_{own}"  # `prepare` takes no other name
+    remedies = [f"--config.data.name={near}"] * bool(near)
+    catalogue = re.fullmatch(r"([a-z]\w*(/[\w-]+)?)([/:]\d+\.\d+\.\d+)?", name)
+    if not (catalogue and "/" in name):
+        then = "" if own == name else f" and then --config.data.name={own}"
+        remedies.append(
+            f"python -m maskdm_jax.data.prepare --images FOLDER --name {own} --size {size} "
+            f"--data_dir {data_dir}{then} for images of your own"
+        )
+    if catalogue:
+        remedies.append(
+            f"tfds build {catalogue[1]} --file_format=array_record --data_dir={data_dir} for a set "
+            "of the TFDS catalogue"
+        )
+    remedies.append("--config.data.dir=FOLDER for a set that lies elsewhere")
+    what = f"data.name {name!r} is not a set in data.dir {data_dir}"
+    return f"{what}; type {', or '.join(remedies)}"
