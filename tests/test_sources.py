@@ -433,8 +433,9 @@ def test_the_swiss_roll_is_two_pixels_and_a_spiral(tmp_path):
     np.testing.assert_array_equal(drawn, toy.to_pixels(toy.points("train"))[:2000])
     points = toy.to_points(drawn)
     assert np.abs(points - toy.points("train")[:2000]).max() <= 0.5 / 127.5 + 1e-9
-    # The radius, unrolled by the angle, is the same at both ends of a turn.
     radius = np.linalg.norm(points, axis=1) / 0.93
+    assert radius.min() == pytest.approx(1 / 3, abs=0.1) and radius.max() < 1.1
+    # The radius, unrolled by the angle, is the same at both ends of a turn.
     turns = radius * 4.5 / 2 - np.arctan2(points[:, 1], points[:, 0]) / (2 * np.pi)
     assert np.abs(turns - np.rint(turns)).max() < 0.25
     assert (toy.points("test")[:100] != toy.points("train")[:100]).any()

@@ -65,14 +65,14 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
         archive = zipfile.ZipFile(path)
         members = _members(archive)
         found = _found(archive, members)
-    top = _top(path, found.images)
-    splits = folders.splits(top, [path / name for name in found.images], "data.name")
+    top = _top(found.images)
+    splits = folders.splits(top, found.images, path)
     classes = {label for split in splits.values() for _, label in split}
     labels = {label: i for i, label in enumerate(sorted(classes, key=folders.counting_order))}
 
     def member(image, label):
-        identity = folders.shown(image.relative_to(top)).encode()
-        return _Member(members[image.relative_to(path)], labels[label], identity)
+        identity = folders.shown("/".join(image.parts[len(top.parts) :])).encode()
+        return _Member(members[image], labels[label], identity)
 
     records = {
         split: _ZipRecords(archive, [member(image, label) for image, label in pairs])
@@ -129,12 +129,12 @@ def _found(archive, members):
     return found
 
 
-def _top(path, images):
+def _top(images):
     """The folder in the archive that holds splits or classes: its top, or the only one there, since
     zipping a folder puts the folder itself into the archive."""
     first = images[0].parts[0]
     within = all(image.parts[0] == first and len(image.parts) > 1 for image in images)
-    return path / first if within and not folders.is_split(first) else path
+    return pathlib.PurePosixPath(first if within and not folders.is_split(first) else "")
 
 
 class _LmdbRecords:

@@ -119,7 +119,9 @@ def why_no_image(name: str, open_file: Callable[[], BinaryIO]) -> str:
 
 
 def splits(
-    root: pathlib.PurePath, images: list[pathlib.PurePath], flag: str = "--images"
+    root: pathlib.PurePath,
+    images: list[pathlib.PurePath],
+    archive: pathlib.PurePath | None = None,
 ) -> dict[str, list[tuple]]:
     """Each split's (path, class) pairs, in the order of `images`.
 
@@ -128,37 +130,39 @@ def splits(
     if it holds every image; otherwise all images are one class.
 
     Args:
-      root: the folder, or the archive as if it were one.
-      images: paths below it.
-      flag: what named `root`, for error messages.
+      root: the folder.
+      images: paths that begin with `root`.
+      archive: the file that holds `root`, if it is no folder on disk.
 
     Raises:
       ConfigError: if images lie beside class folders, or folders of other names beside splits.
     """
-    tops = {path.relative_to(root).parts[0] for path in images if path.parent != root}
-    loose = [path for path in images if path.parent == root]
+    what = f"data.name {shown(archive)}" if archive else f"--images {shown(root)}"
+    depth = len(root.parts)
+    tops = {path.parts[depth] for path in images if len(path.parts) > depth + 1}
+    loose = [path for path in images if len(path.parts) == depth + 1]
     named = sorted(top for top in tops if is_split(top))
     if not named:
-        return {"train": _classes(root, root, images, flag)}
-    alone = f", or type --images {shown(root / named[0])} to use that alone"
-    alone = alone if flag == "--images" else ""
+        return {"train": _classes(what, root, images)}
+    alone = "" if archive else f", or type --images {shown(root / named[0])} to use that alone"
     others = sorted(tops - set(named), key=counting_order)
     if others or loose:
         other = others[0] if others else loose[0].name
         raise ConfigError(
-            f"{flag} {shown(root)} holds {shown(other)} beside {named[0]}, the name of a split; "
+            f"{what} holds {shown(other)} beside {named[0]}, the name of a split; "
             "expected folders of splits alone (train, val, test) or of classes alone: move or "
             f"rename one of them{alone}"
         )
     found = {}
     for top in named:
-        members = [path for path in images if path.relative_to(root).parts[0] == top]
-        found.setdefault(_SPLITS[top.lower()], []).extend(_classes(root, root / top, members, flag))
+        members = [path for path in images if path.parts[depth] == top]
+        pairs = _classes(what, root / top, members)
+        found.setdefault(_SPLITS[top.lower()], []).extend(pairs)
     has_classes = {split: any(c != _ONE_CLASS for _, c in found[split]) for split in found}
     if len(set(has_classes.values())) > 1:
         with_classes = [split for split, has in has_classes.items() if has]
         raise ConfigError(
-            f"{flag} {shown(root)} has class folders in {' and '.join(with_classes)} only; "
+            f"{what} has class folders in {' and '.join(with_classes)} only; "
             "expected them in every split, or in none: move the images of the other splits into "
             f"class folders{alone}"
         )
@@ -171,17 +175,17 @@ def is_split(name: str) -> bool:
     return name.lower() in _SPLITS
 
 
-def _classes(root, top, images, flag):
-    loose = [path for path in images if path.parent == top]
+def _classes(what, top, images):
+    depth = len(top.parts)
+    loose = [path for path in images if len(path.parts) == depth + 1]
     if loose and len(loose) < len(images):
         raise ConfigError(
-            f"{flag} {shown(root)} holds images beside sub-folders ({shown(loose[0], root)}, "
-            "say); move them into a sub-folder, since each sub-folder is a class, or all images "
-            "into one folder"
+            f"{what} holds images beside sub-folders ({shown(loose[0].name)}, say); move them into "
+            "a sub-folder, since each sub-folder is a class, or all images into one folder"
         )
     if loose:
         return [(path, _ONE_CLASS) for path in images]
-    return [(path, shown(path.relative_to(top).parts[0])) for path in images]
+    return [(path, shown(path.parts[depth])) for path in images]
 
 
 def path_order(path: pathlib.PurePath) -> list:
