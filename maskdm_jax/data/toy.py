@@ -55,6 +55,7 @@ class _Records:
 
 
 def open_swiss_roll(cache_dir: pathlib.Path) -> ImageSet:
+    """The swiss roll, drawn afresh at each start; its points are the same every time."""
     return ImageSet(
         splits={split: lambda split=split: _Records(split) for split in _SIZES},
         image_shape=(1, 2, 1),
