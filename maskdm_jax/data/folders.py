@@ -3,6 +3,7 @@
 import codecs
 import collections
 import dataclasses
+import mimetypes
 import os
 import pathlib
 import re
@@ -11,6 +12,7 @@ from PIL import Image
 
 from maskdm_jax.data import pixels
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import quoted
 
 _SPLITS = {
     "train": "train",
@@ -52,19 +54,17 @@ def find(root: pathlib.Path) -> Found:
     A file is an image if Pillow reads files of its suffix or, with another suffix or none, if
     Pillow recognises its content.
     """
-    images, left_out, seen = [], collections.defaultdict(list), set()
+    images, left_out = [], collections.defaultdict(list)
     formats, suffixes = pixels.formats(), pixels.suffixes()
 
     def cannot_list(error):
         left_out["folders without permission"].append(shown(error.filename, root))
 
     for folder, subfolders, names in os.walk(root, onerror=cannot_list, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
+        # A link back to a folder above would never end; any other link is read where it stands.
+        above = {os.path.realpath(parent) for parent in (folder, *pathlib.Path(folder).parents)}
+        looped = [s for s in subfolders if os.path.realpath(os.path.join(folder, s)) in above]
+        subfolders[:] = sorted(set(subfolders) - set(looped))
         for name in [n for n in subfolders if n.startswith(".")]:
             left_out[_HIDDEN].append(shown(os.path.join(folder, name), root))
             subfolders.remove(name)
@@ -82,10 +82,13 @@ def _why_no_image(path, formats, suffixes):
     """The kind of a file that is no image; "" for an image."""
     if path.name.startswith("."):
         return _HIDDEN
-    if not path.exists():
-        return "links to nothing"
-    if not path.is_file():
-        return "neither files nor folders"
+    try:
+        if not path.exists():
+            return "links to nothing"
+        if not path.is_file():
+            return "neither files nor folders"
+    except PermissionError:
+        return "files without permission"
     suffix = path.suffix.lower()
     if suffix in suffixes:
         return ""
@@ -99,8 +102,10 @@ def _why_no_image(path, formats, suffixes):
     try:
         with path.open("rb") as file:
             head = file.read(4096)
+        is_picture = (mimetypes.guess_type(path.name)[0] or "").startswith("image/")
         # Incremental: a character that is cut at the end is no error.
-        if b"\0" not in head and codecs.getincrementaldecoder("utf-8")().decode(head):
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        if b"\0" not in head and not is_picture:
             return _TEXT
     except ValueError:
         pass
@@ -128,19 +133,26 @@ def splits(root: pathlib.Path, images: list[pathlib.Path]) -> dict[str, list[tup
         raise ConfigError(
             f"--images {shown(root)} holds {shown(other)} beside {named[0]}, the name of a split; "
             "expected folders of splits alone (train, val, test) or of classes alone: move or "
-            f"rename one of them, or type --images {shown(root / named[0])} to use that alone"
+            f"rename one of them, or type "
+            f"--images={quoted(shown(root / named[0]))} to use that alone"
         )
     found = {}
     for top in named:
+        if _SPLITS[top.lower()] in found:
+            raise ConfigError(
+                f"--images {shown(root)} holds several folders of split {_SPLITS[top.lower()]}: "
+                f"{', '.join(named)}; expected one for each split: rename or merge them, or type "
+                f"--images={quoted(shown(root / named[0]))} to use that alone"
+            )
         members = [path for path in images if path.relative_to(root).parts[0] == top]
-        found.setdefault(_SPLITS[top.lower()], []).extend(_classes(root, root / top, members))
+        found[_SPLITS[top.lower()]] = _classes(root, root / top, members)
     has_classes = {split: any(c != _ONE_CLASS for _, c in found[split]) for split in found}
     if len(set(has_classes.values())) > 1:
         with_classes = [split for split, has in has_classes.items() if has]
         raise ConfigError(
             f"--images {shown(root)} has class folders in {' and '.join(with_classes)} only; "
             "expected them in every split, or in none: move the images of the other splits into "
-            f"class folders, or type --images {shown(root / named[0])} to use that alone"
+            f"class folders, or type --images={quoted(shown(root / named[0]))} to use that alone"
         )
     order = list(dict.fromkeys(_SPLITS.values()))
     return {split: found[split] for split in sorted(found, key=order.index)}
@@ -159,10 +171,11 @@ def _classes(root, top, images):
     return [(path, shown(path.relative_to(top).parts[0])) for path in images]
 
 
-def counting_order(name: str) -> list:
-    """A sort key that puts 2 before 10."""
+def counting_order(name: str) -> tuple:
+    """A sort key that puts 2 before 10; no two names have the same."""
     parts = re.split(r"(\d+)", name)
-    return [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)]
+    counted = [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)]
+    return counted, name
 
 
 def shown(path: str | pathlib.Path, root: str | pathlib.Path | None = None) -> str:

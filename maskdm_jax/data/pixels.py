@@ -12,7 +12,8 @@ from PIL import Image
 
 # What Pillow recognises but cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_MODES = {1: "L", 3: "RGB"}
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 
 
 def formats() -> list[str]:
@@ -28,13 +29,41 @@ def suffixes() -> set[str]:
 
 
 def decode(data: bytes, channels: int) -> np.ndarray:
-    """The uint8 pixels [H, W, channels] of an encoded image of 8 bits per channel.
+    """The uint8 pixels [H, W, channels] of an encoded image; 1 or 3 channels as by `to_8_bits`,
+    before white.
 
     Raises:
       Exception: of any type, from Pillow, if `data` is not a whole image.
     """
     with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert(_MODES[channels])).reshape(image.height, -1, channels)
+        if channels == 4:
+            converted = image.convert("RGBA")
+        else:
+            check_depth(image, data)
+            converted = to_8_bits(image, channels, (255, 255, 255))
+        return np.asarray(converted).reshape(image.height, -1, channels)
+
+
+def check_depth(image: Image.Image, data: bytes) -> None:
+    """Refuses what Pillow reads wrongly, or with another range than it says.
+
+    Args:
+      image: opened from `data`.
+      data: the file.
+
+    Raises:
+      ValueError: why.
+    """
+    if image.format == "PNG" and data[24] == 16 and "transparency" in image.info:
+        raise ValueError("it has 16 bits and a transparent colour; expected an alpha channel")
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2
+    bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
+    if 2 in formats:
+        raise ValueError("it has signed integers; expected unsigned ones")
+    if image.mode.startswith("I;16") and (set(bits) != {16} or tags.get(_PHOTOMETRIC) != 1):
+        raise ValueError(f"it has {bits[0]} bits, or 0 for white; expected 16 bits, 0 for black")
 
 
 def is_plain(image: Image.Image, data: bytes) -> bool:

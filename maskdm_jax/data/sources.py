@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from maskdm_jax.data import digits, pixels
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import nearest_word
+from maskdm_jax.fields import nearest_word, quoted
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
@@ -29,6 +29,7 @@ class Source:
     split: str
     image_shape: tuple[int, int, int]
     num_classes: int
+    size: str = ""  # what TFDS says of the split's bytes and files
 
     def __len__(self) -> int:
         return len(self.records)
@@ -42,11 +43,13 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 over the number of examples and the bytes of 64 of them, evenly spaced.
+        """A SHA-256 over the number and total size of the examples, and 64 of them, evenly spaced.
 
-        It is the same for a copy of the set in another place.
+        It is the same for a copy of the set in another place. Reading all examples of a large set
+        would take minutes at every start.
         """
-        sha = hashlib.sha256(json.dumps([len(self), self.image_shape, self.num_classes]).encode())
+        facts = [len(self), self.image_shape, self.num_classes, self.size]
+        sha = hashlib.sha256(json.dumps(facts).encode())
         for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_EXAMPLES).astype(int)):
             image, label = self._read(index)
             data = image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()
@@ -91,7 +94,7 @@ def open_source(config) -> Source:
     if data_dir.exists() and not data_dir.is_dir():
         raise ConfigError(
             f"data.dir {data_dir} is a file; expected the folder of data sets; type "
-            f"--config.data.dir={data_dir.parent}"
+            f"--config.data.dir={quoted(data_dir.parent)}"
         )
     if data.name == digits.NAME:
         digits.write_digits(data_dir)
@@ -122,12 +125,12 @@ def _not_found(data, data_dir):
         then = "" if name == data.name else f" and then --config.data.name={name}"
         remedies.append(
             f"python -m maskdm_jax.data.prepare --images FOLDER --name {name} --size "
-            f"{_size(data.image_size)} --data_dir {data_dir}{then} for images of your own"
+            f"{_size(data.image_size)} --data_dir {quoted(data_dir)}{then} for images of your own"
         )
     if found:
         remedies.append(
-            f"tfds build {found[1]} --file_format=array_record --data_dir={data_dir} for a set of "
-            "the TFDS catalogue"
+            f"tfds build {found[1]} --file_format=array_record --data_dir={quoted(data_dir)} for a "
+            "set of the TFDS catalogue"
         )
     remedies.append("--config.data.dir=FOLDER for a set that lies elsewhere")
     what = f"data.name {data.name!r} is not a set in data.dir {data_dir}"
@@ -155,15 +158,15 @@ def _checked(config, builder, data_dir):
             f"data.name {data.name!r} has images of {np.dtype(image.np_dtype)}; expected uint8, 8 "
             "bits per channel; convert the images to PNG, and type: python -m "
             "maskdm_jax.data.prepare --images FOLDER --name my_images --size "
-            f"{_size(data.image_size)} --data_dir {data_dir}"
+            f"{_size(data.image_size)} --data_dir {quoted(data_dir)}"
         )
     expected, shape = (*data.image_size, data.channels), image.shape
     if None in shape:
         raise ConfigError(
             f"data.name {data.name!r} has images of many sizes; expected one size; write its "
             "images to a folder, and type: python -m maskdm_jax.data.prepare --images FOLDER "
-            f"--name my_images --size {_size(data.image_size)} --data_dir {data_dir}, and then "
-            "--config.data.name=my_images"
+            f"--name my_images --size {_size(data.image_size)} --data_dir {quoted(data_dir)}, and "
+            "then --config.data.name=my_images"
         )
     if tuple(shape) != expected:
         raise ConfigError(
@@ -187,9 +190,12 @@ def _checked(config, builder, data_dir):
     except NotImplementedError as error:
         raise ConfigError(
             f"data.name {data.name!r} is not in ArrayRecord format; type: tfds build "
-            f"{builder.name} --file_format=array_record --data_dir={data_dir} --overwrite"
+            f"{builder.name} --file_format=array_record --data_dir={quoted(data_dir)} --overwrite"
         ) from error
-    return Source(records, pathlib.Path(builder.data_dir), data.split, expected, num_classes)
+    split = builder.info.splits[data.split]
+    size = json.dumps([int(split.num_bytes), split.shard_lengths])
+    folder = pathlib.Path(builder.data_dir)
+    return Source(records, folder, data.split, expected, num_classes, size)
 
 
 def _size(image_size):
