@@ -78,11 +78,19 @@ def encode_all(paths: list[pathlib.Path], target: Target, num_processes: int) ->
 def _ctrl_c_blocked():
     """Delays Ctrl-C. A terminal sends it to every process; those started here inherit the block, so
     this one alone reports that it stopped."""
+    delayed = []
+    # The block holds for this thread alone; the system may give the signal to another.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = in_main and signal.signal(signal.SIGINT, lambda *args: delayed.append(args))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if delayed:
+        raise KeyboardInterrupt
 
 
 def _end_with_parent():
