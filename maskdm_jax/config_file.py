@@ -10,6 +10,7 @@ from ml_collections import config_dict
 from maskdm_jax.config import FIELDS, get, validate
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import nearest_word, quoted, typed
+from maskdm_jax.run import files
 
 _EXAMPLE = "configs/pretrain_digits.py"
 
@@ -64,6 +65,7 @@ def _nearest_field(name):
 
 
 def _from_file(path):
+    files.local_path(path, "--config")  # refuses what is no path
     file = pathlib.Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(

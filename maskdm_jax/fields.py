@@ -179,7 +179,7 @@ def _nearest_size(value, default):
 
 
 def _nearest_flag(value, default):
-    words = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
+    words = {"": True, "yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
     return words.get(str(value).lower(), default)
 
 

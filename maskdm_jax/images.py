@@ -21,6 +21,16 @@ def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
         picture.save(unfinished, "PNG")
 
 
+def is_png(path: str | pathlib.Path, image_size: tuple[int, int]) -> bool:
+    """Whether a file is a whole PNG of that height and width; its checksums are compared."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.verify()
+            return image.size == (image_size[1], image_size[0])
+    except (OSError, SyntaxError, ValueError):
+        return False
+
+
 def shown_scale(image_size: tuple[int, int]) -> int:
     """How many times to enlarge images of that size for viewing."""
     return max(1, 64 // max(image_size))

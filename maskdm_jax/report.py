@@ -5,6 +5,7 @@
 Needs matplotlib: pip install 'maskdm_jax[demo]'.
 """
 
+import contextlib
 import json
 import pathlib
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 from maskdm_jax import flops
 from maskdm_jax.config import load_json
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import TEXT
+from maskdm_jax.fields import TEXT, quoted
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.telemetry import read_metrics
 
@@ -34,15 +35,15 @@ def write_report(
     Raises:
       ConfigError: if a workdir holds no metrics, or the second one no samples.
     """
-    stages = {_PRETRAIN: _read(pretrain), _FINETUNE: _read(finetune)}
+    stages = {_PRETRAIN: _read(pretrain, "--pretrain"), _FINETUNE: _read(finetune, "--finetune")}
     grids = sorted(
-        pathlib.Path(finetune).expanduser().glob("samples/*/grid.png"),
+        files.local_path(finetune, "--finetune").glob("samples/*/grid.png"),
         key=lambda path: path.stat().st_mtime,
     )
     if not grids:
         raise ConfigError(
             f"{finetune} holds no samples; type: python main.py --config=configs/NAME.py "
-            f"--workdir={finetune} --mode=sample"
+            f"--workdir={quoted(finetune)} --mode=sample"
         )
     out = files.local_path(out, "--out")
     try:
@@ -57,7 +58,9 @@ def write_report(
     sampled = grids[-1].parent
     count = len(list(sampled.glob("[0-9]*.png")))
     config = stages[_FINETUNE][0]
-    step = json.loads((sampled / "settings.json").read_text())["step"]
+    with _damage_explained(sampled / "settings.json"):
+        settings = json.loads((sampled / "settings.json").read_text())
+        step, weights = settings["step"], settings["weights"]
     files.write_text(
         out / "report.md",
         f"""# Two-stage training on {config.data.name}
@@ -74,7 +77,7 @@ Images/s is the median over the records; the last loss is the mean of the last t
 
 ## Samples
 
-{count} images, drawn from the EMA weights of step {step} (`{sampled.name}`).
+{count} images, drawn from the {weights} weights of step {step} (`{sampled.name}`).
 
 ![samples](samples.png)
 
@@ -86,14 +89,27 @@ Images/s is the median over the records; the last loss is the mean of the last t
     return out / "report.md"
 
 
-def _read(workdir):
-    records = read_metrics(pathlib.Path(workdir).expanduser())
+def _read(workdir, flag):
+    workdir = files.local_path(workdir, flag)
+    records = read_metrics(workdir)
     if not records:
         raise ConfigError(
             f"{workdir} holds no metrics.jsonl; expected the --workdir of a run that has trained; "
             "type another --pretrain or --finetune"
         )
-    return load_json(pathlib.Path(workdir).expanduser() / "config.json"), records
+    with _damage_explained(workdir / "config.json"):
+        return load_json(workdir / "config.json"), records
+
+
+@contextlib.contextmanager
+def _damage_explained(path):
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        raise ConfigError(
+            f"{path} cannot be read: {' '.join(str(error).split())[:200]}; expected the file that "
+            "training or sampling wrote; type the command that wrote it again"
+        ) from error
 
 
 def _row(name, config, records):

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from maskdm_jax import checkpoint, draw, images, sharding
 from maskdm_jax.config import FIELDS, check_same_architecture, get
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
 from maskdm_jax.run.progress import say
 
@@ -49,11 +49,19 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     with _writing(config, folder):
         if distributed.is_main():
             files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")
-        todo = distributed.agreed(_missing(folder, settings.num))
+        todo = distributed.agreed(_missing(config, folder))
         if len(todo) < settings.num:
             say(f"{settings.num - len(todo)} of {settings.num} images are already in {folder}")
         if todo:
-            _draw_missing(config, workdir, step, folder, todo)
+            try:
+                _draw_missing(config, workdir, step, folder, todo)
+            except (FileNotFoundError, ValueError) as error:
+                if step in checkpoint.steps(workdir):
+                    raise
+                raise RunError(
+                    f"checkpoint {step} of {workdir} was retired meanwhile by the run that trains "
+                    "there; the same command draws from the newest"
+                ) from error
         if distributed.is_main():
             _draw_grid(config, folder)
     return folder
@@ -65,7 +73,7 @@ def _writing(config, folder):
 
     def needed_bytes():  # about that of the images as PNGs
         image_bytes = math.prod(config.data.image_size) * config.data.channels
-        return len(_missing(folder, config.sample.num)) * image_bytes
+        return len(_missing(config, folder)) * image_bytes
 
     remedy = "make room, then the same command draws the rest"
     with contextlib.ExitStack() as stack:
@@ -81,12 +89,18 @@ def _writing(config, folder):
                 "writable, or copy the run and type the copy's --workdir"
             ) from error
         if distributed.is_main() and stack.enter_context(lock.hold(folder)):
-            files.remove_leftovers(folder, "*.png")
+            files.remove_leftovers(folder, "*")
         yield
 
 
-def _missing(folder, num):
-    return [i for i in range(num) if not _path(folder, i).exists()]
+def _missing(config, folder):
+    """Numbers of the images that are not there, or not whole."""
+    height, width = config.data.image_size
+    if config.data.channels not in (1, 3):
+        width *= config.data.channels  # see `images.save_png`
+    return [
+        i for i in range(config.sample.num) if not images.is_png(_path(folder, i), (height, width))
+    ]
 
 
 def _draw_grid(config, folder):

@@ -14,6 +14,7 @@ from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import quoted
 from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.run import distributed, faults, files, memory, preemption
 from maskdm_jax.run.progress import say
@@ -187,7 +188,8 @@ def _own_step(config, workdir):
     """
     if not distributed.agreed(checkpoint.steps(workdir)):
         return None, None
-    step = checkpoint.find_step(workdir, set_aside=True)
+    # A dry run may look at a workdir in which another run is saving.
+    step = checkpoint.find_step(workdir, set_aside=not config.train.dry_run)
     stored = checkpoint.load_record(workdir, step)
     before = from_dict(stored["config"])
     check_same_architecture(config, before, str(workdir))
@@ -196,7 +198,7 @@ def _own_step(config, workdir):
         raise ConfigError(
             f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "
             f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
-            f"--config.init.path={workdir}"
+            f"--config.init.path={quoted(workdir)}"
         )
     return step, stored
 

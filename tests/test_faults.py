@@ -170,3 +170,13 @@ def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):
     kept = checkpoint.steps(small_disk)
     assert kept and f"resumes from step {kept[-1]}" in errors[0]
     assert checkpoint.find_step(small_disk) == kept[-1]
+
+
+def test_a_dry_run_moves_no_checkpoint_that_a_run_beside_it_is_saving(tiny_config, tmp_path):
+    tiny_config.train.num_steps = 4
+    tiny_config.checkpoint.every_steps = 2
+    train.train(tiny_config, tmp_path)
+    (tmp_path / "checkpoints" / "4" / "sha256.json").unlink()  # not written yet
+    tiny_config.train.update(num_steps=8, dry_run=True)
+    train.train(tiny_config, tmp_path)
+    assert checkpoint.steps(tmp_path) == [2, 4]

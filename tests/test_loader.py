@@ -128,7 +128,7 @@ def test_a_damaged_decode_cache_is_decoded_again(copied, capsys):
     for damaged in (whole[: len(whole) // 2], b"", whole.replace(b"|u1", b"|i1")):
         replace(images, damaged)
         np.testing.assert_array_equal(read(config, 0, 1)[0]["image"], expected)
-        assert "are damaged" in capsys.readouterr().err
+        assert "are not whole; decoding again" in capsys.readouterr().err
 
 
 def test_what_a_killed_decoder_left_is_removed_by_the_next(copied):
@@ -159,6 +159,7 @@ def test_a_copy_of_a_data_set_has_its_fingerprint_and_another_set_has_not(copied
     assert sources.open_source(config).fingerprint == copy.fingerprint
     changed = [copy._read(i) for i in range(len(copy))]
     changed[-1] = (changed[0][0], changed[-1][1])  # one image differs
+    assert dataclasses.replace(copy, contents="other bytes").fingerprint != copy.fingerprint
     other = dataclasses.replace(copy, records=[{"image": i, "label": n} for i, n in changed])
     assert other.fingerprint != copy.fingerprint
     assert dataclasses.replace(other, records=other.records[:-1]).fingerprint != other.fingerprint
@@ -186,3 +187,14 @@ def test_images_of_more_than_8_bits_are_refused(tiny_config, tmp_path):
     tiny_config.data.name, tiny_config.data.dir = "deep", str(tmp_path)
     with pytest.raises(ConfigError, match="has images of uint16; expected uint8.*type: python -m"):
         sources.open_source(tiny_config)
+
+
+def test_a_set_whose_files_were_replaced_is_decoded_again(copied):
+    config, folder = copied
+    read(config, 0, 1)
+    (before,) = (folder / "decoded").glob("train-image-*.npy")
+    (records,) = folder.glob("*.array_record*")
+    replace(records, records.read_bytes())
+    read(config, 0, 1)
+    (after,) = (folder / "decoded").glob("train-image-*.npy")
+    assert after.name != before.name

@@ -28,7 +28,7 @@ def test_the_report_has_both_stages_and_pictures(tmp_path):
     folder.mkdir(parents=True)
     for name in ("000000.png", "000001.png", "grid.png"):
         images.save_png(folder / name, np.zeros((4, 4, 1), np.uint8))
-    (folder / "settings.json").write_text('{"step": 30}')
+    (folder / "settings.json").write_text('{"step": 30, "weights": "ema"}')
     path = report.write_report(first, second, tmp_path / "out")
     text = path.read_text()
     assert "| masked pre-training | 10 |" in text and "| 30 | 100 | 0.6000 |" in text

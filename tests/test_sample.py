@@ -178,3 +178,34 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(
     monkeypatch.setattr(images, "save_png", save_png)
     sample.write_samples(tiny_config, workdir)
     assert len(drawn(folder)) == 12 and not left.exists()
+
+
+def test_an_image_that_is_not_whole_is_drawn_again(tiny_config, trained, tmp_path):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
+    tiny_config.sample.num = 4
+    folder = sample.write_samples(tiny_config, workdir)
+    first = drawn(folder)
+    (folder / "000001.png").write_bytes(b"")
+    (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-20])
+    images.save_png(folder / "000003.png", np.zeros((5, 5, 1), np.uint8))
+    sample.write_samples(tiny_config, workdir)
+    for name, image in drawn(folder).items():
+        assert np.abs(image.astype(int) - first[name].astype(int)).max() <= 1, name
+
+
+def test_a_checkpoint_that_is_retired_while_sampling_waits_is_one_sentence(
+    tiny_config, trained, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "copy"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
+    tiny_config.sample.num = 4
+    restore = sample.checkpoint.restore_item
+
+    def retired(*args):
+        shutil.rmtree(workdir / "checkpoints" / "2")
+        return restore(*args)
+
+    monkeypatch.setattr(sample.checkpoint, "restore_item", retired)
+    with pytest.raises(RunError, match="checkpoint 2 .* was retired meanwhile"):
+        sample.write_samples(tiny_config, workdir)

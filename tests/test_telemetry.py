@@ -34,3 +34,12 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + json.dumps({"step": 2, "loss": 1.0})[:-5])
     assert [r["step"] for r in read_metrics(tmp_path)] == [1]
+
+
+def test_damaged_lines_of_metrics_are_left_out(tmp_path):
+    good = '{"step": 1, "loss": 0.5}\n'
+    lines = (
+        good.encode() + b'\0\0{"step": 2}\n\xff\xfe}\n{"step": 3}\n[4]\n{"step": "5", "loss": 1}'
+    )
+    (tmp_path / "metrics.jsonl").write_bytes(lines + b"\n" + good.encode().replace(b"1", b"6"))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 6]

@@ -531,7 +531,7 @@ PREPARE = [
     Wrong(PREPARE_COMMAND + "--images=gs://bucket/x", ("gs://bucket/x", "type")),
     Wrong(PREPARE_COMMAND + "--data_dir={tmp}/a_file", ("{tmp}/a_file", "--data_dir=")),
     Wrong(PREPARE_COMMAND + "--data_dir=/proc/x", ("/proc/x", "--data_dir=")),
-    Wrong(PREPARE_COMMAND + "--name=digits --data_dir={tmp}/data", ("digits", "--name=")),
+    Wrong(PREPARE_COMMAND + "--name=digits --data_dir={tmp}/data", ("digits", "--name=my_digits")),
     Wrong(PREPARE_COMMAND + "--sise=8", ("--sise", "--size")),
 ]
 

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import hashlib
 import io
 import pathlib
 import re
@@ -79,7 +80,10 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
         for split, pairs in splits.items()
     }
     remedy = f"repair or remove it, make {path.name} again, and type the same command"
-    return _image_set(records, len(labels), cache_dir, remedy)
+    checksums = sorted((str(name), info.CRC) for name, info in members.items())
+    contents = hashlib.sha256(repr(checksums).encode()).hexdigest()
+    opened = _image_set(records, len(labels), cache_dir, remedy)
+    return opened._replace(contents=contents, files=(path,))
 
 
 def _members(archive):
@@ -171,7 +175,7 @@ def open_lmdb(folder: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
         raise ConfigError(f"the lmdb {folder} holds no images; {remedy}")
     word = re.fullmatch(r".*?_?(train|val|test)(_lmdb)?", folder.name)
     split = {"val": "validation", "test": "test"}.get(word and word[1], "train")
-    return _image_set({split: records}, 0, cache_dir, remedy)
+    return _image_set({split: records}, 0, cache_dir, remedy)._replace(files=(folder / "data.mdb",))
 
 
 @functools.cache

@@ -6,9 +6,12 @@ import contextlib
 import io
 import itertools
 import multiprocessing
+import multiprocessing.connection
+import os
 import pathlib
 import re
 import signal
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -47,7 +50,7 @@ def encode_all(paths: list[pathlib.Path], target: Target, num_processes: int) ->
     # spawn: no state of this process, such as another library's threads, is shared.
     context = multiprocessing.get_context("spawn")
     batches = iter([paths[i : i + _BATCH] for i in range(0, len(paths), _BATCH)])
-    with concurrent.futures.ProcessPoolExecutor(num_processes, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(num_processes, context, _end_with_parent) as pool:
         try:
             with _ctrl_c_blocked():  # the processes start here
                 # A few batches ahead of the writer, whose memory the results would fill.
@@ -60,9 +63,12 @@ def encode_all(paths: list[pathlib.Path], target: Target, num_processes: int) ->
                 for batch in itertools.islice(batches, 1):
                     pending.append(pool.submit(_encode_batch, batch, target))
         except concurrent.futures.process.BrokenProcessPool as error:
+            fewer = (
+                f"--num_processes={num_processes // 2}" if num_processes > 1 else "a lower --size"
+            )
             raise RunError(
                 "a process that encodes images was killed, most likely for lack of memory; nothing "
-                f"was written; type fewer than {num_processes} --num_processes"
+                f"was written; free memory, or type {fewer}"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -72,11 +78,29 @@ def encode_all(paths: list[pathlib.Path], target: Target, num_processes: int) ->
 def _ctrl_c_blocked():
     """Delays Ctrl-C. A terminal sends it to every process; those started here inherit the block, so
     this one alone reports that it stopped."""
+    delayed = []
+    # The block holds for this thread alone; the system may give the signal to another.
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = in_main and signal.signal(signal.SIGINT, lambda *args: delayed.append(args))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if in_main:
+            signal.signal(signal.SIGINT, handler)
+    if delayed:
+        raise KeyboardInterrupt
+
+
+def _end_with_parent():
+    """Ends this process once its parent is gone, which would leave it waiting for ever."""
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _encode_batch(paths, target):
@@ -91,6 +115,7 @@ def encode(path: str | pathlib.Path, target: Target) -> Encoded:
         data = pathlib.Path(path).read_bytes()
         with Image.open(io.BytesIO(data), formats=pixels.formats()) as image:
             image.load()  # a truncated file fails here
+            pixels.check_depth(image, data)
             same = image.mode == mode and image.size == (width, height)
             if same and pixels.is_plain(image, data):
                 return Encoded(data)

@@ -3,6 +3,7 @@
 import codecs
 import collections
 import dataclasses
+import mimetypes
 import os
 import pathlib
 import re
@@ -13,6 +14,7 @@ from PIL import Image
 
 from maskdm_jax.data import pixels
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import quoted
 
 _SPLITS = {
     "train": "train",
@@ -54,18 +56,16 @@ def find(root: pathlib.Path) -> Found:
     A file is an image if Pillow reads files of its suffix or, with another suffix or none, if
     Pillow recognises its content.
     """
-    images, left_out, seen = [], collections.defaultdict(list), set()
+    images, left_out = [], collections.defaultdict(list)
 
     def cannot_list(error):
         left_out["folders without permission"].append(shown(error.filename, root))
 
     for folder, subfolders, names in os.walk(root, onerror=cannot_list, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back to a folder above
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders.sort()
+        # A link back to a folder above would never end; any other link is read where it stands.
+        above = {os.path.realpath(parent) for parent in (folder, *pathlib.Path(folder).parents)}
+        looped = [s for s in subfolders if os.path.realpath(os.path.join(folder, s)) in above]
+        subfolders[:] = sorted(set(subfolders) - set(looped))
         for name in [n for n in subfolders if n.startswith(".")]:
             left_out[_HIDDEN].append(shown(os.path.join(folder, name), root))
             subfolders.remove(name)
@@ -80,11 +80,15 @@ def find(root: pathlib.Path) -> Found:
 
 
 def _why_no_image(path):
-    if not path.name.startswith("."):
+    try:
+        if path.name.startswith("."):
+            return _HIDDEN
         if not path.exists():
             return "links to nothing"
         if not path.is_file():
             return "neither files nor folders"
+    except PermissionError:
+        return "files without permission"
     return why_no_image(path.name, lambda: path.open("rb"))
 
 
@@ -110,8 +114,10 @@ def why_no_image(name: str, open_file: Callable[[], BinaryIO]) -> str:
     try:
         with open_file() as file:
             head = file.read(4096)
+        is_picture = (mimetypes.guess_type(name)[0] or "").startswith("image/")
         # Incremental: a character that is cut at the end is no error.
-        if b"\0" not in head and codecs.getincrementaldecoder("utf-8")().decode(head):
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+        if b"\0" not in head and not is_picture:
             return _TEXT
     except ValueError:
         pass
@@ -144,7 +150,8 @@ def splits(
     named = sorted(top for top in tops if is_split(top))
     if not named:
         return {"train": _classes(what, root, images)}
-    alone = "" if archive else f", or type --images {shown(root / named[0])} to use that alone"
+    alone = f", or type --images={quoted(shown(root / named[0]))} to use that alone"
+    alone = "" if archive else alone
     others = sorted(tops - set(named), key=counting_order)
     if others or loose:
         other = others[0] if others else loose[0].name
@@ -155,9 +162,13 @@ def splits(
         )
     found = {}
     for top in named:
+        if _SPLITS[top.lower()] in found:
+            raise ConfigError(
+                f"{what} holds several folders of split {_SPLITS[top.lower()]}: "
+                f"{', '.join(named)}; expected one for each split: rename or merge them{alone}"
+            )
         members = [path for path in images if path.parts[depth] == top]
-        pairs = _classes(what, root / top, members)
-        found.setdefault(_SPLITS[top.lower()], []).extend(pairs)
+        found[_SPLITS[top.lower()]] = _classes(what, root / top, members)
     has_classes = {split: any(c != _ONE_CLASS for _, c in found[split]) for split in found}
     if len(set(has_classes.values())) > 1:
         with_classes = [split for split, has in has_classes.items() if has]
@@ -193,10 +204,11 @@ def path_order(path: pathlib.PurePath) -> list:
     return [counting_order(part) for part in path.parts]
 
 
-def counting_order(name: str) -> list:
-    """A sort key that puts 2 before 10."""
+def counting_order(name: str) -> tuple:
+    """A sort key that puts 2 before 10; no two names have the same."""
     parts = re.split(r"(\d+)", name)
-    return [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)]
+    counted = [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)]
+    return counted, name
 
 
 def shown(path: str | pathlib.Path, root: str | pathlib.Path | None = None) -> str:

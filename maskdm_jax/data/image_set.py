@@ -36,6 +36,9 @@ class ImageSet(NamedTuple):
       num_classes: 0 if there are no labels.
       cache_dir: where its decoded images may be kept.
       remedy: what to do if an example cannot be read.
+      contents: what its files say of all examples, such as counts, sizes or checksums; the same for
+        a copy elsewhere.
+      files: those that hold it; a cache of decoded images is that of these sizes and times.
     """
 
     splits: dict[str, Callable[[], Records]]
@@ -43,6 +46,8 @@ class ImageSet(NamedTuple):
     num_classes: int
     cache_dir: pathlib.Path
     remedy: str
+    contents: str = ""
+    files: tuple[pathlib.Path, ...] = ()
 
 
 def ids_by_index(count: int) -> Iterator[bytes]:

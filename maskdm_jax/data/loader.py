@@ -7,6 +7,7 @@ of each batch. Images go to the devices as uint8.
 """
 
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -175,8 +176,9 @@ def _gib(num_bytes):
 def _open_cache(config, source) -> dict[str, np.ndarray]:
     """The decoded set as memory maps; decodes it first if no process has done so yet."""
     folder = source.cache_dir
-    # A set that is prepared again has other bytes under the same name.
-    key = source.fingerprint[:12]
+    # A set that is prepared again has other files under the same names.
+    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.files]
+    key = hashlib.sha256(f"{source.fingerprint} {stamps}".encode()).hexdigest()[:12]
     paths = {k: folder / f"{source.variant}-{k}-{key}.npy" for k in ("image", "label")}
     cache = _mapped(source, paths)
     if cache is not None:
@@ -187,6 +189,8 @@ def _open_cache(config, source) -> dict[str, np.ndarray]:
             locked = stack.enter_context(lock.hold(folder))
         cache = _mapped(source, paths)  # another process may have written it meanwhile
         if cache is None:
+            if all(path.exists() for path in paths.values()):
+                progress.remark(f"the decoded images in {folder} are not whole; decoding again")
             if locked:
                 files.remove_leftovers(folder, f"{source.variant}-*.npy")
             _remove_stale(config, source, paths)
@@ -209,10 +213,7 @@ def _mapped(source, paths):
         "image": ((len(source), *source.image_shape), np.uint8),
         "label": ((len(source),), np.int32),
     }
-    if found != expected:
-        progress.remark(f"the decoded images in {paths['image'].parent} are damaged")
-        return None
-    return cache
+    return cache if found == expected else None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ WHITE = (255, 255, 255)
 # What Pillow recognises but cannot decode by itself.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
 CELEBA_SIZE = (178, 218)  # width, height
 
 
@@ -48,6 +49,7 @@ def decode(
     """
     with Image.open(io.BytesIO(data), formats=formats()) as image:
         if channels != 4 and not is_plain(image, data):
+            check_depth(image, data)
             ImageOps.exif_transpose(image, in_place=True)
             image = to_8_bits(image, channels, WHITE)
         image = image.convert(_MODES[channels])
@@ -87,6 +89,28 @@ def cropped(image: Image.Image, crop: str, size: tuple[int, int]) -> Image.Image
         left, top = (image.width - wide) // 2, (image.height - high) // 2
         box, resample = (left, top, left + wide, top + high), Image.Resampling.LANCZOS
     return image.crop(box).resize((width, height), resample)
+
+
+def check_depth(image: Image.Image, data: bytes) -> None:
+    """Refuses what Pillow reads wrongly, or with another range than it says.
+
+    Args:
+      image: opened from `data`.
+      data: the file.
+
+    Raises:
+      ValueError: why.
+    """
+    if image.format == "PNG" and data[24] == 16 and "transparency" in image.info:
+        raise ValueError("it has 16 bits and a transparent colour; expected an alpha channel")
+    if image.format != "TIFF":
+        return
+    tags = image.tag_v2
+    bits, formats = tags.get(_BITS, (1,)), tags.get(_SAMPLE_FORMAT, (1,))
+    if 2 in formats:
+        raise ValueError("it has signed integers; expected unsigned ones")
+    if image.mode.startswith("I;16") and (set(bits) != {16} or tags.get(_PHOTOMETRIC) != 1):
+        raise ValueError(f"it has {bits[0]} bits, or 0 for white; expected 16 bits, 0 for black")
 
 
 def is_plain(image: Image.Image, data: bytes) -> bool:

@@ -20,7 +20,7 @@ import textwrap
 from PIL import ImageColor
 
 from maskdm_jax import fields
-from maskdm_jax.data import folders, writer
+from maskdm_jax.data import digits, folders, writer
 from maskdm_jax.data.encode import Target, encode_all
 from maskdm_jax.data.folders import counting_order, shown
 from maskdm_jax.errors import ConfigError
@@ -28,6 +28,7 @@ from maskdm_jax.run import command_line, progress
 from maskdm_jax.run.files import local_path
 
 _MAX_LOST_SHARE = 0.01
+_MAX_SIDE = 8192  # pixels
 
 
 def prepare(
@@ -185,17 +186,24 @@ def _check(root, name):
             f"--images is {shown(root)}, which is no folder; expected a folder of images; type "
             "--images=FOLDER"
         )
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+    if name == digits.NAME:
+        raise ConfigError(
+            f"--name is {name!r}, the name of the embedded set; type --name=my_{name}, say"
+        )
+    if not re.fullmatch(r"[a-z][a-z0-9_]{,99}", name):
         near = re.sub(r"[^a-z0-9_]+", "_", name.lower()).strip("_0123456789") or "my_faces"
         raise ConfigError(
-            f"--name {name!r} is not a data set's name; expected lower-case letters, digits and "
-            f"underscores, a letter first; type --name={near}"
+            f"--name {name!r} is not a data set's name; expected up to 100 lower-case letters, "
+            f"digits and underscores, a letter first; type --name={near[:100]}"
         )
 
 
 def _colour(text):
     try:
-        return ImageColor.getrgb(text)[:3]
+        colour = ImageColor.getrgb(text)[:3]
+        if max(colour) > 255:
+            raise ValueError
+        return colour
     except ValueError as error:
         raise ConfigError(
             f"--background {text!r} is not a colour; type --background=black, say, or its "
@@ -205,15 +213,16 @@ def _colour(text):
 
 def _read_size(text):
     sides = [int(side) for side in text.split("x")] if re.fullmatch(r"\d+(x\d+)?", text) else [0]
-    return text if 0 in sides else (sides * 2)[:2]
+    return (sides * 2)[:2] if all(1 <= side <= _MAX_SIDE for side in sides) else text
 
 
 def _nearest_size(value, default):
-    return "x".join(re.findall(r"(?<![\d.])[1-9]\d*", value)[:2]) or "256"
+    sides = re.findall(r"(?<![\d.])[1-9]\d*", value)[:2]
+    return "x".join(str(min(int(side), _MAX_SIDE)) for side in sides) or "256"
 
 
 _SIZE = fields.Kind(
-    "pixels: 256, or 128x64 (height x width)",
+    f"pixels, up to {_MAX_SIDE}: 256, or 128x64 (height x width)",
     lambda value: isinstance(value, list),
     _nearest_size,
     _read_size,

@@ -14,7 +14,7 @@ import numpy as np
 from maskdm_jax.data import archives, digits, pixels, tfds, toy
 from maskdm_jax.data.image_set import ImageSet, Records, damage_explained
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import nearest_word
+from maskdm_jax.fields import nearest_word, quoted
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
@@ -31,6 +31,7 @@ class Source:
       cache_dir: where decoded images may be kept, shared by all sources of the set.
       split, crop, fraction: the fields of `config.data`.
       remedy: what to do if an example cannot be read.
+      contents, files: see `ImageSet`.
     """
 
     records: Records
@@ -41,6 +42,8 @@ class Source:
     crop: str = "none"
     fraction: float = 1.0
     remedy: str = "prepare the set again"
+    contents: str = ""
+    files: tuple[pathlib.Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -59,12 +62,13 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A SHA-256 over the crop, the number of examples, and the bytes of 64 of them.
+        """A SHA-256 over the crop, what the set's files say of their contents, and 64 examples.
 
         It is the same for a copy of the set in another place. The examples are evenly spaced over
-        those that `data.fraction` takes.
+        those that `data.fraction` takes; reading all of a large set would take minutes at every
+        start.
         """
-        facts = [len(self), self.image_shape, self.num_classes]
+        facts = [len(self), self.image_shape, self.num_classes, self.contents]
         facts += [self.crop] * (self.crop != "none")
         sha = hashlib.sha256(json.dumps(facts).encode())
         for index in np.unique(np.linspace(0, len(self) - 1, _FINGERPRINT_EXAMPLES).astype(int)):
@@ -121,7 +125,7 @@ def open_source(config) -> Source:
     if data_dir.exists() and not data_dir.is_dir():
         raise ConfigError(
             f"data.dir {data_dir} is a file; expected the folder of data sets; type "
-            f"--config.data.dir={data_dir.parent}"
+            f"--config.data.dir={quoted(data_dir.parent)}"
         )
     found = _find(config, data_dir)
     _check(config, found)
@@ -140,6 +144,8 @@ def open_source(config) -> Source:
         data.crop,
         data.fraction,
         found.remedy,
+        found.contents,
+        found.files,
     )
 
 

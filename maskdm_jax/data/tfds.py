@@ -1,5 +1,6 @@
 """Sets in the format of TensorFlow Datasets, read through `data_source`, without TensorFlow."""
 
+import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -96,12 +97,15 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
                 ) from error
         return _Records(data_source, str(folder), "id" in features)
 
+    sizes = {k: [int(s.num_bytes), s.shard_lengths] for k, s in builder.info.splits.items()}
     return ImageSet(
         splits={split: lambda split=split: opened(split) for split in builder.info.splits},
         image_shape=tuple(image.shape),
         num_classes=getattr(features.get("label"), "num_classes", 0),
         cache_dir=pathlib.Path(builder.data_dir) / "decoded",
         remedy=remedy,
+        contents=json.dumps(sizes),
+        files=tuple(sorted(p for p in pathlib.Path(builder.data_dir).iterdir() if p.is_file())),
     )
 
 

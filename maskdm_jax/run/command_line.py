@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import faulthandler
 import os
 import re
@@ -16,10 +17,13 @@ from absl import logging
 
 from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError, RunError, StartError
+from maskdm_jax.run import faults
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 UNEXPECTED = 70  # EX_SOFTWARE of sysexits.h: another attempt may succeed
+
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 _CONFIG = "--config."
 
@@ -156,6 +160,7 @@ def run(
     if resumes:
         signal.signal(signal.SIGTERM, stop)
     faulthandler.enable()
+    _print_any_name()
     # Silence library logs: warnings the user cannot act on, and stack traces of errors that are
     # raised anyway.
     logging.use_absl_handler()
@@ -169,9 +174,13 @@ def run(
 
 def exit_code(work: Callable[[], object]) -> int:
     """Runs `work` and returns the program's exit code; prints an expected error as one sentence."""
+    _print_any_name()
     try:
         work()
-    except (ConfigError, RunError, KeyboardInterrupt) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ConfigError, RunError, OSError, KeyboardInterrupt) as error:
         return report(error)
     return 0
 
@@ -181,11 +190,25 @@ def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("stopped", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, OSError) and error.errno in _UNUSABLE:
+        error = ConfigError(
+            f"{error.filename} cannot be used: {error.strerror}; expected a path that this user "
+            "may read and write; change its permissions, or type another"
+        )
+    if isinstance(error, OSError) and faults.disk_is_full(error):
+        error = RunError(f"{error}; make room, then type the same command")
     if isinstance(error, (ConfigError, RunError, StartError)):
         print(f"error: {_printable(str(error))}", file=sys.stderr)
         return error.exit_code
     traceback.print_exception(error)
     return unexpected
+
+
+def _print_any_name():
+    """Lets names that a terminal cannot show be printed as escapes, instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _leave(code):

@@ -28,6 +28,9 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
         raise ConfigError(
             f"{name} is {path!r}; expected a path that can be printed; type another {name}"
         )
+    if not str(path):
+        flag = name if name.startswith("--") else f"--config.{name}"
+        raise ConfigError(f"{name} is ''; expected a path; type {flag}=FOLDER")
     if re.match(r"[A-Za-z][\w+.-]*:/", path):
         raise ConfigError(
             f"{name} is {path}; expected a folder of a local or mounted file system, since buckets "
@@ -77,5 +80,7 @@ def remove_leftovers(folder: str | pathlib.Path, pattern: str) -> None:
 
 def write_text(path: str | pathlib.Path, text: str) -> None:
     """Writes a text file that is whole or absent."""
-    with whole(path) as unfinished:
-        unfinished.write_text(text)
+    with whole(path) as unfinished, unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a power cut would otherwise leave the name with nothing in it

@@ -3,6 +3,7 @@
 Only process 0 writes. A resumed run drops records beyond its checkpoint; each step appears once.
 """
 
+import contextlib
 import errno
 import json
 import math
@@ -141,13 +142,17 @@ class Telemetry:
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
-    """The records of a run's metrics.jsonl, with nan for null; a line cut short is left out."""
+    """The records of a run's metrics.jsonl, with nan for null; damaged lines are left out."""
     path = pathlib.Path(workdir) / _JSONL
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
-    records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [{k: math.nan if v is None else v for k, v in record.items()} for record in records]
+    records = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            record["step"] + record["loss"]  # a record has both
+            records.append(record)
+    return records
 
 
 def _to_json(record):
