@@ -25,6 +25,7 @@ ALLOWED = {
     "data": {"run.command_line", "run.faults", "run.lock"},
     "run": set(),
     "weights": {"checkpoint", "config", "run.faults"},
+    "quality": {"run", "weights.torch_io"},
     "checkpoint": {"config", "run"},
     "optim": set(),
     "provenance": {"config"},
