@@ -17,7 +17,7 @@ from conftest import NEEDS_TORCH
 from PIL import Image
 
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.quality import inception, inception_weights
+from maskdm_jax.quality import inception, inception_weights, score
 
 
 def random_params(last, seed=0):
@@ -94,25 +94,53 @@ def torch_state(seed=0):
     return state
 
 
-def test_the_network_is_pytorch_fids_with_the_same_weights(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(pytorch-fid's Inception module, its weights, their file), with random weights."""
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
     theirs = pytest.importorskip("pytorch_fid.inception", reason=NEEDS_TORCH)
     state = {name: torch.from_numpy(x.copy()) for name, x in torch_state().items()}
-    monkeypatch.setattr(theirs, "load_state_dict_from_url", lambda *args, **kwargs: state)
+    path = str(tmp_path_factory.mktemp("published") / "weights.pth")
+    torch.save(state, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(theirs, "load_state_dict_from_url", lambda *args, **kwargs: state)
+        yield theirs, state, path
+
+
+def test_the_network_is_pytorch_fids_with_the_same_weights(published):
+    import torch
+
+    theirs, state, path = published
     images = pictures(2)
     model = theirs.InceptionV3([0, 1, 2, 3]).eval()
     found = model(torch.from_numpy(images).permute(0, 3, 1, 2) / 255)
     expected = {x.shape[1]: x.mean(dim=(2, 3)).numpy() for x in found}
     expected["logits"] = expected[2048] @ state["fc.weight"].numpy().T
 
-    torch.save(state, tmp_path / "weights.pth")
-    weights = inception_weights.load(str(tmp_path / "weights.pth"))
+    weights = inception_weights.load(path)
     assert weights.last == "logits"
     extract = inception.Extractor(weights, inception.LAYERS, 2, jax.devices()[:1])
     ours = extract(images)
     assert list(ours) == list(inception.LAYERS)
     for layer in inception.LAYERS:
         assert_close(ours[layer], expected[layer], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # scipy, on how pytorch-fid calls it
+def test_the_fid_of_two_folders_is_pytorch_fids(published, tmp_path):
+    from pytorch_fid import fid_score
+
+    *_, weights = published
+    for name, seed in (("a", 0), ("b", 1)):
+        (tmp_path / name).mkdir()
+        generator = np.random.default_rng(seed)
+        for i in range(24):
+            noise = generator.integers(0, 60 + 40 * seed, (24, 24, 3), np.uint8)
+            Image.fromarray(noise + np.uint8(i)).save(tmp_path / name / f"{i}.png")
+    paths = [str(tmp_path / name) for name in "ab"]
+    expected = fid_score.calculate_fid_given_paths(paths, 12, "cpu", 64, num_workers=0)
+    found = score.score(*paths, features=(64,), weights_path=weights, batch_size=16)
+    assert found["fid64"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_stored_features_of_real_images_are_reproduced():
