@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 import urllib.error
 import urllib.request
 import zipfile
@@ -164,6 +165,19 @@ def test_a_padded_batch_over_8_devices_gives_the_features_of_each_image(extracto
     assert whole[768].shape == (8, 768) and whole[768].dtype == np.float32
     for layer, features in extractor(images[3:6]).items():
         assert_close(features, whole[layer][3:6], 1e-5)
+
+
+def test_every_product_is_in_full_float32_on_any_device():
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), np.float32)
+    params = {"params": inception.expected_params("logits")}
+    program = jax.jit(inception.InceptionV3("logits").apply).lower(params, image).as_text()
+    products = [
+        line
+        for line in program.splitlines()
+        if re.search(r"= stablehlo\.(convolution|dot_general)", line)
+    ]
+    assert len(products) >= 95
+    assert all(line.count("HIGHEST") == 2 for line in products)
 
 
 def test_the_batch_size_is_rounded_up_to_the_devices():

@@ -59,15 +59,21 @@ def containers(tmp_path):
         archive.writestr("train/all/0.png", png(pixels(9)))
         for i, image in enumerate(images):
             archive.writestr(f"test/all/{i}.png", png(image))
-    writer.write(
-        "faces",
-        tmp_path / "tfds",
-        ((png(image), "all", f"{i}") for i, image in enumerate(images)),
-        image_shape=(6, 8, 3),
-        classes=["all"],
-        description="",
-    )
-    return folder, str(tmp_path / "in.zip/test"), str(tmp_path / "tfds/faces/train")
+    records = [(png(image), "all", f"{i}") for i, image in enumerate(images)]
+    for name, splits in (
+        ("faces", {"train": records[:2], "test": records}),
+        ("one", {"train": records}),
+    ):
+        writer.write(
+            name,
+            tmp_path / "tfds",
+            splits,
+            num_examples=5,
+            image_shape=(6, 8, 3),
+            classes=["all"],
+            description="",
+        )
+    return folder, str(tmp_path / "in.zip/test"), str(tmp_path / "tfds/faces/test")
 
 
 def test_folder_zip_and_prepared_set_of_the_same_images_are_the_same_set(containers):
@@ -79,11 +85,12 @@ def test_folder_zip_and_prepared_set_of_the_same_images_are_the_same_set(contain
     assert len(hashes) == 1
 
 
-def test_a_prepared_set_needs_no_split_if_it_has_one(containers):
-    *_, prepared = containers
-    opened = reference.open_set(prepared.removesuffix("/train"), "--images")
+def test_a_prepared_set_needs_no_split_if_it_has_one(containers, tmp_path):
+    opened = reference.open_set(str(tmp_path / "tfds/one"), "--images")
     assert opened.count == 5 and (opened.read(3) == pixels(3)).all()
-    refused(prepared.replace("/train", "/test"), "no split 'test'", "type", "faces/train")
+    refused(tmp_path / "tfds/one/test", "no split 'test'", "type", "one/train")
+    refused(tmp_path / "tfds/faces", "several splits; it has test, train", "faces/test")
+    assert reference.open_set(str(tmp_path / "tfds/faces/train"), "--images").count == 2
 
 
 def test_batches_hold_every_image_in_the_order_of_the_names(tmp_path):
@@ -95,6 +102,13 @@ def test_batches_hold_every_image_in_the_order_of_the_names(tmp_path):
     assert (np.concatenate(batches) == images).all()
     first = reference.open_set(str(tmp_path), "--images", num=4)
     assert (np.concatenate(read_all(first)) == images[:4]).all()
+
+
+def test_numbers_without_zeros_are_read_in_counting_order(tmp_path):
+    for i in range(11):
+        Image.fromarray(pixels(i)).save(tmp_path / f"{i}.png")
+    (images,) = read_all(reference.open_set(str(tmp_path), "--images", num=3), 3)
+    assert (images[2] == pixels(2)).all()
 
 
 def test_the_hash_sees_pixels_shapes_and_copies_but_no_order():
@@ -135,16 +149,18 @@ def test_other_files_are_left_out_and_named(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("not an image")
     (tmp_path / ".hidden.png").write_text("not an image")
     assert reference.open_set(path, "--images").count == 2
-    assert "left out 1 other files, such as notes.txt" in capsys.readouterr().err
+    left_out = capsys.readouterr().err
+    assert "left out hidden" in left_out and "text: 1 (notes.txt)" in left_out
 
 
-def test_the_grid_beside_drawn_samples_is_left_out(tmp_path):
+def test_the_grid_beside_drawn_samples_is_left_out(tmp_path, capsys):
     for i in range(3):
         (tmp_path / f"{i:06d}.png").write_bytes(png(pixels(i)))
     (tmp_path / "grid.png").write_bytes(png(pixels(0, 50, 50)))
     refused(tmp_path, "different sizes", "6x8", "grid.png is 50x50")
     (tmp_path / "settings.json").write_text("{}")
     assert reference.open_set(str(tmp_path), "--images").count == 3
+    assert "grids of samples: 1 (grid.png)" in capsys.readouterr().err
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):
@@ -156,21 +172,21 @@ def test_a_path_that_does_not_exist_is_refused(tmp_path):
 
 def test_an_empty_folder_and_an_empty_part_of_a_zip_are_refused(tmp_path, containers):
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", "holds no images; expected files with", ".png")
+    refused(tmp_path / "empty", "holds no images; expected JPEG, PNG")
     refused(tmp_path / "in.zip/val", "holds no images")
 
 
 def test_text_named_jpg_is_refused_by_name(tmp_path):
     path = write_folder(tmp_path, [pixels(0), pixels(1)])
     (tmp_path / "text.jpg").write_text("not an image")
-    refused(path, "text.jpg is not an image", "remove it")
+    refused(path, "text.jpg cannot be read as an image", "remove it")
 
 
 def test_a_damaged_image_is_refused_by_name(tmp_path):
     path = write_folder(tmp_path, [pixels(0, 40, 40), pixels(1, 40, 40)])
     whole = (tmp_path / "class0/000.png").read_bytes()
     (tmp_path / "class0/000.png").write_bytes(whole[: len(whole) // 2])
-    refused(path, "class0/000.png is damaged", "remove or repair it")
+    refused(path, "class0/000.png cannot be read", "repair it")
 
 
 def test_a_set_of_one_image_is_refused(tmp_path):

@@ -25,7 +25,7 @@ ALLOWED = {
     "data": {"run.command_line", "run.faults", "run.lock"},
     "run": set(),
     "weights": {"checkpoint", "config", "run.faults"},
-    "quality": {"run", "weights.torch_io"},
+    "quality": {"data.folders", "data.pixels", "data.sources", "run", "weights.torch_io"},
     "checkpoint": {"config", "run"},
     "optim": set(),
     "provenance": {"config"},

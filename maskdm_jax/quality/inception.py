@@ -30,15 +30,15 @@ _HIGHEST = jax.lax.Precision.HIGHEST
 class InceptionV3(nn.Module):
     """Features of images [B, H, W, 3] in [0, 1], up to the layer `last`.
 
-    Returns {layer: float32 [B, D]} for the LAYERS up to `last`. The logits have no bias, as in the
+    Returns a float32 [B, D] for each of LAYERS up to `last`. The logits have no bias, as in the
     definition of the Inception Score (Salimans et al. 2016), and 1,008 columns.
     """
 
     last: int | str
 
     @nn.compact
-    def __call__(self, image_BHWC: jax.Array) -> dict[int | str, jax.Array]:
-        found = {}
+    def __call__(self, image_BHWC: jax.Array) -> list[jax.Array]:
+        found = []
         x = jax.image.resize(
             image_BHWC, (len(image_BHWC), _SIDE, _SIDE, 3), "bilinear", antialias=False
         )
@@ -46,11 +46,11 @@ class InceptionV3(nn.Module):
         stages = {64: _stage_64, 192: _stage_192, 768: _stage_768, 2048: _stage_2048}
         for layer, stage in stages.items():
             x = stage(x)
-            found[layer] = x.mean(axis=(1, 2))
+            found.append(x.mean(axis=(1, 2)))
             if layer == self.last:
                 return found
         classify = nn.Dense(1008, use_bias=False, precision=_HIGHEST, name="fc")
-        return found | {"logits": classify(found[2048])}
+        return [*found, classify(found[-1])]
 
 
 def _stage_64(x):
@@ -203,7 +203,7 @@ class Extractor:
         image = image_BHWC.astype(jnp.float32) / 255
         image = jnp.broadcast_to(image, (*image.shape[:3], 3))  # grey as RGB
         found = InceptionV3(self.layers[-1]).apply({"params": params}, image)
-        return [found[layer] for layer in self.layers]
+        return [found[LAYERS.index(layer)] for layer in self.layers]
 
     def __call__(self, image_BHWC: np.ndarray) -> dict[Any, np.ndarray]:
         """{layer: float32 [B, D]} of uint8 images [B, H, W, 1 or 3], at most `batch_size`."""

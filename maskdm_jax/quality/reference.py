@@ -2,27 +2,27 @@
 
 A path may go on inside a zip, to one of its folders, and inside a prepared set, to a split:
 `faces.zip/test`, `~/tensorflow_datasets/faces/train`. Images are read as pytorch-fid reads them:
-decoded as stored, alpha and EXIF orientation ignored, and not resized.
+decoded by Pillow as stored, transparency and EXIF orientation ignored, and not resized.
 """
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
-import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
 
+from maskdm_jax.data import folders, pixels
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet
 from maskdm_jax.run import files, progress
 
-_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
 _THREADS = min(16, os.cpu_count() or 1)
 
 
@@ -89,34 +89,26 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
     if found.suffix == ".npz" and not inside:
         return frechet.read(found)
     if found.is_file() and zipfile.is_zipfile(found):
-        read, names, left_out = _in_zip(found, inside)
+        open_file, names, left_out = _in_zip(found, inside)
     elif versions := _prepared(found):
         return _prepared_set(path, flag, versions, inside, num)
     elif found.is_dir() and not inside:
-        read, names, left_out = _in_folder(found)
+        open_file, names, left_out = _in_folder(found)
     else:
         raise ConfigError(
             f"{flag} {path} does not exist; expected a folder or zip of images, a prepared set, or "
             "an .npz of statistics"
         )
     if left_out:
-        progress.remark(f"{path}: left out {len(left_out)} other files, such as {left_out[0]}")
+        progress.remark(f"{path}: left out {left_out}")
     if not names:
-        raise ConfigError(
-            f"{flag} {path} holds no images; expected files with {', '.join(sorted(_SUFFIXES))}"
-        )
+        raise ConfigError(f"{flag} {path} holds no images; expected JPEG, PNG or the like")
     names = _first(names, num, path, flag)
-    shape = _common_shape(path, flag, names, read)
+    shape = _common_shape(path, flag, names, open_file)
 
     def decode(index):
-        with _opened(read(names[index]), f"{flag} {path}", names[index]) as image:
-            try:
-                pixels = np.asarray(image.convert("RGB" if shape[2] == 3 else "L"))
-            except (OSError, ValueError, SyntaxError, zipfile.BadZipFile) as error:
-                raise ConfigError(
-                    f"{flag} {path}: {names[index]} is damaged ({error}); remove or repair it"
-                ) from error
-        return pixels.reshape(shape)
+        with _damage_explained(f"{flag} {path}: {names[index]}"), open_file(names[index]) as file:
+            return pixels.decode(file.read(), shape[2])
 
     return ImageSet(path, shape, len(names), decode)
 
@@ -158,53 +150,53 @@ def _first(items, num, path, flag):
     return items[:num]
 
 
-def _is_image(name):
-    return pathlib.PurePath(name).suffix.lower() in _SUFFIXES
-
-
-def _in_folder(root):
-    """(name -> file, names of the images, names of other files), hidden files apart."""
-    names = []
-    for folder, subfolders, here in os.walk(root):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        # The overview that --mode=sample draws beside its numbered images.
-        overview = {"grid.png"} if "settings.json" in here else set()
-        names += [(n not in overview, pathlib.Path(folder, n)) for n in here if n[0] != "."]
-    relative = sorted((path.relative_to(root).as_posix(), may_count) for may_count, path in names)
-    images = [n for n, may_count in relative if may_count and _is_image(n)]
-    others = sorted({n for n, _ in relative} - set(images))
-    return (lambda name: root / name), images, others
-
-
-def _in_zip(path, inside):
-    archive = zipfile.ZipFile(path)
-    prefix = f"{inside}/" if inside else ""
-    names = sorted(
-        n
-        for n in archive.namelist()
-        if n.startswith(prefix)
-        and not n.endswith("/")
-        and not any(p.startswith((".", "__MACOSX")) for p in n.split("/"))
-    )
-    images = [n for n in names if _is_image(n)]
-    return archive.open, images, [n for n in names if not _is_image(n)]
-
-
-def _opened(source, where, name):
+@contextlib.contextmanager
+def _damage_explained(what):
+    """Turns any error of Pillow's readers, which raise all kinds of them, into one sentence."""
     try:
-        return Image.open(source)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        yield
+    except Exception as error:
         raise ConfigError(
-            f"{where}: {name} is not an image that can be read; remove it from the set"
+            f"{what} cannot be read as an image; remove it from the set, or repair it"
         ) from error
 
 
-def _common_shape(path, flag, names, read):
+def _in_folder(root):
+    """(name -> open file, names of the images, what was left out in words)."""
+    found = folders.find(root)
+    # The overview that --mode=sample draws beside its numbered images.
+    overviews = [p for p in found.images if p.name == "grid.png"]
+    overviews = [p for p in overviews if (p.parent / "settings.json").exists()]
+    if overviews:
+        found.left_out["grids of samples"] = [folders.shown(p, root) for p in overviews]
+    names = [p.relative_to(root).as_posix() for p in found.images if p not in overviews]
+    return (lambda name: (root / name).open("rb")), names, found.described()
+
+
+def _in_zip(path, inside):
+    """The same for the folder `inside` of a zip."""
+    archive, suffixes = zipfile.ZipFile(path), pixels.suffixes()
+    prefix = f"{inside}/" if inside else ""
+    names = [n for n in archive.namelist() if n.startswith(prefix) and not n.endswith("/")]
+    images = [
+        n
+        for n in names
+        if os.path.splitext(n)[1].lower() in suffixes
+        and not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))
+    ]
+    others = sorted(set(names) - set(images))
+    left_out = f"{len(others):,} other files ({', '.join(others[:3])})" if others else ""
+    by_counting = sorted(images, key=lambda n: [folders.counting_order(p) for p in n.split("/")])
+    return archive.open, by_counting, left_out
+
+
+def _common_shape(path, flag, names, open_file):
     """(height, width, channels) of all images, from their headers."""
 
     def header(name):
-        with _opened(read(name), f"{flag} {path}", name) as image:
-            return image.height, image.width, image.mode in ("1", "L")
+        with _damage_explained(f"{flag} {path}: {name}"), open_file(name) as file:
+            with Image.open(file) as image:
+                return image.height, image.width, image.mode in ("1", "L")
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         headers = list(pool.map(header, names))
@@ -228,6 +220,8 @@ def _prepared(path):
 def _prepared_set(path, flag, versions, split, num):
     import tensorflow_datasets as tfds  # slow, and only prepared sets need it
 
+    from maskdm_jax.data import sources
+
     if len(versions) > 1:
         raise ConfigError(
             f"{flag} {path} holds several versions; type one of them, such as {versions[-1]}"
@@ -243,17 +237,19 @@ def _prepared_set(path, flag, versions, split, num):
             f"one of them, such as {versions[0].parent}/{splits[0]}"
         )
     image = dict(builder.info.features.items()).get("image")
-    if image is None or None in image.shape:
+    if image is None or None in image.shape or image.np_dtype != np.uint8:
         raise ConfigError(
-            f"{flag} {path} has {'images of many sizes' if image else 'no images'}; prepare it at "
-            "one size: python -m maskdm_jax.data.prepare --images FOLDER --name NAME --size 64"
+            f"{flag} {path} has no 8-bit images of one size; prepare them: python -m "
+            "maskdm_jax.data.prepare --images FOLDER --name NAME --size 64"
         )
     try:
-        records = builder.as_data_source(split)
+        decoders = {"image": tfds.decode.SkipDecoding()}  # Source decodes
+        records = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ConfigError(
             f"{flag} {path} is not in ArrayRecord format; type: tfds build {builder.name} "
             "--file_format=array_record"
         ) from error
-    count = len(_first(range(len(records)), num, path, flag))
-    return ImageSet(path, tuple(image.shape), count, lambda i: records[i]["image"])
+    source = sources.Source(records, versions[0], split, tuple(image.shape), num_classes=0)
+    count = len(_first(range(len(source)), num, path, flag))
+    return ImageSet(path, source.image_shape, count, lambda index: source[index]["image"])
