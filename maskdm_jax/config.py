@@ -28,6 +28,7 @@ from maskdm_jax.fields import (
     UPDATE,
     Field,
     Role,
+    choice,
     number,
     one_of,
     quoted,
@@ -147,6 +148,24 @@ FIELDS: dict[str, Field] = {
     "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights to draw with"),
     "sample.preview_num": Field(16, COUNT, FREE, "images in the grids that training draws"),
     "sample.preview_steps": Field(50, COUNT, FREE, "sampler steps for those grids"),
+
+    "eval.checkpoints": Field("newest", TEXT, FREE,
+        "what --mode=evaluate scores: newest, all, a step, or a range such as 1000:9000"),
+    "eval.num": Field(10_000, whole(2), FREE, "samples to score"),
+    "eval.metrics": Field(
+        ("fid", "kid", "precision_recall", "density_coverage", "memorisation", "swd"), NAMES, FREE,
+        "see docs/scores.md; also inception_score"),
+    "eval.features": Field(2048, choice(2048, 768, 192, 64), FREE,
+        "features that fid and its like compare"),
+    "eval.inception_weights": Field("", TEXT, FREE,
+        "file of the feature network; empty: pytorch-fid's, downloaded once"),
+    "eval.reference": Field("", TEXT, FREE,
+        "images or statistics to compare with; empty: the training images"),
+    "eval.heldout_split": Field("test", TEXT, FREE,
+        "split for held-out loss, floor and memorisation; empty: none"),
+    "eval.every_steps": Field(0, COUNT_OR_0, FREE, "scores in training, from EMA; 0: never"),
+    "eval.num_in_training": Field(1_000, whole(2), FREE,
+        "samples for those, drawn in sample.preview_steps"),
 }
 # fmt: on
 
@@ -201,7 +220,7 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
             f"{num_devices}"
         )
         _fail(config, "mesh.data", expected, -1)
-    if mode == "sample":
+    if mode in ("sample", "evaluate"):
         name, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
         name, of = "train.batch_size", "devices x optim.accumulate_steps"

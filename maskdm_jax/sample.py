@@ -10,9 +10,7 @@ import math
 import pathlib
 import tempfile
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from maskdm_jax import checkpoint, draw, images, sharding
 from maskdm_jax.config import FIELDS, check_same_architecture, get
@@ -24,8 +22,8 @@ from maskdm_jax.run.progress import say
 _FREE = ("sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps")
 
 
-def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
-    """Draws `config.sample.num` images from the newest checkpoint of `workdir`.
+def write_samples(config, workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+    """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
     settings.json. Existing images are kept.
@@ -40,6 +38,7 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     # Process 0 alone writes; the others follow what it finds, and help to draw.
     step = checkpoint.find_step(
         workdir,
+        step,
         instead="the same command without --mode=sample to train first, or another --workdir",
     )
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
@@ -86,13 +85,13 @@ def _writing(config, folder):
 
 
 def _missing(folder, num):
-    return [i for i in range(num) if not _path(folder, i).exists()]
+    return [i for i in range(num) if not image_path(folder, i).exists()]
 
 
 def _draw_grid(config, folder):
     settings = config.sample
     channels = config.data.channels
-    shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
+    shown = [images.read_png(image_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = images.shown_scale(config.data.image_size)
     images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
@@ -113,16 +112,12 @@ def _draw_missing(config, workdir, step, folder, todo):
 
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
-    firsts = range(0, len(todo), size)
-    for first in progress.track(firsts, len(firsts), "sampling", f"batches of {size}"):
-        batch = todo[first : first + size]
-        # The last batch is padded: one shape is compiled.
-        index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
-        index_B = jax.make_array_from_callback((size,), by_batch, index_B.__getitem__)
-        drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
+    batches = draw.in_batches(jitted, params, todo, size, by_batch)
+    num_batches = -(-len(todo) // size)
+    for batch, drawn in progress.track(batches, num_batches, "sampling", f"batches of {size}"):
         if distributed.is_main():
-            for i, image in zip(batch, drawn, strict=False):
-                images.save_png(_path(folder, i), image)
+            for i, image in zip(batch, drawn, strict=True):
+                images.save_png(image_path(folder, i), image)
 
 
 def _folder_name(config, workdir, step):
@@ -146,5 +141,6 @@ def _folder_name(config, workdir, step):
     return f"{name}_seed{s.seed}_{content[:8]}"
 
 
-def _path(folder, index):
+def image_path(folder: pathlib.Path, index: int) -> pathlib.Path:
+    """The file of image `index` in a folder of samples."""
     return folder / f"{index:06d}.png"

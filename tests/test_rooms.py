@@ -37,9 +37,14 @@ ALLOWED = {
     "report": {"config", "flops", "run"},
     "sample": {"checkpoint", "config", "draw", "images", "run"},
     "dry_run": {"step", "run"},
+    "heldout": {"diffusion", "draw", "model"},
+    "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
+    "evaluate": {
+        "checkpoint", "config", "draw", "evaluation", "images", "quality", "run", "sample",
+    },
     "train": {
-        "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "flops", "images",
-        "provenance", "run", "state", "step", "weights",
+        "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "evaluation", "flops",
+        "images", "provenance", "run", "state", "step", "weights",
     },
 }  # fmt: skip
 

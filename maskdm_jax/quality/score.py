@@ -71,7 +71,7 @@ def score(
         sets["--heldout"] = reference.open_set(heldout_path, "--heldout")
     _check(sets, paths, metrics)
     layers = measure.layers(metrics, features)
-    weights = _weights(weights_path, layers) if layers else None
+    weights = load_weights(weights_path, layers) if layers else None
     measured = _measure_all(sets, layers, metrics, weights, batch_size)
 
     samples, ref, heldout = (measured.get(f) for f in ("--images", "--reference", "--heldout"))
@@ -108,7 +108,16 @@ def _check(sets, paths, metrics):
         measure.check_enough(f"{flag} {opened.path}", opened.count, metrics)
 
 
-def _weights(path, layers):
+def load_weights(path: str, layers: tuple) -> inception.Weights:
+    """The network's weights, checked to reach the deepest of `layers`.
+
+    Args:
+      path: a file; empty for pytorch-fid's, downloaded once.
+      layers: some of inception.LAYERS.
+
+    Raises:
+      ConfigError: if the file is missing, of another network, or ends before that layer.
+    """
     weights = inception_weights.load(path)
     order = inception.LAYERS.index
     deepest = max(layers, key=order)
@@ -137,7 +146,7 @@ def _measure_all(sets, layers, metrics, weights, batch_size):
     measured = {}
     for flag, opened in sets.items():
         if flag not in images:
-            measured[flag] = _from_statistics(opened, flag, layers, weights)
+            measured[flag] = from_statistics(opened, flag, layers, weights)
             continue
         batches = opened.batches(size)
         num_batches = -(-opened.count // size)
@@ -146,8 +155,14 @@ def _measure_all(sets, layers, metrics, weights, batch_size):
     return measured
 
 
-def _from_statistics(stats, flag, layers, weights):
-    """A file of statistics as a measured set; refused if other features made it."""
+def from_statistics(
+    stats: frechet.Statistics, flag: str, layers: tuple, weights: inception.Weights
+) -> measure.Measured:
+    """A file of statistics as a measured set.
+
+    Raises:
+      ConfigError: if other features made it.
+    """
     dims, made_by = len(stats.mu_D), stats.made_by
     network = made_by.get("network_sha256", weights.sha256)
     if (dims,) != layers or network != weights.sha256:
