@@ -5,6 +5,7 @@ with the missing images, and a score that is already there is not computed again
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import re
@@ -12,12 +13,14 @@ import time
 
 import jax
 
-from maskdm_jax import checkpoint, draw, evaluation, images, sample, sharding
+from maskdm_jax import averages, checkpoint, draw, evaluation, images, sample, sharding
 from maskdm_jax.config import check_same_architecture
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
 from maskdm_jax.run import distributed, hashes, telemetry
 from maskdm_jax.run.progress import say
+
+_SETTINGS = ("num", "metrics", "features", "inception_weights", "reference", "heldout_split")
 
 
 def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
@@ -41,7 +44,8 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
         f"{', '.join(map(str, steps))}"
     )
     scorer, records = None, []
-    for step in steps:
+    for step, std in itertools.product(steps, _ema_stds(config)):
+        config.sample.ema_std = std
         key = _key(config, workdir, step)
         record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
         if record is None:
@@ -61,9 +65,12 @@ def _evaluate(config, workdir, step, mesh, scorer):
     start = time.perf_counter()
     folder = sample.write_samples(config, workdir, step)
     found = {}
-    for name, item in (("ema", "ema"), ("raw", "params")):
-        params = checkpoint.restore_item(workdir, step, item, draw.abstract_params(config, mesh))
-        found[name] = scorer.heldout_loss(params)
+    abstract = draw.abstract_params(config, mesh)
+    ema = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    found["ema"] = scorer.heldout_loss(ema)
+    del ema
+    raw = checkpoint.restore_item(workdir, step, "params", abstract)
+    found["raw"] = scorer.heldout_loss(raw)
     if not distributed.is_main():
         return {}
     shape = (*config.data.image_size, config.data.channels)
@@ -91,9 +98,24 @@ def _key(config, workdir, step):
         hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
         {group: config[group].to_dict() for group in ("data", "model", "diffusion")},
         {k: v for k, v in config.sample.items() if not k.startswith("preview")},
-        {k: v for k, v in config.eval.items() if k not in ("checkpoints", "every_steps")},
+        {k: config.eval[k] for k in _SETTINGS},
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _ema_stds(config):
+    """The lengths of `eval.ema_stds`; that of `sample.ema_std` if there are none."""
+    texts = [text for text in config.eval.ema_stds.split(",") if text.strip()]
+    try:
+        stds = [float(text) for text in texts] or [config.sample.ema_std]
+    except ValueError:
+        stds = [-1.0]
+    if not all(0 <= std <= 0.28 for std in stds):
+        raise ConfigError(
+            f"eval.ema_stds is {config.eval.ema_stds!r}; expected numbers between 0 and 0.28; type "
+            "--config.eval.ema_stds=0.02,0.05,0.1"
+        )
+    return stds
 
 
 def _steps(which, workdir):

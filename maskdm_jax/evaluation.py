@@ -19,7 +19,9 @@ from maskdm_jax.quality import frechet, inception, measure, reference, score
 from maskdm_jax.run import distributed, progress
 
 # What two scores must share to be compared, besides the set and the features.
-_SETTINGS = ("sampler", "spacing", "steps", "eta", "guidance_scale", "label", "seed", "weights")
+_SETTINGS = (
+    "sampler", "spacing", "steps", "eta", "guidance_scale", "label", "seed", "weights", "ema_std",
+)  # fmt: skip
 
 
 def for_training(config):
@@ -175,6 +177,7 @@ class Evaluation:
 def described(record: dict) -> str:
     """A record's scores in one line, never without their definition."""
     d = record["definition"]
+    std = f" of std {d['ema_std']:g}" if d.get("ema_std") else ""
     parts = [f"{name} {value:.4g}" for name, value in record["scores"].items()]
     for name, loss in record["heldout_loss"].items():
         parts.append(f"held-out loss ({name}) {loss['mean']:.5f}")
@@ -186,8 +189,8 @@ def described(record: dict) -> str:
                 f"{floor['samples_n']}"
             )
     return (
-        f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}, {d['sampler']} "
-        f"{d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance {d['guidance_scale']:g}; "
+        f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}{std}, "
+        f"{d['sampler']} {d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance {d['guidance_scale']:g}; "
         f"reference {d['reference_sha256'][:8]}; network {d.get('network_sha256', 'none')[:8]})"
     )
 

@@ -12,7 +12,7 @@ import tempfile
 
 import numpy as np
 
-from maskdm_jax import checkpoint, draw, images, sharding
+from maskdm_jax import averages, checkpoint, draw, images, sharding
 from maskdm_jax.config import FIELDS, check_same_architecture, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
@@ -99,9 +99,12 @@ def _draw_grid(config, folder):
 
 def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
-    item = "ema" if config.sample.weights == "ema" else "params"
-    params = checkpoint.restore_item(workdir, step, item, draw.abstract_params(config, mesh))
-    other = "raw" if item == "ema" else "ema"
+    abstract = draw.abstract_params(config, mesh)
+    if config.sample.weights == "raw":
+        params = checkpoint.restore_item(workdir, step, "params", abstract)
+    else:
+        params = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    other = "ema" if config.sample.weights == "raw" else "raw"
     faults.check_finite(
         params,
         f"checkpoint {step} of {workdir} ({config.sample.weights})",
@@ -130,6 +133,8 @@ def _folder_name(config, workdir, step):
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
+    if s.ema_std:
+        name += f"_std{s.ema_std:g}"
     if s.guidance_scale != 1:
         name += f"_guidance{s.guidance_scale:g}"
     if s.label >= 0:

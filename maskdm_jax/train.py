@@ -9,7 +9,17 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maskdm_jax import checkpoint, draw, dry_run, evaluation, flops, images, provenance, sharding
+from maskdm_jax import (
+    averages,
+    checkpoint,
+    draw,
+    dry_run,
+    evaluation,
+    flops,
+    images,
+    provenance,
+    sharding,
+)
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
@@ -80,6 +90,11 @@ def train(
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, state.params)
+    snapshots = None
+    if config.optim.ema == "power":
+        snapshots = averages.Snapshots(workdir, config, step)
+        gib = averages.snapshot_bytes(state.ema, config) / 2**30
+        say(f"snapshots of the averages will take {gib:,.2f} GiB by step {num_steps}")
 
     # ------------------------------------------------------- compile, before the first step
     feed = batches.batches(step)
@@ -116,6 +131,8 @@ def train(
         batch = next(feed) if step < num_steps else None
         telemetry.progress(step)
         checkpoints.check()
+        if snapshots is not None:
+            snapshots.save(step, state.ema)
 
         every = config.train.sample_every_steps
         wants_preview = every and (step % every == 0 or step == num_steps)
@@ -126,9 +143,9 @@ def train(
             pending = None
             # Grid and scores first: a run killed in between makes them again after it resumes.
             if wants_preview:
-                _draw_preview(config, preview, state.ema, workdir, step)
+                _draw_preview(config, preview, averages.kept(state.ema, config), workdir, step)
             if wants_scores:
-                _score(scorer, state.ema, workdir, step)
+                _score(scorer, averages.kept(state.ema, config), workdir, step)
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     if pending is not None:
@@ -136,6 +153,8 @@ def train(
     if first_step < step < num_steps:
         checkpoints.save(step, state, force=True)
     checkpoints.close()
+    if snapshots is not None:
+        snapshots.close()
     telemetry.close()
     if step < num_steps:
         raise preemption.Preempted(
