@@ -24,7 +24,12 @@ def main():
     parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
     parser.flag("--config", TEXT, "a file in configs/", required=True)
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
-    parser.flag("--mode", one_of("train", "sample", "evaluate"), "train, draw samples, or score them", "train")
+    parser.flag(
+        "--mode",
+        one_of("train", "sample", "evaluate"),
+        "train, draw samples, or score them",
+        "train",
+    )
     parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
     parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
     parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")

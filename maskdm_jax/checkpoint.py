@@ -92,9 +92,8 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._record)
-        )
+        record = ocp.args.JsonSave(self._record)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=record)
         with self._full_disk_explained():
             if not self._manager.save(step, args=args, force=force):
                 self._saving = None

@@ -137,7 +137,7 @@ def _steps(which, workdir):
             f"eval.checkpoints is {which!r}; expected newest, all, a step or a range; type "
             "--config.eval.checkpoints=newest, or 1000:9000"
         )
-    if not wanted:
+    if not wanted or not set(wanted) <= set(found):
         raise ConfigError(
             f"eval.checkpoints is {which!r}, but {workdir} holds the steps {found}; type "
             "--config.eval.checkpoints=all"

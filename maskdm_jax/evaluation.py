@@ -191,7 +191,8 @@ def described(record: dict) -> str:
     return (
         f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}{std}, "
         f"{d['sampler']} {d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance "
-        f"{d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; network {d.get('network_sha256', 'none')[:8]})"
+        f"{d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; network "
+        f"{d.get('network_sha256', 'none')[:8]})"
     )
 
 

@@ -182,7 +182,7 @@ def test_a_set_without_held_out_images_is_scored_without_them(tiny_config, tmp_p
     [
         ({"checkpoints": "many"}, "expected newest, all, a step or a range"),
         ({"checkpoints": "90:"}, "holds the steps .*type --config.eval.checkpoints=all"),
-        ({"checkpoints": "3"}, "no checkpoint of step 3"),
+        ({"checkpoints": "3"}, "holds the steps .2, 4.; type --config.eval.checkpoints=all"),
         ({"metrics": ("fud",)}, "expected some of fid, kid"),
         ({"reference": "/nowhere"}, "eval.reference /nowhere does not exist"),
         ({"num": 4, "metrics": ("density_coverage",)}, "needs at least 6 images"),

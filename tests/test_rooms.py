@@ -18,7 +18,8 @@ GROUND = {
 }
 # room or module -> what it may import besides itself and the ground.
 ALLOWED = {
-    "config": set(),
+    "config": {"field_table"},
+    "field_table": set(),
     "config_file": {"config"},
     "diffusion": set(),
     "model": set(),

@@ -7,7 +7,6 @@ The line holds every score under a name that ends in its features (`fid768`), an
 that it shares with the scores it may be compared with. docs/scores.md explains each.
 """
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -17,6 +16,7 @@ import time
 
 import jax
 
+from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet, inception, inception_weights, measure, reference
 from maskdm_jax.run import command_line, files, progress
@@ -196,23 +196,38 @@ def _devices():
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m maskdm_jax.quality.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """The command line; returns the exit code."""
+    example = "python -m maskdm_jax.quality.score --images=FOLDER --reference=FOLDER"
+    parser = command_line.Parser(__doc__, example)
+    text = fields.TEXT
+    parser.flag(
+        "--images", text, "folder, .zip[/FOLDER], prepared set[/SPLIT], or .npz", None, True
     )
-    add = parser.add_argument
-    add("--images", required=True, help="folder, .zip[/FOLDER], prepared set[/SPLIT], or .npz")
-    add("--reference", required=True, dest="reference_path", help="likewise")
-    add("--features", type=int, nargs="+", choices=_FEATURES, default=[2048])
-    add("--metrics", nargs="+", choices=measure.METRICS, default=["fid"])
-    add("--inception_weights", default="", dest="weights_path", help="default: downloaded once")
-    add("--heldout", default="", dest="heldout_path", help="for memorisation: unseen images")
-    add("--save_reference", default="", help="an .npz for the reference's statistics")
-    add("--num", type=int, help="use only the first NUM images of each set")
-    add("--batch_size", type=int, default=64, help="images at a time, over all devices")
-    args = vars(parser.parse_args(argv))
-    return command_line.exit_code(lambda: print(json.dumps(score(**args))))
+    parser.flag("--reference", text, "likewise", required=True)
+    parser.flag("--features", fields.choice(*_FEATURES), "one or several", [2048], many=True)
+    parser.flag("--metrics", fields.one_of(*measure.METRICS), "some of them", ["fid"], many=True)
+    parser.flag("--inception_weights", text, "downloaded once if not given", "")
+    parser.flag("--heldout", text, "for memorisation: unseen images", "")
+    parser.flag("--save_reference", text, "an .npz for the reference's statistics", "")
+    parser.flag("--num", fields.whole(2), "use only the first NUM images of each set")
+    parser.flag("--batch_size", fields.COUNT, "images at a time, over all devices", 64)
+
+    def print_scores():
+        args = parser.parse(argv)
+        found = score(
+            args.images,
+            args.reference,
+            features=tuple(args.features),
+            metrics=tuple(args.metrics),
+            weights_path=args.inception_weights,
+            heldout_path=args.heldout,
+            save_reference=args.save_reference,
+            num=args.num,
+            batch_size=args.batch_size,
+        )
+        print(json.dumps(found))
+
+    return command_line.exit_code(print_scores)
 
 
 if __name__ == "__main__":
