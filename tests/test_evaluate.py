@@ -7,7 +7,7 @@ import pytest
 from conftest import TINY
 
 from configs import finetune_digits
-from maskdm_jax import evaluate, evaluation, heldout, sharding, state, train
+from maskdm_jax import compare, evaluate, evaluation, heldout, sharding, state, train
 from maskdm_jax.data import digits, writer
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
@@ -156,12 +156,23 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
     # What is scored already is not scored again; other settings are.
     (tmp_path / "samples").rename(tmp_path / "elsewhere")
     assert evaluate.evaluate(config, tmp_path) == first
+
+    plot = tmp_path / "swd.png"
+    table = compare.compare([str(tmp_path)], score="swd", plot=str(plot))
+    head, _, *rows = table.split("\n\n")[0].splitlines()
+    assert head.startswith("| run | step | fid64 | kid64 |") and len(rows) == 2
+    assert f"| {first[1]['scores']['fid64']:.4g} |" in rows[1] and "n 30, " in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
     config.sample.eta = 0.5
     config.eval.checkpoints = "3:"
     (other,) = evaluate.evaluate(config, tmp_path)
     assert other["step"] == 4 and other["definition"]["eta"] == 0.5
     with pytest.raises(ConfigError, match="eta is 1.0 and 0.5"):
         measure.check_same_definition([first[1], other])
+    assert compare.main(["--runs", str(tmp_path)]) == 2
+    assert compare.main(["--runs", str(tmp_path), "--num=12"]) == 0
+    assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2
 
 
 def test_a_set_without_held_out_images_is_scored_without_them(tiny_config, tmp_path, capsys):

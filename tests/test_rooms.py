@@ -41,6 +41,7 @@ ALLOWED = {
     "averages": {"checkpoint", "optim", "run"},
     "heldout": {"diffusion", "draw", "model"},
     "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
+    "compare": {"quality", "run"},
     "evaluate": {
         "averages", "checkpoint", "config", "draw", "evaluation", "images", "quality", "run",
         "sample",

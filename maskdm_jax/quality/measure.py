@@ -179,11 +179,12 @@ def definition(
     return found
 
 
-def check_same_definition(records: list[dict]) -> None:
+def check_same_definition(records: list[dict], besides: Iterable[str] = ()) -> None:
     """Refuses to put scores of different definitions into one table.
 
     Args:
       records: each with a "definition" and, for the message, "images".
+      besides: entries of the definition that may differ, since the table shows them.
 
     Raises:
       ConfigError: with the fields that differ and their values.
@@ -192,6 +193,7 @@ def check_same_definition(records: list[dict]) -> None:
     for other in others:
         a, b = first["definition"], other["definition"]
         differ = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+        differ = [k for k in differ if k not in besides]
         if differ:
             listed = "; ".join(f"{k} is {a.get(k)} and {b.get(k)}" for k in differ)
             raise ConfigError(
