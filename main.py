@@ -24,7 +24,12 @@ def main():
     parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
     parser.flag("--config", TEXT, "a file in configs/", required=True)
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
-    parser.flag("--mode", one_of("train", "sample"), "train, or draw samples", "train")
+    parser.flag(
+        "--mode",
+        one_of("train", "sample", "evaluate"),
+        "train, draw samples, or score them",
+        "train",
+    )
     parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
     parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
     parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")
@@ -44,7 +49,7 @@ def main():
 
 
 def _run(config, mode, workdir):
-    from maskdm_jax import checkpoint, sample, train
+    from maskdm_jax import checkpoint, evaluate, sample, train
     from maskdm_jax.run import distributed, faults, lock, memory, preemption
 
     faults.mute_late_tracebacks()
@@ -52,6 +57,9 @@ def _run(config, mode, workdir):
         with memory.explained(config, mode):
             if mode == "sample":
                 sample.write_samples(config, workdir)
+                return
+            if mode == "evaluate":
+                evaluate.evaluate(config, workdir)
                 return
             with contextlib.ExitStack() as stack:
                 if distributed.is_main() and not config.train.dry_run:

@@ -88,13 +88,12 @@ class Checkpoints:
         The files are written while training continues. A full disk raises RunError here or in
         `check` or `close`, whichever is called first after the failure.
         """
-        self._wait()
+        self.wait()
         if step == self._manager.latest_step():
             return
         self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
-        args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), config=ocp.args.JsonSave(self._record)
-        )
+        record = ocp.args.JsonSave(self._record)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=record)
         with self._full_disk_explained():
             if not self._manager.save(step, args=args, force=force):
                 self._saving = None
@@ -106,7 +105,7 @@ class Checkpoints:
         if self._hashing is None:
             self._hash()
         elif self._hashing.done():
-            self._wait()
+            self.wait()
 
     def restore(self, step: int, abstract_state):
         """The state at `step`, with the shardings of `abstract_state`."""
@@ -115,17 +114,18 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for saves in progress, and closes Orbax's manager."""
-        self._wait()
+        self.wait()
         self._pool.shutdown()
         self._manager.close()
 
     def newest(self) -> str:
         """The checkpoint a run would resume from, in words; waits for saves in progress."""
-        self._wait()
+        self.wait()
         step = self.latest_step()
         return f"step {step} in {self._directory}" if step is not None else "none yet"
 
-    def _wait(self):
+    def wait(self) -> None:
+        """Waits for the save in progress, with its hashes."""
         if self._saving is None:
             return
         if self._hashing is None:

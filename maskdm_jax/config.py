@@ -1,4 +1,4 @@
-"""The config: one table of fields, and the checks made before any work.
+"""The config: its fields, see `field_table`, and the checks made before any work.
 
 A file in configs/ starts from `default_config`, sets some fields, and returns the config.
 `--config.field=value` on the command line overrides the file. An unknown field is an error; a value
@@ -12,148 +12,9 @@ from collections.abc import Iterable
 from ml_collections import config_dict
 
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import (
-    COUNT,
-    COUNT_OR_0,
-    FLAG,
-    FREE,
-    MEANING,
-    NAMES,
-    NON_NEGATIVE,
-    NUMBER,
-    SEED,
-    SHAPE,
-    SIZE,
-    TEXT,
-    UPDATE,
-    Field,
-    Role,
-    number,
-    one_of,
-    quoted,
-    whole,
-)
-from maskdm_jax.model.sizes import SIZES, Dimensions, dimensions, grid_shape
-
-# fmt: off
-FIELDS: dict[str, Field] = {
-    "seed": Field(0, SEED, UPDATE,
-        "determines the weights, the order of the examples, the masks and the noise"),
-
-    "data.name": Field("", TEXT, UPDATE,
-        "a TFDS set with images, such as maskdm_jax.data.prepare writes; a .zip of images; LSUN's "
-        "folder with an lmdb; digits; or swiss_roll"),
-    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where data sets are stored"),
-    "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
-    "data.fraction": Field(1.0, number(0, 1), UPDATE,
-        "share of the split's examples to train on: those of smallest SHA-256 of their ids"),
-    "data.crop": Field("none", one_of("none", "center", "celeba"), UPDATE,
-        "the part of each image that is resized to data.image_size; none: the set has that size"),
-    "data.image_size": Field((64, 64), SIZE, SHAPE, "height, width in pixels"),
-    "data.channels": Field(3, whole(1, 12), SHAPE, "channels of the prepared set's images"),
-    "data.flip": Field(False, FLAG, UPDATE, "flip each image left-right with probability 1/2"),
-    "data.cache": Field("host", one_of("none", "host", "device"), FREE,
-        "storage for decoded uint8 images: none (decode in every epoch), host (a file mapped into "
-        "memory and shared by processes) or device (the accelerator's memory)"),
-    "data.num_threads": Field(16, COUNT, FREE, "threads that decode images"),
-
-    "model.size": Field("B", one_of(*SIZES), SHAPE, "width, depth and heads, see model/sizes.py"),
-    "model.width": Field(0, COUNT_OR_0, SHAPE, "channels of a token; 0: from model.size"),
-    "model.depth": Field(0, COUNT_OR_0, SHAPE,
-        "blocks; 0: from model.size; 12 and 13 both build 6 + 1 + 6"),
-    "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: from model.size"),
-    "model.patch_size": Field(4, COUNT, SHAPE, "pixels on a patch's side"),
-    "model.mlp_ratio": Field(4.0, number(0.25), SHAPE, "hidden width of the MLP over D"),
-    "model.qkv_bias": Field(False, FLAG, SHAPE, "biases on q and v"),
-    "model.mlp_time_embed": Field(False, FLAG, SHAPE,
-        "two Linear layers after the timestep's sinusoids"),
-    "model.num_classes": Field(0, COUNT_OR_0, SHAPE, "0: unconditional"),
-    "model.class_dropout": Field(0.1, number(0, 1), UPDATE,
-        "probability of hiding the class in training, which guidance needs"),
-    "model.dropout": Field(0.0, number(0, 0.99), UPDATE,
-        "of the attention's output, the MLP's hidden layer and its output"),
-    "model.remat": Field("none", one_of("none", "blocks"), UPDATE,
-        "blocks: recompute each block in the backward pass; less memory"),
-    "model.attention": Field("auto",
-        one_of("auto", "xla", "cudnn", "pallas", "hopper", "splash"), UPDATE,
-        "the kernel; auto: the fastest that the device and the shapes allow"),
-    "model.dtype": Field("bfloat16", one_of("float32", "bfloat16"), UPDATE,
-        "of matmuls and activations; parameters and statistics are float32"),
-
-    "mask.kind": Field("none", one_of("none", "patch", "block", "crop"), UPDATE,
-        "what is hidden: single patches, blocks of patches, or all outside a window"),
-    "mask.ratio": Field(0.9, number(0, 0.95), UPDATE,
-        "share of the patches that are hidden; patch and block"),
-    "mask.block_size": Field(4, COUNT, UPDATE, "patches on a block's side; divides the patch grid"),
-    "mask.crop_size": Field(16, COUNT, UPDATE, "patches on the visible window's side; crop"),
-
-    "diffusion.schedule": Field("cosine", one_of("linear", "cosine", "shifted_cosine"), MEANING,
-        "the noise schedule"),
-    "diffusion.num_timesteps": Field(1000, whole(50), MEANING, "T"),
-    "diffusion.prediction": Field("eps", one_of("eps", "x0", "v"), MEANING,
-        "what the network outputs"),
-    "diffusion.loss": Field("l2", one_of("l2", "l1"), UPDATE,
-        "mean of squared or of absolute errors"),
-
-    "optim.lr_peak": Field(2e-4, NON_NEGATIVE, UPDATE, "the highest learning rate"),
-    "optim.warmup_steps": Field(0, COUNT_OR_0, UPDATE, "linear, from 0"),
-    "optim.lr_schedule": Field("constant", one_of("constant", "cosine"), UPDATE,
-        "after the warm-up; cosine: to 0 at train.num_steps"),
-    "optim.b1": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the first moment"),
-    "optim.b2": Field(0.99, number(0, 0.99999), UPDATE, "AdamW's decay of the second moment"),
-    "optim.weight_decay": Field(0.03, NON_NEGATIVE, UPDATE, "on every parameter"),
-    "optim.clip_norm": Field(0.0, NON_NEGATIVE, UPDATE,
-        "of the global gradient norm; 0: no clipping"),
-    "optim.accumulate_steps": Field(1, COUNT, UPDATE,
-        "parts a batch is split into, computed one after another to save memory"),
-    "optim.ema_decay": Field(0.999, number(0, 1), UPDATE, "of the averaged weights"),
-    "optim.ema_ramp": Field(True, FLAG, UPDATE,
-        "copy for 100 updates, then decay 1 - (1 + n)^(-2/3) up to ema_decay"),
-
-    "train.num_steps": Field(100_000, COUNT, UPDATE, "updates"),
-    "train.batch_size": Field(256, COUNT, UPDATE, "images, over all devices and hosts"),
-    "train.dry_run": Field(False, FLAG, FREE,
-        "print the step's memory and the batches that fit, and train nothing"),
-    "train.log_every_steps": Field(100, COUNT, FREE, "a record in metrics.jsonl"),
-    "train.max_skipped_steps": Field(10, COUNT, FREE,
-        "updates in a row whose loss or gradients are not finite, before the run stops"),
-    "train.sample_every_steps": Field(10_000, COUNT_OR_0, FREE,
-        "a grid of samples from the EMA weights; 0: never"),
-
-    "checkpoint.every_steps": Field(5_000, COUNT, FREE, "the last step is always saved"),
-    "checkpoint.keep_last": Field(2, COUNT, FREE, "newest checkpoints to keep"),
-    "checkpoint.keep_every_steps": Field(0, COUNT_OR_0, FREE, "keep all multiples too; 0: none"),
-
-    "init.path": Field("", TEXT, UPDATE,
-        "another run's workdir, or an official .pt checkpoint; empty: fresh weights"),
-    "init.weights": Field("raw", one_of("raw", "ema"), UPDATE, "which of its weights"),
-    "init.ignore": Field((), NAMES, UPDATE,
-        'parameters to leave fresh: regular expressions over "block/layer/kernel"'),
-    "init.allow": Field((), NAMES, UPDATE,
-        "fields in which that run may differ even though they change the weights' meaning"),
-
-    "mesh.data": Field(-1, whole(-1), FREE,
-        "whole copies of the state; -1: the number of devices / mesh.fsdp"),
-    "mesh.fsdp": Field(1, COUNT, FREE,
-        "devices that parameters, EMA and optimizer state are split over"),
-
-    "sample.num": Field(64, COUNT, FREE, "images"),
-    "sample.batch_size": Field(64, COUNT, FREE, "images at a time, over all devices"),
-    "sample.seed": Field(0, SEED, FREE, "image i depends on (seed, i) alone"),
-    "sample.sampler": Field("ddim", one_of("ddim", "ddpm"), FREE, "see diffusion/samplers.py"),
-    "sample.spacing": Field("timestep", one_of("timestep", "log_snr"), FREE,
-        "levels spaced evenly in t (as the official code has them) or in log(signal / noise)"),
-    "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
-    "sample.eta": Field(1.0, number(0, 1), FREE,
-        "DDIM's noise: 0 is deterministic, 1 adds as much as DDPM"),
-    "sample.guidance_scale": Field(1.0, NUMBER, FREE, "1: no guidance"),
-    "sample.label": Field(-1, whole(-1), FREE,
-        "the class to draw; -1: image i has class i mod num_classes"),
-    "sample.weights": Field("ema", one_of("ema", "raw"), FREE, "which weights to draw with"),
-    "sample.preview_num": Field(16, COUNT, FREE, "images in the grids that training draws"),
-    "sample.preview_steps": Field(50, COUNT, FREE, "sampler steps for those grids"),
-}
-# fmt: on
+from maskdm_jax.field_table import FIELDS
+from maskdm_jax.fields import MEANING, SHAPE, Role, one_of, quoted
+from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -206,7 +67,7 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
             f"{num_devices}"
         )
         _fail(config, "mesh.data", expected, -1)
-    if mode == "sample":
+    if mode in ("sample", "evaluate"):
         name, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
         name, of = "train.batch_size", "devices x optim.accumulate_steps"

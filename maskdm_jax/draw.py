@@ -4,9 +4,12 @@ Image i depends on (seed, i) alone, since its noise comes from its own key. Imag
 same for any batch size and number of devices.
 """
 
+from collections.abc import Iterator, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from maskdm_jax import rng, sharding
@@ -34,6 +37,29 @@ def abstract_params(config, mesh: Mesh):
     """Shapes, dtypes and shardings on `mesh` of the network's parameters."""
     model = uvit.make_model(config, mesh)
     return sharding.abstract(lambda: uvit.init_params(model, jax.random.key(0)), mesh)
+
+
+def in_batches(
+    jitted, params, ids: Sequence[int], size: int, sharding: NamedSharding
+) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+    """Draws the images with the numbers `ids`, and gathers them on every process.
+
+    Args:
+      jitted: `jit_draw`, with outputs of `sharding`.
+      params: the network's.
+      ids: image numbers.
+      size: images at a time; the last batch is padded, since one shape is compiled.
+      sharding: of a batch.
+
+    Yields:
+      (some of `ids`, their uint8 images [B, H, W, C]).
+    """
+    for first in range(0, len(ids), size):
+        batch = ids[first : first + size]
+        index_B = np.asarray([*batch, *[batch[-1]] * (size - len(batch))], np.int32)
+        index_B = jax.make_array_from_callback((size,), sharding, index_B.__getitem__)
+        drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
+        yield batch, np.asarray(drawn)[: len(batch)]
 
 
 def make_draw(config, mesh: Mesh, steps: int | None = None):

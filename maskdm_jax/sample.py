@@ -10,11 +10,9 @@ import math
 import pathlib
 import tempfile
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from maskdm_jax import checkpoint, draw, images, sharding
+from maskdm_jax import averages, checkpoint, draw, images, sharding
 from maskdm_jax.config import FIELDS, check_same_architecture, get
 from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
@@ -24,8 +22,8 @@ from maskdm_jax.run.progress import say
 _FREE = ("sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps")
 
 
-def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
-    """Draws `config.sample.num` images from the newest checkpoint of `workdir`.
+def write_samples(config, workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+    """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
     settings.json. Existing images are kept.
@@ -40,6 +38,7 @@ def write_samples(config, workdir: str | pathlib.Path) -> pathlib.Path:
     # Process 0 alone writes; the others follow what it finds, and help to draw.
     step = checkpoint.find_step(
         workdir,
+        step,
         instead="the same command without --mode=sample to train first, or another --workdir",
     )
     check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
@@ -98,15 +97,14 @@ def _missing(config, folder):
     height, width = config.data.image_size
     if config.data.channels not in (1, 3):
         width *= config.data.channels  # see `images.save_png`
-    return [
-        i for i in range(config.sample.num) if not images.is_png(_path(folder, i), (height, width))
-    ]
+    size = (height, width)
+    return [i for i in range(config.sample.num) if not images.is_png(image_path(folder, i), size)]
 
 
 def _draw_grid(config, folder):
     settings = config.sample
     channels = config.data.channels
-    shown = [images.read_png(_path(folder, i), channels) for i in range(min(settings.num, 64))]
+    shown = [images.read_png(image_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = images.shown_scale(config.data.image_size)
     images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
@@ -114,9 +112,12 @@ def _draw_grid(config, folder):
 
 def _draw_missing(config, workdir, step, folder, todo):
     mesh = sharding.make_mesh(config)
-    item = "ema" if config.sample.weights == "ema" else "params"
-    params = checkpoint.restore_item(workdir, step, item, draw.abstract_params(config, mesh))
-    other = "raw" if item == "ema" else "ema"
+    abstract = draw.abstract_params(config, mesh)
+    if config.sample.weights == "raw":
+        params = checkpoint.restore_item(workdir, step, "params", abstract)
+    else:
+        params = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    other = "ema" if config.sample.weights == "raw" else "raw"
     faults.check_finite(
         params,
         f"checkpoint {step} of {workdir} ({config.sample.weights})",
@@ -127,16 +128,12 @@ def _draw_missing(config, workdir, step, folder, todo):
 
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
-    firsts = range(0, len(todo), size)
-    for first in progress.track(firsts, len(firsts), "sampling", f"batches of {size}"):
-        batch = todo[first : first + size]
-        # The last batch is padded: one shape is compiled.
-        index_B = np.asarray(batch + [batch[-1]] * (size - len(batch)), np.int32)
-        index_B = jax.make_array_from_callback((size,), by_batch, index_B.__getitem__)
-        drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
+    batches = draw.in_batches(jitted, params, todo, size, by_batch)
+    num_batches = -(-len(todo) // size)
+    for batch, drawn in progress.track(batches, num_batches, "sampling", f"batches of {size}"):
         if distributed.is_main():
-            for i, image in zip(batch, drawn, strict=False):
-                images.save_png(_path(folder, i), image)
+            for i, image in zip(batch, drawn, strict=True):
+                images.save_png(image_path(folder, i), image)
 
 
 def _folder_name(config, workdir, step):
@@ -149,6 +146,8 @@ def _folder_name(config, workdir, step):
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
+    if s.ema_std:
+        name += f"_std{s.ema_std:g}"
     if s.guidance_scale != 1:
         name += f"_guidance{s.guidance_scale:g}"
     if s.label >= 0:
@@ -160,5 +159,6 @@ def _folder_name(config, workdir, step):
     return f"{name}_seed{s.seed}_{content[:8]}"
 
 
-def _path(folder, index):
+def image_path(folder: pathlib.Path, index: int) -> pathlib.Path:
+    """The file of image `index` in a folder of samples."""
     return folder / f"{index:06d}.png"

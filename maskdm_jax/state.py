@@ -50,6 +50,6 @@ def _create(config, mesh, params=None):
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
+        ema=optim.init_ema(params, config),
         opt_state=optim.make_optimizer(config).init(params),
     )

@@ -9,7 +9,17 @@ import jax
 import numpy as np
 from clu import parameter_overview
 
-from maskdm_jax import checkpoint, draw, dry_run, flops, images, provenance, sharding
+from maskdm_jax import (
+    averages,
+    checkpoint,
+    draw,
+    dry_run,
+    evaluation,
+    flops,
+    images,
+    provenance,
+    sharding,
+)
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
@@ -18,7 +28,7 @@ from maskdm_jax.fields import quoted
 from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.run import distributed, faults, files, memory, preemption
 from maskdm_jax.run.progress import say
-from maskdm_jax.run.telemetry import Telemetry
+from maskdm_jax.run.telemetry import Telemetry, add_scores
 from maskdm_jax.state import abstract_state, fresh_params, init_state
 from maskdm_jax.step import jit_train_step
 from maskdm_jax.weights import start
@@ -81,6 +91,11 @@ def train(
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
     _say_start(config, source, mesh, state.params)
+    snapshots = None
+    if config.optim.ema == "power":
+        snapshots = averages.Snapshots(workdir, config, step)
+        gib = averages.snapshot_bytes(state.ema, config) / 2**30
+        say(f"snapshots of the averages will take {gib:,.2f} GiB by step {num_steps}")
 
     # ------------------------------------------------------- compile, before the first step
     feed = batches.batches(step)
@@ -92,6 +107,9 @@ def train(
         f"compiled in {time.perf_counter() - compile_start:.1f} s; "
         f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
     )
+    scorer = None
+    if config.eval.every_steps:
+        scorer = evaluation.Evaluation(evaluation.for_training(config), mesh)
     preview = draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
 
     # ----------------------------------------------------------------------------- the loop
@@ -114,15 +132,21 @@ def train(
         batch = next(feed) if step < num_steps else None
         telemetry.progress(step)
         checkpoints.check()
+        if snapshots is not None:
+            snapshots.save(step, state.ema)
 
         every = config.train.sample_every_steps
         wants_preview = every and (step % every == 0 or step == num_steps)
-        if step % config.checkpoint.every_steps == 0 or step == num_steps or wants_preview:
+        wants_scores = scorer and (step % config.eval.every_steps == 0 or step == num_steps)
+        saves = step % config.checkpoint.every_steps == 0 or step == num_steps
+        if saves or wants_preview or wants_scores:
             _log(telemetry, skips, config, *pending)
             pending = None
-            # The grid first: a run killed in between draws it again after it resumes.
+            # Grid and scores first: a run killed in between makes them again after it resumes.
             if wants_preview:
-                _draw_preview(config, preview, state.ema, workdir, step)
+                _draw_preview(config, preview, averages.kept(state.ema, config), workdir, step)
+            if wants_scores:
+                _score(scorer, averages.kept(state.ema, config), workdir, step)
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     if pending is not None:
@@ -130,6 +154,8 @@ def train(
     if first_step < step < num_steps:
         checkpoints.save(step, state, force=True)
     checkpoints.close()
+    if snapshots is not None:
+        snapshots.close()
     telemetry.close()
     if step < num_steps:
         raise preemption.Preempted(
@@ -161,6 +187,13 @@ def _draw_preview(config, preview, ema, workdir, step):
         folder.mkdir(exist_ok=True)
         images.save_png(folder / f"step_{step:07d}.png", picture)
     say(f"samples of step {step} in {folder}")
+
+
+def _score(scorer, ema, workdir, step):
+    record = scorer.in_training(step, ema)
+    if distributed.is_main():
+        add_scores(workdir, record, evaluation.values(record))
+        say(evaluation.described(record))
 
 
 def _say_start(config, source, mesh, params):

@@ -18,13 +18,17 @@ GROUND = {
 }
 # room or module -> what it may import besides itself and the ground.
 ALLOWED = {
-    "config": set(),
+    "config": {"field_table"},
+    "field_table": set(),
     "config_file": {"config"},
     "diffusion": set(),
     "model": set(),
     "data": {"run.command_line", "run.faults", "run.lock"},
     "run": set(),
-    "weights": {"checkpoint", "config", "run.faults"},
+    "weights": {"averages", "checkpoint", "config", "run.faults"},
+    "quality": {
+        "data.folders", "data.pixels", "data.sources", "data.tfds", "run", "weights.torch_io",
+    },
     "checkpoint": {"config", "run"},
     "optim": set(),
     "provenance": {"config"},
@@ -34,11 +38,19 @@ ALLOWED = {
     "step": {"model", "diffusion", "optim", "state", "data.batch"},
     "draw": {"model", "diffusion"},
     "report": {"config", "flops", "run"},
-    "sample": {"checkpoint", "config", "draw", "images", "run"},
+    "sample": {"averages", "checkpoint", "config", "draw", "images", "run"},
     "dry_run": {"step", "run"},
+    "averages": {"checkpoint", "optim", "run"},
+    "heldout": {"diffusion", "draw", "model"},
+    "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
+    "compare": {"quality", "run"},
+    "evaluate": {
+        "averages", "checkpoint", "config", "draw", "evaluation", "images", "quality", "run",
+        "sample",
+    },
     "train": {
-        "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "flops", "images",
-        "provenance", "run", "state", "step", "weights",
+        "averages", "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "evaluation",
+        "flops", "images", "provenance", "run", "state", "step", "weights",
     },
 }  # fmt: skip
 

@@ -20,6 +20,10 @@ from maskdm_jax.run import files
 _FINGERPRINT_EXAMPLES = 64
 
 
+class NoSplitError(ConfigError):
+    """The data set has no such split."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A data set by index: `source[i]` is {"image": uint8 [H, W, C], "label": int32 scalar}.
@@ -171,7 +175,7 @@ def _check(config, found: ImageSet):
     splits = sorted(found.splits)
     if data.split not in splits:
         near = nearest_word(data.split.partition("[")[0], splits) or splits[0]
-        raise ConfigError(
+        raise NoSplitError(
             f"data.split is {data.split!r}; expected a split of {data.name}, which has "
             f"{', '.join(splits)}; type --config.data.split={near}"
         )

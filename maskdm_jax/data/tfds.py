@@ -68,6 +68,23 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
             builder = None
     if builder is None:
         raise ConfigError(_not_found(name, data_dir, size))
+    return _image_set(builder, name, data_dir, size, remedy)
+
+
+def open_version(folder: pathlib.Path) -> ImageSet:
+    """The prepared set in `folder`, that of one version: the one that holds dataset_info.json.
+
+    Raises:
+      ConfigError: as `open_set`.
+    """
+    remedy = f"restore {folder} from a copy, or prepare the set again"
+    with damage_explained(lambda: f"the data set {folder}", remedy):
+        builder = tfds.builder_from_directory(str(folder))
+    return _image_set(builder, builder.name, folder.parents[1], "64", remedy)
+
+
+def _image_set(builder, name, data_dir, size, remedy):
+    folder = builder.data_dir
     features = dict(builder.info.features.items())
     if "image" not in features:
         raise ConfigError(

@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
             if required and given in (None, "", []):
                 raise ConfigError(f"{name} is missing; type: {self._example}")
             if isinstance(given, list) and given is not default:
-                typed = [fields.typed(name, text, kind, default[0]) for text in given]
+                typed = [fields.typed(name, text, kind, (*default, None)[0]) for text in given]
                 setattr(values, key, typed or default)
             elif isinstance(given, str):
                 setattr(values, key, fields.typed(name, given, kind, default))

@@ -1,4 +1,4 @@
-"""The metrics of a run: console (bar or lines), metrics.jsonl, TensorBoard.
+"""The metrics of a run: console (bar or lines), metrics.jsonl, TensorBoard; and its scores.
 
 Only process 0 writes. A resumed run drops records beyond its checkpoint; each step appears once.
 """
@@ -16,7 +16,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from maskdm_jax.run import distributed, faults, files, progress
 
-_JSONL = "metrics.jsonl"
+_JSONL, _SCORES = "metrics.jsonl", "scores.jsonl"
 
 
 class Telemetry:
@@ -87,12 +87,8 @@ class Telemetry:
             line = (_to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            values = [
-                summary_pb2.Summary.Value(tag=name, simple_value=value)
-                for name, value in record.items()
-                if name != "step"
-            ]
-            self._write_event(step=step, summary=summary_pb2.Summary(value=values))
+            values = {name: value for name, value in record.items() if name != "step"}
+            self._write_event(step=step, summary=_summary(values))
         self._show(record)
 
     def close(self) -> None:
@@ -157,5 +153,41 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
 
 def _to_json(record):
     """One line of JSON, which has no nan and no infinity."""
-    finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
-    return json.dumps(finite, allow_nan=False)
+    return json.dumps(_finite(record), allow_nan=False)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _summary(values):
+    return summary_pb2.Summary(
+        value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
+    )
+
+
+def read_scores(workdir: str | pathlib.Path) -> list[dict]:
+    """The records of scores.jsonl; empty if there is none."""
+    path = pathlib.Path(workdir) / _SCORES
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def add_scores(workdir: str | pathlib.Path, record: dict, values: dict[str, float]) -> None:
+    """Adds a record to scores.jsonl, and its values to TensorBoard.
+
+    Args:
+      workdir: the run.
+      record: with "step" and "key"; it replaces an earlier one with the same key.
+      values: what to plot over the steps.
+    """
+    workdir = pathlib.Path(workdir)
+    kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
+    files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
+    folder = workdir / "tensorboard" / "scores"
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"))
+    summary = _summary(values)
+    board.write_event(event_pb2.Event(wall_time=time.time(), step=record["step"], summary=summary))
+    board.close()

@@ -1,7 +1,7 @@
 """Reads checkpoints of the official PyTorch implementation as parameters of this U-ViT.
 
 An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (their average, under
-`ema_model.model.*`). Only `load_official` needs PyTorch: `pip install "maskdm_jax[convert]"`.
+`ema_model.model.*`). Only the reading of files needs PyTorch: `pip install "maskdm_jax[convert]"`.
 """
 
 import pickle
@@ -23,6 +23,31 @@ _OLD_FORMAT = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
 _PREFIX = {"raw": "model.", "ema": "ema_model.model."}
 
 
+def load_tensors(path: str):
+    """What a file of PyTorch holds, with tensors on the CPU; nothing but tensors is loaded.
+
+    Raises:
+      ImportError: if PyTorch is missing, with the command that installs it.
+      ValueError: if the file holds anything else, or is not whole: why not.
+    """
+    _check_format(path)
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path} needs PyTorch; type: pip install 'maskdm_jax[convert]'"
+        ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"an object of {found[1]}" if found else "more than tensors"
+        raise ValueError(f"{path} holds {what}, and loading that could run any code") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path} cannot be read ({reason})") from error
+
+
 def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | None]:
     """(parameters, betas [T]) of an official `.pt` file; None if it holds no betas.
 
@@ -34,29 +59,14 @@ def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | N
       ImportError: if PyTorch is missing, with the command that installs it.
       ValueError: if the file is not an official checkpoint: why not.
     """
-    _check_format(path)
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs PyTorch; type: pip install 'maskdm_jax[convert]'"
-        ) from error
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"an object of {found[1]}" if found else "more than tensors"
-        raise ValueError(f"{path} holds {what}, and loading that could run any code") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise ValueError(f"{path} cannot be read ({reason})") from error
+    checkpoint = load_tensors(path)
     group = {"raw": "model", "ema": "ema"}[weights]
     if not isinstance(checkpoint, dict) or group not in checkpoint:
         raise ValueError(f"{path} has no '{group}' entry")
-    tensors = {k: v for k, v in dict(checkpoint[group]).items() if isinstance(v, torch.Tensor)}
+    tensors = {k: v for k, v in dict(checkpoint[group]).items() if hasattr(v, "numpy")}
     params = from_official({k: v.float().numpy() for k, v in tensors.items()}, weights)
     betas = dict(checkpoint.get("model", {})).get("betas")
-    return params, betas.numpy() if isinstance(betas, torch.Tensor) else None
+    return params, betas.numpy() if hasattr(betas, "numpy") else None
 
 
 def _check_format(path):

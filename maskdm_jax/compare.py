@@ -1,0 +1,129 @@
+"""Scores of several runs or checkpoints in one table, and a plot.
+
+    python -m maskdm_jax.compare --runs W1 W2 --over=step --plot=fid.png
+    python -m maskdm_jax.compare --runs W --over=ema_std --plot=ema.png
+
+Reads the scores.jsonl that --mode=evaluate and `eval.every_steps` write. Scores of different
+definitions are refused. The plot needs matplotlib: pip install 'maskdm_jax[demo]'.
+"""
+
+import pathlib
+import sys
+
+from maskdm_jax import fields
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.quality import measure
+from maskdm_jax.run import command_line, files
+from maskdm_jax.run.telemetry import read_scores
+
+_OVER = {
+    "step": lambda record: record["step"],
+    "ema_std": lambda record: record["definition"]["ema_std"],
+    "steps": lambda record: record["definition"]["steps"],
+    "guidance_scale": lambda record: record["definition"]["guidance_scale"],
+}
+
+
+def compare(
+    runs: list[str], over: str = "step", score: str = "", num: int | None = None, plot: str = ""
+) -> str:
+    """A Markdown table of the runs' scores.
+
+    Args:
+      runs: workdirs.
+      over: what differs between a run's records: "step", "ema_std", or another field of the sampler
+        that `_OVER` has.
+      score: the score to plot, such as "fid768"; "" for the first.
+      num: only records of that many samples; None for the largest number.
+      plot: a picture to draw `score` into; "" for none.
+
+    Raises:
+      ConfigError: if a run holds no scores, or they have different definitions.
+    """
+    records = {run: read_scores(files.local_path(run, "--runs")) for run in runs}
+    for run, found in records.items():
+        if not found:
+            raise ConfigError(
+                f"{run} holds no scores.jsonl; expected the --workdir of a run that was scored; "
+                f"type python main.py --config=... --workdir={run} --mode=evaluate first"
+            )
+    every = [record for found in records.values() for record in found]
+    num = num or max(record["definition"]["n"] for record in every)
+    records = {
+        run: sorted((r for r in found if r["definition"]["n"] == num), key=_OVER[over])
+        for run, found in records.items()
+    }
+    shown = [(run, record) for run, found in records.items() for record in found]
+    if not shown:
+        raise ConfigError(f"no scores of {num} samples in {', '.join(runs)}; type another --num")
+    measure.check_same_definition(
+        [{"images": f"{run}, step {r['step']}", **r} for run, r in shown], besides=(over,)
+    )
+    names = list(shown[0][1]["scores"])
+    score = score or names[0]
+    if score not in names:
+        raise ConfigError(
+            f"--score is {score!r}; expected one of {', '.join(names)}; type --score={names[0]}"
+        )
+    if plot:
+        _plot(records, over, score, num, files.local_path(plot, "--plot"))
+    return _table(shown, over, names)
+
+
+def _table(shown, over, names):
+    losses = list(shown[0][1]["heldout_loss"])
+    head = ["run", over, *names, *[f"held-out loss ({name})" for name in losses]]
+    rows = [head, ["---"] * len(head)]
+    for run, record in shown:
+        values = [f"{record['scores'][name]:.4g}" for name in names]
+        values += [f"{record['heldout_loss'][name]['mean']:.5f}" for name in losses]
+        rows.append([pathlib.Path(run).name, f"{_OVER[over](record):g}", *values])
+    definition = {k: v for k, v in shown[0][1]["definition"].items() if k != over}
+    said = ", ".join(f"{k} {v}" for k, v in definition.items())
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{said}"
+
+
+def _plot(records, over, score, num, path):
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError(
+            "--plot needs matplotlib; type: pip install 'maskdm_jax[demo]'"
+        ) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for run, found in records.items():
+        axis.plot(
+            [_OVER[over](r) for r in found],
+            [r["scores"][score] for r in found],
+            marker="o",
+            label=pathlib.Path(run).name,
+        )
+    axis.set(xlabel=over, ylabel=f"{score} ({num:,} samples)")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    example = "python -m maskdm_jax.compare --runs W1 W2 --over=step --plot=fid.png"
+    parser = command_line.Parser(__doc__, example)
+    parser.flag("--runs", fields.TEXT, "workdirs with scores", [], required=True, many=True)
+    parser.flag("--over", fields.one_of(*_OVER), "what differs within a run", "step")
+    parser.flag("--score", fields.TEXT, "what to plot; the first score if not given", "")
+    parser.flag("--num", fields.whole(2), "only scores of NUM samples; the most if not given")
+    parser.flag("--plot", fields.TEXT, "a picture to draw", "")
+
+    def run():
+        args = parser.parse(argv)
+        print(compare(args.runs, args.over, args.score, args.num, args.plot))
+
+    return command_line.exit_code(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""`--mode=evaluate`: scores the checkpoints of a workdir, one line of scores.jsonl for each.
+
+Images are drawn as by --mode=sample, into the same folders, so an interrupted evaluation resumes
+with the missing images, and a score that is already there is not computed again.
+"""
+
+import hashlib
+import itertools
+import json
+import pathlib
+import re
+import time
+
+import jax
+
+from maskdm_jax import averages, checkpoint, draw, evaluation, images, sample, sharding
+from maskdm_jax.config import check_same_architecture
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.quality import reference
+from maskdm_jax.run import distributed, hashes, telemetry
+from maskdm_jax.run.progress import say
+
+_SETTINGS = ("num", "metrics", "features", "inception_weights", "reference", "heldout_split")
+
+
+def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
+    """Scores the checkpoints of `config.eval.checkpoints`.
+
+    Returns:
+      Their records, which are in <workdir>/scores.jsonl too; on process 0 alone.
+
+    Raises:
+      ConfigError: if there is no such checkpoint, or the sets or weights cannot give the scores.
+    """
+    workdir = pathlib.Path(workdir)
+    config = config.copy_and_resolve_references()
+    config.sample.num = config.eval.num
+    steps = _steps(config.eval.checkpoints, workdir)
+    for step in steps:
+        check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
+    mesh = sharding.make_mesh(config)
+    say(
+        f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
+        f"{', '.join(map(str, steps))}"
+    )
+    scorer, records = None, []
+    for step, std in itertools.product(steps, _ema_stds(config)):
+        config.sample.ema_std = std
+        key = _key(config, workdir, step)
+        record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
+        if record is None:
+            scorer = scorer or evaluation.Evaluation(config, mesh)
+            record = _evaluate(config, workdir, step, mesh, scorer) | {"key": key}
+            if distributed.is_main():
+                telemetry.add_scores(workdir, record, evaluation.values(record))
+        else:
+            say(f"step {step} is scored already, in scores.jsonl")
+        records.append(record)
+        if distributed.is_main():
+            say(evaluation.described(record))
+    return records
+
+
+def _evaluate(config, workdir, step, mesh, scorer):
+    start = time.perf_counter()
+    folder = sample.write_samples(config, workdir, step)
+    found = {}
+    abstract = draw.abstract_params(config, mesh)
+    ema = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    found["ema"] = scorer.heldout_loss(ema)
+    del ema
+    raw = checkpoint.restore_item(workdir, step, "params", abstract)
+    found["raw"] = scorer.heldout_loss(raw)
+    if not distributed.is_main():
+        return {}
+    shape = (*config.data.image_size, config.data.channels)
+    drawn = reference.ImageSet(
+        "the samples",
+        shape,
+        config.sample.num,
+        lambda index: images.read_png(sample.image_path(folder, index), shape[-1]),
+    )
+    return {
+        "step": step,
+        **scorer.image_scores(drawn),
+        "heldout_loss": {k: v for k, v in found.items() if v is not None},
+        "images": str(folder),
+        "checkpoint_sha256": hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
+        "config_sha256": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest(),
+        "seconds": round(time.perf_counter() - start, 1),
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _key(config, workdir, step):
+    """A hash of all that a record depends on."""
+    parts = [
+        hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
+        {group: config[group].to_dict() for group in ("data", "model", "diffusion")},
+        {k: v for k, v in config.sample.items() if not k.startswith("preview")},
+        {k: config.eval[k] for k in _SETTINGS},
+    ]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _ema_stds(config):
+    """The lengths of `eval.ema_stds`; that of `sample.ema_std` if there are none."""
+    texts = [text for text in config.eval.ema_stds.split(",") if text.strip()]
+    try:
+        stds = [float(text) for text in texts] or [config.sample.ema_std]
+    except ValueError:
+        stds = [-1.0]
+    if not all(0 <= std <= 0.28 for std in stds):
+        raise ConfigError(
+            f"eval.ema_stds is {config.eval.ema_stds!r}; expected numbers between 0 and 0.28; type "
+            "--config.eval.ema_stds=0.02,0.05,0.1"
+        )
+    return stds
+
+
+def _steps(which, workdir):
+    """The steps of `eval.checkpoints`, ascending; all exist, and are undamaged."""
+    if which == "newest":
+        return [checkpoint.find_step(workdir)]
+    found = distributed.agreed(checkpoint.steps(workdir))
+    match = re.fullmatch(r"(\d*):(\d*)", which)
+    if which == "all":
+        wanted = found
+    elif which.isdecimal():
+        wanted = [int(which)]
+    elif match:
+        low, high = (int(text) if text else default for text, default in
+                     zip(match.groups(), (0, 2**31), strict=True))  # fmt: skip
+        wanted = [step for step in found if low <= step <= high]
+    else:
+        raise ConfigError(
+            f"eval.checkpoints is {which!r}; expected newest, all, a step or a range; type "
+            "--config.eval.checkpoints=newest, or 1000:9000"
+        )
+    if not wanted or not set(wanted) <= set(found):
+        raise ConfigError(
+            f"eval.checkpoints is {which!r}, but {workdir} holds the steps {found}; type "
+            "--config.eval.checkpoints=all"
+        )
+    return [checkpoint.find_step(workdir, step) for step in wanted]

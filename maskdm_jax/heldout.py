@@ -1,0 +1,85 @@
+"""The held-out loss by noise level: the mean squared error of eps, in ten bins of log SNR.
+
+Each image meets one level of every bin. Levels and noise depend on the image's number alone, so any
+two models solve the same problems; outputs x0 and v are turned into eps first, so their losses can
+be compared with those of eps.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from maskdm_jax import draw, rng, sharding
+from maskdm_jax.diffusion import make_process
+from maskdm_jax.diffusion.objective import denoising_loss
+from maskdm_jax.diffusion.process import invert
+from maskdm_jax.model import patches, uvit
+
+# Of ln(signal^2 / noise^2); the first and the last bin are open.
+EDGES = np.linspace(-10, 10, 11)
+NUM_BINS = len(EDGES) - 1
+NAMES = tuple(f"{low:g} to {high:g}" for low, high in zip(EDGES, EDGES[1:], strict=False))
+
+
+def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
+    """The held-out loss under jit on `mesh`.
+
+    Returns:
+      (params, image_BHWC uint8, label_B int32, index_B int32) -> float32 [B, NUM_BINS], nan for a
+      bin in which the schedule has no level. The batch is split over the devices, the result is
+      replicated; index_B numbers the images.
+    """
+    params = draw.abstract_params(config, mesh)
+    by_batch = sharding.batch_sharding(mesh)
+    return jax.jit(
+        _make_loss(config, mesh),
+        in_shardings=(jax.tree.map(lambda x: x.sharding, params), *[by_batch] * 3),
+        out_shardings=sharding.replicated(mesh),
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def _make_loss(config, mesh):
+    model = uvit.make_model(config, mesh)
+    process = make_process(config.diffusion, config.data.image_size)
+    first, count = _levels_of_bins(process, config.diffusion.num_timesteps)
+
+    def loss(params, image_BHWC, label_B, index_B):
+        x0_BNP = patches.cut(image_BHWC, config.model.patch_size)
+        keys = jax.vmap(lambda i: rng.stream(0, "heldout", i))(index_B)
+
+        def predict(x_BNP, time_B):
+            label = label_B if config.model.num_classes else None
+            return uvit.apply(model, params, x_BNP, time_B, label_B=label)
+
+        def in_bin(k):
+            bin_keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
+            eps = jax.vmap(lambda key: jax.random.normal(key, x0_BNP.shape[1:]))(bin_keys)
+            t_B = first[k] + _spread(index_B) * jnp.maximum(count[k], 1) // 2**16
+            level = process.at(t_B)
+            # An error of the output is an error of eps, times this coefficient of the inverse.
+            per_output = jnp.square(jnp.broadcast_to(invert(level).eps[1], t_B.shape))
+            values = denoising_loss(predict, process, x0_BNP, eps, t_B) * per_output
+            return jnp.where(count[k] > 0, values, jnp.nan)
+
+        return jax.lax.map(in_bin, jnp.arange(NUM_BINS)).T
+
+    return loss
+
+
+def _levels_of_bins(process, num_timesteps):
+    """The first t of each bin, and the number of its t, int32 [NUM_BINS]."""
+    level = jax.device_get(process.at(jnp.arange(num_timesteps)))
+    log_snr = 2 * np.log(np.float64(level.signal) / level.noise)
+    bins = np.searchsorted(EDGES[1:-1], log_snr, side="right")
+    count = np.bincount(bins, minlength=NUM_BINS)
+    first = [np.flatnonzero(bins == k)[0] if count[k] else 0 for k in range(NUM_BINS)]
+    return jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32)
+
+
+def _spread(index_B):
+    """Numbers in 0 .. 2^16 - 1 that any run of images covers evenly (golden-ratio multiples)."""
+    return ((index_B.astype(jnp.uint32) * jnp.uint32(2654435769)) >> 16).astype(jnp.int32)

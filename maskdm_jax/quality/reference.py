@@ -1,0 +1,244 @@
+"""Sets of images to score and to compare with: a folder, a zip, a prepared set, or statistics.
+
+A path may go on inside a zip, to one of its folders, and inside a prepared set, to a split:
+`faces.zip/test`, `~/tensorflow_datasets/faces/train`. Images are read as pytorch-fid reads them:
+decoded by Pillow as stored, transparency and EXIF orientation ignored, and not resized.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image
+
+from maskdm_jax.data import folders, pixels
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.quality import frechet
+from maskdm_jax.run import files, progress
+
+_THREADS = min(16, os.cpu_count() or 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSet:
+    """Images of one size, in the order of their names.
+
+    Fields:
+      path: as the user typed it.
+      shape: (height, width, channels) of each; channels are 3, or 1 if every image is grey.
+      count: number of images, at least 2.
+      read: index -> uint8 [H, W, C]; safe to call from several threads.
+    """
+
+    path: str
+    shape: tuple[int, int, int]
+    count: int
+    read: Callable[[int], np.ndarray]
+
+    def batches(self, size: int) -> Iterator[np.ndarray]:
+        """uint8 [B, H, W, C] with B = `size`, and what remains at the end; decoded by threads."""
+        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+            indices = iter(range(self.count))
+            pending = collections.deque(
+                pool.submit(self.read, i) for i in itertools.islice(indices, 2 * size)
+            )
+            while pending:
+                taken = [pending.popleft() for _ in range(min(size, len(pending)))]
+                pending += [pool.submit(self.read, i) for i in itertools.islice(indices, size)]
+                yield np.stack([future.result() for future in taken])
+
+
+class ContentHash:
+    """SHA-256 of a set's images: of their pixels and shapes, in any order and of any container."""
+
+    def __init__(self):
+        self._hashes = []
+
+    def add(self, images_BHWC: np.ndarray) -> None:
+        shape = repr(images_BHWC.shape[1:]).encode()
+        self._hashes += [hashlib.sha256(shape + x.tobytes()).digest() for x in images_BHWC]
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(sorted(self._hashes))).hexdigest()
+
+
+def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet.Statistics:
+    """The set at `path`, checked from the images' headers.
+
+    Args:
+      path: a folder (searched with its sub-folders), a .zip, a prepared TFDS set, or an .npz of
+        statistics.
+      flag: the flag or field it was typed for.
+      num: use only the first `num` images, in the order of their names.
+
+    Raises:
+      ConfigError: if there is no such set, or it cannot be scored.
+    """
+    whole = files.local_path(path, flag)
+    found, inside = whole, []
+    while not found.exists() and found != found.parent:
+        found, inside = found.parent, [found.name, *inside]
+    inside = "/".join(inside)
+    if found.suffix == ".npz" and not inside:
+        return frechet.read(found)
+    if found.is_file() and zipfile.is_zipfile(found):
+        open_file, names, left_out = _in_zip(found, inside)
+    elif versions := _prepared(found):
+        return _prepared_set(path, flag, versions, inside, num)
+    elif found.is_dir() and not inside:
+        open_file, names, left_out = _in_folder(found)
+    else:
+        raise ConfigError(
+            f"{flag} {path} does not exist; expected a folder or zip of images, a prepared set, or "
+            "an .npz of statistics"
+        )
+    if left_out:
+        progress.remark(f"{path}: left out {left_out}")
+    if not names:
+        raise ConfigError(f"{flag} {path} holds no images; expected JPEG, PNG or the like")
+    names = _first(names, num, path, flag)
+    shape = _common_shape(path, flag, names, open_file)
+
+    def decode(index):
+        with _damage_explained(f"{flag} {path}: {names[index]}"), open_file(names[index]) as file:
+            return pixels.decode(file.read(), shape[2])
+
+    return ImageSet(path, shape, len(names), decode)
+
+
+def check_comparable(images: ImageSet, reference: ImageSet) -> None:
+    """Refuses two sets whose images differ in size or colour.
+
+    Raises:
+      ConfigError: with both shapes and what to type.
+    """
+    if images.shape == reference.shape:
+        return
+    (height, width, channels), other = images.shape, reference.shape
+    if images.shape[:2] == other[:2]:
+        colour = {1: "grey", 3: "colour"}
+        raise ConfigError(
+            f"{images.path} is {colour[channels]}, but {reference.path} is {colour[other[2]]}; "
+            f"prepare one like the other: python -m maskdm_jax.data.prepare --channels {channels}"
+        )
+    raise ConfigError(
+        f"{images.path} has images of {height}x{width}, but {reference.path} of "
+        f"{other[0]}x{other[1]} (height x width); bring the reference to the same crop and size: "
+        f"python -m maskdm_jax.data.prepare --images FOLDER --name NAME --size {height}x{width}"
+    )
+
+
+def _first(items, num, path, flag):
+    if num is not None and num < 2:
+        raise ConfigError(f"--num is {num}; expected at least 2 images, such as --num 1000")
+    if num is not None and num > len(items):
+        raise ConfigError(
+            f"--num is {num}, but {flag} {path} has {len(items)} images; type --num {len(items)}"
+        )
+    if len(items) < 2:
+        raise ConfigError(
+            f"{flag} {path} has one image; expected at least 2, and thousands for a score that "
+            "means something: type another path"
+        )
+    return items[:num]
+
+
+@contextlib.contextmanager
+def _damage_explained(what):
+    """Turns any error of Pillow's readers, which raise all kinds of them, into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(
+            f"{what} cannot be read as an image; remove it from the set, or repair it"
+        ) from error
+
+
+def _in_folder(root):
+    """(name -> open file, names of the images, what was left out in words)."""
+    found = folders.find(root)
+    # The overview that --mode=sample draws beside its numbered images.
+    overviews = [p for p in found.images if p.name == "grid.png"]
+    overviews = [p for p in overviews if (p.parent / "settings.json").exists()]
+    if overviews:
+        found.left_out["grids of samples"] = [folders.shown(p, root) for p in overviews]
+    names = [p.relative_to(root).as_posix() for p in found.images if p not in overviews]
+    return (lambda name: (root / name).open("rb")), names, found.described()
+
+
+def _in_zip(path, inside):
+    """The same for the folder `inside` of a zip."""
+    archive, suffixes = zipfile.ZipFile(path), pixels.suffixes()
+    prefix = f"{inside}/" if inside else ""
+    names = [n for n in archive.namelist() if n.startswith(prefix) and not n.endswith("/")]
+    images = [
+        n
+        for n in names
+        if os.path.splitext(n)[1].lower() in suffixes
+        and not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))
+    ]
+    others = sorted(set(names) - set(images))
+    left_out = f"{len(others):,} other files ({', '.join(others[:3])})" if others else ""
+    by_counting = sorted(images, key=lambda n: [folders.counting_order(p) for p in n.split("/")])
+    return archive.open, by_counting, left_out
+
+
+def _common_shape(path, flag, names, open_file):
+    """(height, width, channels) of all images, from their headers."""
+
+    def header(name):
+        with _damage_explained(f"{flag} {path}: {name}"), open_file(name) as file:
+            with Image.open(file) as image:
+                return image.height, image.width, image.mode in ("1", "L")
+
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        headers = list(pool.map(header, names))
+    height, width, _ = headers[0]
+    for name, (h, w, _) in zip(names, headers, strict=True):
+        if (h, w) != (height, width):
+            raise ConfigError(
+                f"{flag} {path} has images of different sizes: {names[0]} is {height}x{width}, "
+                f"{name} is {h}x{w} (height x width); make them one size: python -m "
+                f"maskdm_jax.data.prepare --images FOLDER --name NAME --size {height}x{width}"
+            )
+    return height, width, 1 if all(grey for *_, grey in headers) else 3
+
+
+def _prepared(path):
+    """Folders of a prepared TFDS set: `path` itself, or its versions."""
+    candidates = [path, *sorted(path.glob("*/"))] if path.is_dir() else []
+    return [p for p in candidates if (p / "dataset_info.json").exists()]
+
+
+def _prepared_set(path, flag, versions, split, num):
+    from maskdm_jax.data import sources, tfds  # slow, and only prepared sets need it
+
+    if len(versions) > 1:
+        raise ConfigError(
+            f"{flag} {path} holds several versions; type one of them, such as {versions[-1]}"
+        )
+    opened = tfds.open_version(versions[0])
+    splits = sorted(opened.splits)
+    if not split and len(splits) == 1:
+        split = splits[0]
+    if split not in splits:
+        asked = f"no split {split!r}" if split else "several splits"
+        raise ConfigError(
+            f"{flag} {path} has {asked}; it has {', '.join(splits)}: type the set's folder with "
+            f"one of them, such as {versions[0].parent}/{splits[0]}"
+        )
+    if None in opened.image_shape:
+        raise ConfigError(
+            f"{flag} {path} has images of many sizes; prepare them: python -m "
+            "maskdm_jax.data.prepare --images FOLDER --name NAME --size 64"
+        )
+    source = sources.Source(opened.splits[split](), opened.image_shape, 0, opened.cache_dir, split)
+    count = len(_first(range(len(source)), num, path, flag))
+    return ImageSet(path, source.image_shape, count, lambda index: source[index]["image"])

@@ -1,0 +1,218 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+from configs import finetune_digits
+from maskdm_jax import compare, evaluate, evaluation, heldout, sharding, state, train
+from maskdm_jax.data import digits, writer
+from maskdm_jax.diffusion import make_process
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.model import uvit
+from maskdm_jax.quality import inception, measure, score
+from maskdm_jax.run.telemetry import read_scores
+
+
+@pytest.fixture(scope="module")
+def split_dir(tmp_path_factory):
+    """A TFDS folder with digits in splits train (60) and test (20)."""
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    pixels = np.rint(source.images * (255 / 16)).astype(np.uint8)
+    examples = [(digits._png(pixels[i]), str(source.target[i]), str(i)) for i in range(80)]
+    folder = tmp_path_factory.mktemp("split")
+    writer.write(
+        "few_digits",
+        folder,
+        {"train": examples[:60], "test": examples[60:]},
+        num_examples=80,
+        image_shape=(8, 8, 1),
+        classes=[str(i) for i in range(10)],
+        description="Digits.",
+    )
+    return folder
+
+
+@pytest.fixture
+def config(split_dir):
+    config = finetune_digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    config.data.update(name="few_digits", dir=str(split_dir))
+    config.train.update(num_steps=4, sample_every_steps=0)
+    config.optim.warmup_steps = 1
+    config.init.path = ""
+    config.checkpoint.every_steps = 2
+    config.sample.update(batch_size=8, steps=3, preview_steps=3)
+    config.eval.update(num=30, num_in_training=12, features=64)
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeWeights:
+    sha256: str = "abcdef"
+
+
+class FakeExtractor:
+    """Six random projections of the pixels in place of the network's features."""
+
+    def __init__(self, weights, layers, batch_size):
+        self._layers = layers
+        self.matrix = np.random.default_rng(0).normal(size=(64, 6))
+
+    def __call__(self, image_BHWC):
+        features = image_BHWC.reshape(len(image_BHWC), -1) / 255 @ self.matrix
+        return {layer: features.astype(np.float32) for layer in self._layers}
+
+
+@pytest.fixture
+def fake_network(monkeypatch):
+    monkeypatch.setattr(inception, "Extractor", FakeExtractor)
+    monkeypatch.setattr(score, "load_weights", lambda path, layers: FakeWeights())
+
+
+def mesh_of(config):
+    return sharding.make_mesh(config, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_the_loss_of_every_prediction_is_that_of_eps(config, monkeypatch, prediction):
+    config.diffusion.prediction = prediction
+    process = make_process(config.diffusion, config.data.image_size)
+
+    def no_noise_seen(model, params, x_BNP, time_B, label_B=None):
+        """The output of a network that takes x_t for noise-free: eps = 0, x0 = x_t / signal."""
+        level = process.at(time_B)
+        p, signal = (np.float32(1) * v for v in (level.p, level.signal))
+        return x_BNP * (p / signal * np.ones(len(x_BNP), np.float32))[:, None, None]
+
+    monkeypatch.setattr(uvit, "apply", no_noise_seen)
+    mesh = mesh_of(config)
+    params = state.fresh_params(config, mesh)
+    image = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 1), np.uint8)
+    index = np.arange(64, dtype=np.int32)
+    loss = heldout.jit_heldout_loss(config, mesh)(params, image, index % 10, index)
+    # eps is unit noise: 64 images of 64 pixels give its mean square to 2 %.
+    np.testing.assert_allclose(np.mean(loss, axis=0), 1, rtol=0.1)
+
+
+def test_an_image_has_its_own_levels_and_noise_in_any_batch(config):
+    mesh = mesh_of(config)
+    params = state.fresh_params(config, mesh)
+    loss = heldout.jit_heldout_loss(config, mesh)
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 8, 1), np.uint8)
+    index = np.arange(8, dtype=np.int32)
+    whole = np.asarray(loss(params, image, index % 10, index))
+    turned = np.asarray(loss(params, image[::-1], index[::-1] % 10, index[::-1]))
+    np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4)
+    shifted = np.asarray(loss(params, image, index % 10, index + 8))
+    assert (shifted != whole).all()
+
+
+def test_every_level_falls_into_its_bin_and_bins_without_levels_are_empty(config):
+    config.diffusion.update(schedule="linear", num_timesteps=50)
+    process = make_process(config.diffusion, config.data.image_size)
+    first, count = (np.asarray(x) for x in heldout._levels_of_bins(process, 50))
+    assert count.sum() == 50
+    level = process.at(np.arange(50))
+    log_snr = 2 * np.log(np.asarray(level.signal) / np.asarray(level.noise))
+    for k in np.flatnonzero(count):
+        inside = log_snr[first[k] : first[k] + count[k]]
+        assert k == 0 or (inside >= heldout.EDGES[k]).all()
+        assert k == 9 or (inside < heldout.EDGES[k + 1]).all()
+    assert count[-1] == 0  # little noise is missing there
+    mesh = mesh_of(config)
+    params, index = state.fresh_params(config, mesh), np.arange(8, dtype=np.int32)
+    image = np.zeros((8, 8, 8, 1), np.uint8)
+    loss = heldout.jit_heldout_loss(config, mesh)(params, image, index, index)
+    np.testing.assert_array_equal(np.isnan(loss), np.broadcast_to(count == 0, (8, 10)))
+
+
+def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_path, fake_network):
+    config.eval.every_steps = 2
+    train.train(config, tmp_path)
+    records = read_scores(tmp_path)
+    assert [record["step"] for record in records] == [2, 4]
+    assert all(record["definition"]["n"] == 12 for record in records)
+    assert list((tmp_path / "tensorboard" / "scores").iterdir())
+
+    config.eval.checkpoints = "all"
+    first = evaluate.evaluate(config, tmp_path)
+    assert [record["step"] for record in first] == [2, 4]
+    for record in first:
+        assert {"fid64", "kid64", "precision64", "coverage64", "swd"} <= record["scores"].keys()
+        assert "memorisation_ratio64" in record["scores"]
+        assert record["definition"]["n"] == 30 and record["definition"]["weights"] == "ema"
+        assert record["floor"]["n"] == record["floor"]["samples_n"] == 20
+        assert record["heldout_loss"].keys() == {"ema", "raw"}
+        assert len(record["heldout_loss"]["raw"]["bins"]) == 10
+        assert record["checkpoint_sha256"] and record["config_sha256"] and record["device"]
+    assert read_scores(tmp_path) == records + json.loads(json.dumps(first))
+    measure.check_same_definition(first)
+
+    # What is scored already is not scored again; other settings are.
+    (tmp_path / "samples").rename(tmp_path / "elsewhere")
+    assert evaluate.evaluate(config, tmp_path) == first
+
+    plot = tmp_path / "swd.png"
+    table = compare.compare([str(tmp_path)], score="swd", plot=str(plot))
+    head, _, *rows = table.split("\n\n")[0].splitlines()
+    assert head.startswith("| run | step | fid64 | kid64 |") and len(rows) == 2
+    assert f"| {first[1]['scores']['fid64']:.4g} |" in rows[1] and "n 30, " in table
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+    config.sample.eta = 0.5
+    config.eval.checkpoints = "3:"
+    (other,) = evaluate.evaluate(config, tmp_path)
+    assert other["step"] == 4 and other["definition"]["eta"] == 0.5
+    with pytest.raises(ConfigError, match="eta is 1.0 and 0.5"):
+        measure.check_same_definition([first[1], other])
+    assert compare.main(["--runs", str(tmp_path)]) == 2
+    assert compare.main(["--runs", str(tmp_path), "--num=12"]) == 0
+    assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2
+
+
+def test_a_set_without_held_out_images_is_scored_without_them(tiny_config, tmp_path, capsys):
+    tiny_config.train.num_steps = 1
+    tiny_config.eval.metrics = ("swd",)
+    tiny_config.eval.num = 8
+    train.train(tiny_config, tmp_path)
+    (record,) = evaluate.evaluate(tiny_config, tmp_path)
+    assert "swd" in record["scores"] and record["heldout_loss"] == {} and "floor" not in record
+    assert (
+        "no held-out loss, floor or memorisation: data.split is 'test'" in capsys.readouterr().err
+    )
+    assert "network" not in record["definition"]
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"checkpoints": "many"}, "expected newest, all, a step or a range"),
+        ({"checkpoints": "90:"}, "holds the steps .*type --config.eval.checkpoints=all"),
+        ({"checkpoints": "3"}, "holds the steps .2, 4.; type --config.eval.checkpoints=all"),
+        ({"metrics": ("fud",)}, "expected some of fid, kid"),
+        ({"reference": "/nowhere"}, "eval.reference /nowhere does not exist"),
+        ({"num": 4, "metrics": ("density_coverage",)}, "needs at least 6 images"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(config, tmp_path_factory, fake_network, fields, words):
+    workdir = tmp_path_factory.getbasetemp() / "refused"
+    if not workdir.exists():
+        train.train(config, workdir)
+    config.eval.update(fields)
+    with pytest.raises(ConfigError, match=words):
+        evaluate.evaluate(config, workdir)
+
+
+def test_the_scores_are_told_in_one_line_with_n_and_sampler(config):
+    definition = {"n": 10_000, "weights": "ema", "sampler": "ddim", "steps": 50, "eta": 0.0}
+    definition |= {"spacing": "timestep", "guidance_scale": 1.0, "reference_sha256": "ab" * 32}
+    record = {"step": 7, "scores": {"fid768": 0.5}, "heldout_loss": {}, "definition": definition}
+    assert evaluation.described(record) == (
+        "step 7: fid768 0.5 (n 10,000; ema, ddim 50 timestep, eta 0, guidance 1; reference "
+        "abababab; network none)"
+    )
