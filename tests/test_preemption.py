@@ -4,9 +4,12 @@ import pathlib
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import ROOT
 
 from maskdm_jax import checkpoint, train
 from maskdm_jax.run import hashes, preemption
@@ -96,6 +99,16 @@ def test_ctrl_c_among_the_first_imports_is_one_line_and_exit_code_130(run_main, 
     imports_jax = lambda: "jaxlib" in maps.read_text()  # noqa: E731
     code, out, err = send_in_mid_run(process, imports_jax, signal.SIGINT)
     assert (code, err) == (130, "stopped; the same command resumes\n"), out
+
+
+def test_ctrl_c_among_the_imports_of_another_program_is_one_line(tmp_path):
+    command = [sys.executable, "-m", "maskdm_jax.checkpoint", "digest", str(tmp_path)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    maps = pathlib.Path(f"/proc/{process.pid}/maps")
+    imports_numpy = lambda: "_multiarray" in maps.read_text()  # noqa: E731
+    assert send_in_mid_run(process, imports_numpy, signal.SIGINT) == (130, "", "stopped\n")
 
 
 def test_sigterm_before_the_first_step_asks_for_another_start(run_main, tmp_path):

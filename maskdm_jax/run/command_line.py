@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from absl import logging
 
+import maskdm_jax
 from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError, RunError, StartError
 from maskdm_jax.run import faults
@@ -175,6 +176,8 @@ def run(
 def exit_code(work: Callable[[], object]) -> int:
     """Runs `work` and returns the program's exit code; prints an expected error as one sentence."""
     _print_any_name()
+    if signal.getsignal(signal.SIGINT) is maskdm_jax.stop_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         work()
         sys.stdout.flush()
