@@ -1,8 +1,9 @@
-"""The command line: trains a config, or draws samples from the trained model.
+"""The command line: trains a config, draws samples from the trained model, or scores it.
 
 python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
+python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=evaluate
 
 On Slurm and TPU pods the processes of a run find each other; see maskdm_jax/run/distributed.py.
 """

@@ -70,6 +70,16 @@ def snapshot_bytes(ema, config) -> int:
     return num * sum(x.nbytes for x in jax.tree.leaves(ema))
 
 
+def check_std(config, std: float) -> None:
+    """Raises ConfigError if a run of `config` cannot give an average of that length."""
+    if std and config.optim.ema != "power":
+        raise ConfigError(
+            f"sample.ema_std is {std:g}, but this run keeps one EMA of optim.ema_decay "
+            f"{config.optim.ema_decay:g}; expected 0, or a run trained with "
+            "--config.optim.ema=power; type --config.sample.ema_std=0"
+        )
+
+
 def restore(config, workdir: str | pathlib.Path, step: int, abstract, std: float = 0.0):
     """The averaged weights at a checkpoint.
 
@@ -84,13 +94,8 @@ def restore(config, workdir: str | pathlib.Path, step: int, abstract, std: float
     Raises:
       ConfigError: for a std that this run cannot give.
     """
+    check_std(config, std)
     if config.optim.ema != "power":
-        if std:
-            raise ConfigError(
-                f"sample.ema_std is {std:g}, but this run keeps one EMA of optim.ema_decay "
-                f"{config.optim.ema_decay:g}; expected 0, or a run trained with "
-                "--config.optim.ema=power; type --config.sample.ema_std=0"
-            )
         return checkpoint.restore_item(workdir, step, "ema", abstract)
     load = functools.partial(_load, abstract=abstract)
     if not std:

@@ -38,26 +38,28 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     steps = _steps(config.eval.checkpoints, workdir)
     for step in steps:
         check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
+    stds = _ema_stds(config)
     mesh = sharding.make_mesh(config)
     say(
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
     scorer, records = None, []
-    for step, std in itertools.product(steps, _ema_stds(config)):
+    for step, std in itertools.product(steps, stds):
         config.sample.ema_std = std
         key = _key(config, workdir, step)
         record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
-        if record is None:
+        (is_scored,) = distributed.agreed([record is not None])
+        if is_scored:
+            say(f"step {step} is scored already, in scores.jsonl")
+            if distributed.is_main():
+                say(telemetry.described_scores(record))
+        else:
             scorer = scorer or evaluation.Evaluation(config, mesh)
             record = _evaluate(config, workdir, step, mesh, scorer) | {"key": key}
             if distributed.is_main():
-                telemetry.add_scores(workdir, record, evaluation.values(record))
-        else:
-            say(f"step {step} is scored already, in scores.jsonl")
+                telemetry.add_scores(workdir, record)
         records.append(record)
-        if distributed.is_main():
-            say(evaluation.described(record))
     return records
 
 
@@ -115,6 +117,8 @@ def _ema_stds(config):
             f"eval.ema_stds is {config.eval.ema_stds!r}; expected numbers between 0 and 0.28; type "
             "--config.eval.ema_stds=0.02,0.05,0.1"
         )
+    for std in stds:
+        averages.check_std(config, std)
     return stds
 
 

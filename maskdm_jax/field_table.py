@@ -21,6 +21,7 @@ from maskdm_jax.fields import (
     choice,
     number,
     one_of,
+    some_of,
     whole,
 )
 from maskdm_jax.model.sizes import SIZES
@@ -153,8 +154,10 @@ FIELDS: dict[str, Field] = {
         "what --mode=evaluate scores: newest, all, a step, or a range such as 1000:9000"),
     "eval.num": Field(10_000, whole(2), FREE, "samples to score"),
     "eval.metrics": Field(
-        ("fid", "kid", "precision_recall", "density_coverage", "memorisation", "swd"), NAMES, FREE,
-        "see docs/scores.md; also inception_score"),
+        ("fid", "kid", "precision_recall", "density_coverage", "memorisation", "swd"),
+        some_of("fid", "kid", "inception_score", "precision_recall", "density_coverage",
+                "memorisation", "swd"), FREE,
+        "see docs/scores.md"),
     "eval.features": Field(2048, choice(2048, 768, 192, 64), FREE,
         "features that fid and its like compare"),
     "eval.inception_weights": Field("", TEXT, FREE,

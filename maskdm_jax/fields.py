@@ -140,6 +140,23 @@ def choice(*values: int) -> Kind:
     return Kind(f"one of {', '.join(map(str, values))}", accepts, nearest, _literal)
 
 
+def some_of(*words: str) -> Kind:
+    """Some of `words`, without order."""
+
+    def nearest(value, default):
+        given = value if isinstance(value, tuple) else (value,)
+        return tuple(near for word in given if (near := nearest_word(str(word), words))) or default
+
+    def accepts(value):
+        return isinstance(value, tuple) and value != () and set(value) <= set(words)
+
+    def read(text):
+        value = _literal(text)
+        return tuple(value.split(",")) if isinstance(value, str) else value
+
+    return Kind(f"some of {', '.join(words)}", accepts, nearest, read)
+
+
 def _literal(text):
     """The Python value that was typed; the text itself if it is none."""
     text = text.strip()

@@ -14,7 +14,6 @@ from maskdm_jax import (
     checkpoint,
     draw,
     dry_run,
-    evaluation,
     flops,
     images,
     provenance,
@@ -107,9 +106,7 @@ def train(
         f"compiled in {time.perf_counter() - compile_start:.1f} s; "
         f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
     )
-    scorer = None
-    if config.eval.every_steps:
-        scorer = evaluation.Evaluation(evaluation.for_training(config), mesh)
+    scorer = _make_scorer(config, mesh) if config.eval.every_steps else None
     preview = draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
 
     # ----------------------------------------------------------------------------- the loop
@@ -189,11 +186,16 @@ def _draw_preview(config, preview, ema, workdir, step):
     say(f"samples of step {step} in {folder}")
 
 
+def _make_scorer(config, mesh):
+    from maskdm_jax import evaluation  # imports slowly, and few runs need it
+
+    return evaluation.Evaluation(evaluation.for_training(config), mesh)
+
+
 def _score(scorer, ema, workdir, step):
     record = scorer.in_training(step, ema)
     if distributed.is_main():
-        add_scores(workdir, record, evaluation.values(record))
-        say(evaluation.described(record))
+        add_scores(workdir, record)
 
 
 def _say_start(config, source, mesh, params):

@@ -164,9 +164,9 @@ def test_the_grid_beside_drawn_samples_is_left_out(tmp_path, capsys):
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):
-    refused(tmp_path / "no", "does not exist; expected a folder or zip")
+    refused(tmp_path / "no", "is no set; expected a folder or zip")
     write_folder(tmp_path / "in", [pixels(0)])
-    refused(tmp_path / "in/class0/deeper", "does not exist")
+    refused(tmp_path / "in/class0/deeper", "is no set")
     refused("gs://bucket/images", "buckets")
 
 

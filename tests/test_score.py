@@ -183,7 +183,7 @@ def test_statistics_of_other_features_or_another_network_are_refused(run, tmp_pa
 
 
 def test_features_beyond_the_weights_are_refused(run):
-    fails(run(), "ends at features 768, but 2048 are asked for", "type --features 768")
+    fails(run(), "ends at features 768, but 2048 are asked for", "type --features=768")
     fails(run("--metrics", "inception_score"), "needs at least 10 images, not 9")
 
 

@@ -510,6 +510,38 @@ BENCHMARKS = [
     Wrong("benchmarks.peer_torch --bench=whole6", ("type",)),
 ]  # fmt: skip
 
+EVALUATE = SAMPLE.replace("=sample ", "=evaluate ") + "--config.eval.metrics=swd "
+SCORE = "maskdm_jax.quality.score --images={tmp}/images --reference={tmp}/images "
+SCORES = [
+    Wrong(EVALUATE + "--config.eval.checkpoints=many", ("'many'", "eval.checkpoints=newest")),
+    Wrong(EVALUATE + "--config.eval.checkpoints=7", ("'7'", "--config.eval.checkpoints=all")),
+    Wrong(EVALUATE + "--config.eval.checkpoints=5:9", ("'5:9'", "eval.checkpoints=all")),
+    Wrong(EVALUATE + "--config.eval.metrics=fud", ("fud", "--config.eval.metrics=")),
+    Wrong(EVALUATE + "--config.eval.features=700", ("700", "--config.eval.features=768")),
+    Wrong(EVALUATE + "--config.eval.num=1", ("eval.num is 1", "--config.eval.num=2")),
+    Wrong(EVALUATE + "--config.eval.reference=/nowhere", ("/nowhere", "eval.reference=")),
+    Wrong(EVALUATE + "--config.eval.reference={tmp}/a_file", ("{tmp}/a_file", "eval.reference=")),
+    Wrong(EVALUATE + "--config.eval.ema_stds=0.5", ("'0.5'", "--config.eval.ema_stds=0.02,0.05")),
+    Wrong(EVALUATE + "--config.eval.ema_stds=long", ("'long'", "--config.eval.ema_stds=0.02")),
+    Wrong(EVALUATE + "--config.eval.ema_stds=0.1", ("0.1", "--config.sample.ema_std=0")),
+    Wrong(SAMPLE + "--config.sample.ema_std=0.3", ("0.3", "--config.sample.ema_std=0.28")),
+    Wrong(
+        MAIN.replace("{tmp}/w", "{tmp}/run") + "--config.optim.ema=power",
+        ("(decay there, power here)", "--config.optim.ema=decay"),
+    ),
+    Wrong("maskdm_jax.quality.score", ("--images is missing", "type")),
+    Wrong(SCORE + "--features=700", ("700", "--features=768")),
+    Wrong(SCORE + "--metrics=fud", ("'fud'", "--metrics=")),
+    Wrong(SCORE + "--num=1", ("1", "--num=2")),
+    Wrong(SCORE + "--images=/nowhere", ("/nowhere", "--images")),
+    Wrong(SCORE + "--reference={tmp}/an_empty_folder", ("an_empty_folder", "--reference")),
+    Wrong(SCORE + "--inception_weights={tmp}/a_file", ("{tmp}/a_file", "--inception_weights")),
+    Wrong(SCORE + "--metrics=memorisation", ("--heldout", "--metrics")),
+    Wrong("maskdm_jax.compare", ("--runs is missing", "type")),
+    Wrong("maskdm_jax.compare --runs {tmp}/run", ("{tmp}/run", "--mode=evaluate")),
+    Wrong("maskdm_jax.compare --runs {tmp}/run --over=stap", ("'stap'", "--over=step")),
+]
+
 PREPARE_COMMAND = "maskdm_jax.data.prepare --images={tmp}/images --name=a --size=8 "
 PREPARE = [
     Wrong("maskdm_jax.data.prepare", ("--images", "type")),
@@ -539,12 +571,20 @@ PREPARE = [
 HELP = [
     (
         "main.py",
-        ("--workdir", "--mode", "train, sample", "--config.mask.ratio=0.9", "W2 --mode=sample"),
+        (
+            "--workdir",
+            "--mode",
+            "evaluate); default: train",
+            "--config.mask.ratio=0.9",
+            "W2 --mode=sample",
+        ),
     ),
     ("launch/compile_check.py", ("--topology", "--config.mask.ratio=0.9", "Exit status")),
     ("maskdm_jax.checkpoint", ("digest", "--step")),
     ("maskdm_jax.report", ("--pretrain", "--out")),
     ("maskdm_jax.data.prepare", ("--images", "--size")),
+    ("maskdm_jax.quality.score", ("--reference", "--features")),
+    ("maskdm_jax.compare", ("--runs", "--plot")),
     ("benchmarks.train_step", ("--bench", "--profile")),
     ("benchmarks.sampling", ("--bench", "--seconds")),
     ("benchmarks.attention", ("--lengths", "--seconds")),
@@ -561,7 +601,7 @@ HELP = [
 
 TABLE = [
     *FIELDS, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
-    *PREPARE,
+    *PREPARE, *SCORES,
 ]  # fmt: skip
 
 _CONFIG = "from maskdm_jax.config import default_config\n\n\ndef get_config():\n"
@@ -628,7 +668,8 @@ def make(folder: pathlib.Path) -> None:
     (folder / "a_lmdb").mkdir()
     (folder / "a_lmdb/data.mdb").write_bytes(b"no database")
     (folder / "images").mkdir()
-    (folder / "images/0.png").write_bytes(base64.b64decode(_PNG))
+    for name in ("images/0.png", "images/1.png"):
+        (folder / name).write_bytes(base64.b64decode(_PNG))
     train = MAIN.replace("{tmp}/w", "{tmp}/run").format(tmp=folder)
     code, out, err = attempt(f"{train} --config.checkpoint.every_steps=1", {})
     assert code == 0, err

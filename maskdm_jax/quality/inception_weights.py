@@ -54,7 +54,7 @@ def load(path: str = "", flag: str = "--inception_weights") -> Weights:
     if not path.is_file():
         raise ConfigError(
             f"{flag} {path} is not a file; expected {NAME} from {URL}, or an .npz of the network "
-            "up to mixed_7"
+            f"up to mixed_7; type {flag}=FILE"
         )
     if zipfile.is_zipfile(path) and _is_npz(path):
         params, last = _read_npz(path), 768
@@ -73,8 +73,9 @@ def cache_dir() -> pathlib.Path:
 def _published(flag):
     path = cache_dir() / NAME
     advice = (
-        f"download it from {URL} and type {flag} FILE, or type --features 768 with an .npz of the "
-        "network up to mixed_7"
+        f"download it from {URL} and type {flag}=FILE, or type "
+        f"{flag.replace('inception_weights', 'features')}=768 with an .npz of the network up to "
+        "mixed_7"
     )
     if not path.exists():
         progress.remark(f"downloading {NAME} (91 MiB) into {path.parent}")
@@ -141,9 +142,11 @@ def _read_torch(path, flag):
     try:
         state = torch_io.load_tensors(str(path))
     except (ValueError, ImportError) as error:
-        raise ConfigError(f"{flag}: {error}") from error
+        raise ConfigError(f"{flag}: {error}; expected {NAME}; type {flag}=FILE") from error
     if not isinstance(state, dict):
-        raise ConfigError(f"{flag} {path} holds a {type(state).__name__}; expected {NAME}")
+        raise ConfigError(
+            f"{flag} {path} holds a {type(state).__name__}; expected {NAME}; type {flag}=FILE"
+        )
     return from_torch(state)
 
 
@@ -182,4 +185,7 @@ def _check(params, last, what):
                 f"{NAME}, or of an .npz of the network up to mixed_7"
             )
         if not all(np.isfinite(v).all() for v in params[layer].values()):
-            raise ConfigError(f"{what} is damaged: {layer} is not finite; get the file again")
+            raise ConfigError(
+                f"{what} is damaged: {layer} is not finite; get the file again, and type the same "
+                "command"
+            )

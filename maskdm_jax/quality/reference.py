@@ -96,13 +96,16 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
         open_file, names, left_out = _in_folder(found)
     else:
         raise ConfigError(
-            f"{flag} {path} does not exist; expected a folder or zip of images, a prepared set, or "
-            "an .npz of statistics"
+            f"{flag} {path} is no set; expected a folder or zip of images, a prepared set, or an "
+            f".npz of statistics; type {_flag(flag)}=PATH"
         )
     if left_out:
         progress.remark(f"{path}: left out {left_out}")
     if not names:
-        raise ConfigError(f"{flag} {path} holds no images; expected JPEG, PNG or the like")
+        raise ConfigError(
+            f"{flag} {path} holds no images; expected JPEG, PNG or the like; type "
+            f"{_flag(flag)}=PATH"
+        )
     names = _first(names, num, path, flag)
     shape = _common_shape(path, flag, names, open_file)
 
@@ -135,6 +138,10 @@ def check_comparable(images: ImageSet, reference: ImageSet) -> None:
     )
 
 
+def _flag(flag):
+    return flag if flag.startswith("--") else f"--config.{flag}"
+
+
 def _first(items, num, path, flag):
     if num is not None and num < 2:
         raise ConfigError(f"--num is {num}; expected at least 2 images, such as --num 1000")
@@ -145,7 +152,7 @@ def _first(items, num, path, flag):
     if len(items) < 2:
         raise ConfigError(
             f"{flag} {path} has one image; expected at least 2, and thousands for a score that "
-            "means something: type another path"
+            f"means something; type {_flag(flag)}=PATH"
         )
     return items[:num]
 

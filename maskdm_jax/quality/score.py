@@ -108,23 +108,25 @@ def _check(sets, paths, metrics):
         measure.check_enough(f"{flag} {opened.path}", opened.count, metrics)
 
 
-def load_weights(path: str, layers: tuple) -> inception.Weights:
+def load_weights(path: str, layers: tuple, flag: str = "--inception_weights") -> inception.Weights:
     """The network's weights, checked to reach the deepest of `layers`.
 
     Args:
       path: a file; empty for pytorch-fid's, downloaded once.
       layers: some of inception.LAYERS.
+      flag: what the path was typed for.
 
     Raises:
       ConfigError: if the file is missing, of another network, or ends before that layer.
     """
-    weights = inception_weights.load(path)
+    weights = inception_weights.load(path, flag)
     order = inception.LAYERS.index
     deepest = max(layers, key=order)
     if order(deepest) > order(weights.last):
+        features = flag.replace("inception_weights", "features")
         raise ConfigError(
-            f"--inception_weights {path} ends at features {weights.last}, but {deepest} are asked "
-            f"for; type --features {weights.last} (and no inception_score), or the path of "
+            f"{flag} {path} ends at features {weights.last}, but {deepest} are asked "
+            f"for; type {features}={weights.last} (and no inception_score), or the path of "
             f"{inception_weights.NAME}"
         )
     return weights

@@ -174,20 +174,43 @@ def read_scores(workdir: str | pathlib.Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def add_scores(workdir: str | pathlib.Path, record: dict, values: dict[str, float]) -> None:
-    """Adds a record to scores.jsonl, and its values to TensorBoard.
+def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
+    """Adds a record to scores.jsonl, shows it, and plots its numbers in TensorBoard.
 
     Args:
       workdir: the run.
-      record: with "step" and "key"; it replaces an earlier one with the same key.
-      values: what to plot over the steps.
+      record: as `evaluation` makes it, with "key"; it replaces an earlier one with the same key.
     """
     workdir = pathlib.Path(workdir)
     kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
     files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
+    losses = {f"heldout_loss_{k}": loss["mean"] for k, loss in record["heldout_loss"].items()}
+    summary = _summary({f"scores/{k}": v for k, v in (record["scores"] | losses).items()})
     folder = workdir / "tensorboard" / "scores"
     folder.mkdir(parents=True, exist_ok=True)
     board = EventsWriter(str(folder / "events"))
-    summary = _summary(values)
     board.write_event(event_pb2.Event(wall_time=time.time(), step=record["step"], summary=summary))
     board.close()
+    progress.say(described_scores(record))
+
+
+def described_scores(record: dict) -> str:
+    """A record's scores in one line, never without their definition."""
+    d = record["definition"]
+    std = f" of std {d['ema_std']:g}" if d.get("ema_std") else ""
+    parts = [f"{name} {value:.4g}" for name, value in record["scores"].items()]
+    for name, loss in record["heldout_loss"].items():
+        parts.append(f"held-out loss ({name}) {loss['mean']:.5f}")
+    if floor := record.get("floor"):
+        pairs = zip(floor["heldout"].items(), floor["samples"].values(), strict=True)
+        for (name, held), ours in pairs:
+            parts.append(
+                f"floor {name} {held:.4g} at n {floor['n']}, samples {ours:.4g} at n "
+                f"{floor['samples_n']}"
+            )
+    return (
+        f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}{std}, "
+        f"{d['sampler']} {d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance "
+        f"{d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; network "
+        f"{d.get('network_sha256', 'none')[:8]})"
+    )
