@@ -2,10 +2,13 @@
 
 import functools
 import hashlib
+import importlib.util
 import io
 import os
 import pathlib
 import re
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 import zipfile
@@ -95,10 +98,33 @@ def torch_state(seed=0):
     return state
 
 
+_KEPT = []  # names of operators end with the object that defined them
+
+
+def name_missing_operators(torch):
+    """Lets torchvision be imported beside another build of PyTorch than its own.
+
+    Its compiled operators do not load then. The layers that pytorch-fid takes from it need none of
+    them, but the import needs their names.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None:
+        return
+    check = "import torchvision"
+    if subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0:
+        return
+    library = torch.library.Library("torchvision", "DEF")
+    source = (pathlib.Path(found.origin).parent / "_meta_registrations.py").read_text()
+    for name in sorted(set(re.findall(r'(?:torchvision::|register_meta\(")(\w+)', source))):
+        library.define(f"{name}(Tensor a) -> Tensor")
+    _KEPT.append(library)
+
+
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """(pytorch-fid's Inception module, its weights, their file), with random weights."""
     torch = pytest.importorskip("torch", reason=NEEDS_TORCH)
+    name_missing_operators(torch)
     theirs = pytest.importorskip("pytorch_fid.inception", reason=NEEDS_TORCH)
     state = {name: torch.from_numpy(x.copy()) for name, x in torch_state().items()}
     path = str(tmp_path_factory.mktemp("published") / "weights.pth")
@@ -271,7 +297,7 @@ def test_without_internet_the_error_names_the_file_and_the_flag(cache, monkeypat
     monkeypatch.setattr(urllib.request, "urlopen", fail)
     with pytest.raises(ConfigError) as error:
         inception_weights.load()
-    one_sentence(error, inception_weights.URL, "type --inception_weights FILE", "no route to host")
+    one_sentence(error, inception_weights.URL, "type --inception_weights=FILE", "no route to host")
     assert not list(cache.parent.iterdir())
 
 

@@ -64,7 +64,5 @@ def test_another_version_of_jax_is_reported(monkeypatch):
 def test_what_an_earlier_version_did_not_store_is_not_compared(missing):
     before = {k: v for k, v in stored(record()).items() if k != missing}
     assert provenance.changes(record(), before, 5) == []
-    assert stored(record(), before)["began"]["config"] == record()["config"] | {
-        "data": record()["config"]["data"] | {"image_size": [64, 64]},
-        "init": record()["config"]["init"] | {"ignore": [], "allow": []},
-    }
+    as_stored = json.loads(json.dumps(record()["config"]))  # with lists for tuples
+    assert stored(record(), before)["began"]["config"] == as_stored
