@@ -19,6 +19,7 @@ from maskdm_jax.optim import POWER_STDS, power_gamma
 from maskdm_jax.run import distributed, hashes
 
 _FOLDER = "ema_snapshots"
+_MAX_MISFIT = 0.1
 
 
 class Snapshots:
@@ -70,13 +71,13 @@ def snapshot_bytes(ema, config) -> int:
     return num * sum(x.nbytes for x in jax.tree.leaves(ema))
 
 
-def check_std(config, std: float) -> None:
+def check_std(config, std: float, field: str = "sample.ema_std") -> None:
     """Raises ConfigError if a run of `config` cannot give an average of that length."""
     if std and config.optim.ema != "power":
         raise ConfigError(
-            f"sample.ema_std is {std:g}, but this run keeps one EMA of optim.ema_decay "
+            f"{field} is {std:g}, but this run keeps one EMA of optim.ema_decay "
             f"{config.optim.ema_decay:g}; expected 0, or a run trained with "
-            "--config.optim.ema=power; type --config.sample.ema_std=0"
+            f"--config.optim.ema=power; type --config.{field}=0"
         )
 
 
@@ -105,7 +106,7 @@ def restore(config, workdir: str | pathlib.Path, step: int, abstract, std: float
 
 def _stored(workdir, step):
     """(run, step, item) of the averages up to `step`: the snapshots', and the checkpoint's own."""
-    taken = [s for s in checkpoint.steps(folder(workdir)) if s < step]
+    taken = [s for s in distributed.agreed(checkpoint.steps(folder(workdir))) if s < step]
     for each in taken:
         checkpoint.find_step(folder(workdir), each)  # compares its hashes
     return [(folder(workdir), s, None) for s in taken] + [(workdir, step, "ema")]
@@ -121,7 +122,15 @@ def _load(workdir, step, item, abstract):
 def _combined(stored, load, step, std):
     gammas = {name: power_gamma(value) for name, value in POWER_STDS.items()}
     profiles = [(s, gamma) for _, s, _ in stored for gamma in gammas.values()]
-    coefficients = iter(_least_squares(profiles, (step, power_gamma(std))))
+    coefficients, misfit = _least_squares(profiles, (step, power_gamma(std)))
+    if misfit > _MAX_MISFIT:
+        raise ConfigError(
+            f"sample.ema_std is {std:g}, but the averages of {len(stored)} steps up to {step} give "
+            f"that profile with an error of {misfit:.0%}; expected at most {_MAX_MISFIT:.0%}; type "
+            f"a value nearer to 0.05 and 0.1, such as --config.sample.ema_std=0.08, or train with "
+            "fewer --config.optim.ema_snapshot_steps"
+        )
+    coefficients = iter(coefficients)
     total = None
     for place in stored:
         for tree in [load(*place)[name] for name in gammas]:
@@ -132,10 +141,15 @@ def _combined(stored, load, step, std):
 
 
 def _least_squares(profiles, target):
-    """Coefficients of `profiles` whose sum is nearest to `target`, float64; their sum is near 1."""
+    """Coefficients of `profiles` whose sum is nearest to `target`, float64, and the distance that
+    remains, relative to the target."""
     gram = np.array([[_product(a, b) for b in profiles] for a in profiles])
+    right = np.array([_product(a, target) for a in profiles])
     # By pseudo-inverse: neighbouring profiles are nearly the same.
-    return np.linalg.lstsq(gram, [_product(a, target) for a in profiles], rcond=1e-12)[0]
+    found = np.linalg.lstsq(gram, right, rcond=1e-12)[0]
+    whole = _product(target, target)
+    left = whole - 2 * found @ right + found @ gram @ found
+    return found, float(np.sqrt(max(left, 0) / whole))
 
 
 def _product(a, b):

@@ -59,7 +59,7 @@ def compare(
     measure.check_same_definition(
         [{"images": f"{run}, step {r['step']}", **r} for run, r in shown], besides=(over,)
     )
-    names = list(shown[0][1]["scores"])
+    names = [k for k in shown[0][1]["scores"] if all(k in r["scores"] for _, r in shown)]
     score = score or names[0]
     if score not in names:
         raise ConfigError(
@@ -71,12 +71,13 @@ def compare(
 
 
 def _table(shown, over, names):
-    losses = list(shown[0][1]["heldout_loss"])
+    losses = sorted({name for _, record in shown for name in record["heldout_loss"]})
     head = ["run", over, *names, *[f"held-out loss ({name})" for name in losses]]
     rows = [head, ["---"] * len(head)]
     for run, record in shown:
         values = [f"{record['scores'][name]:.4g}" for name in names]
-        values += [f"{record['heldout_loss'][name]['mean']:.5f}" for name in losses]
+        means = [record["heldout_loss"].get(name, {}).get("mean") for name in losses]
+        values += ["-" if mean is None else f"{mean:.5f}" for mean in means]
         rows.append([pathlib.Path(run).name, f"{_OVER[over](record):g}", *values])
     definition = {k: v for k, v in shown[0][1]["definition"].items() if k != over}
     said = ", ".join(f"{k} {v}" for k, v in definition.items())
@@ -104,8 +105,15 @@ def _plot(records, over, score, num, path):
     axis.set(xlabel=over, ylabel=f"{score} ({num:,} samples)")
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"--plot {path} cannot be written: {error}; expected a picture in a folder that "
+            "exists; type --plot=scores.png"
+        ) from error
+    finally:
+        plt.close(figure)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -67,7 +67,8 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
             f"{num_devices}"
         )
         _fail(config, "mesh.data", expected, -1)
-    if mode in ("sample", "evaluate"):
+    scores = mode == "train" and config.eval.every_steps and config.sample.batch_size % num_devices
+    if mode in ("sample", "evaluate") or scores:
         name, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
         name, of = "train.batch_size", "devices x optim.accumulate_steps"

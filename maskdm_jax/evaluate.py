@@ -20,8 +20,6 @@ from maskdm_jax.quality import reference
 from maskdm_jax.run import distributed, hashes, telemetry
 from maskdm_jax.run.progress import say
 
-_SETTINGS = ("num", "metrics", "features", "inception_weights", "reference", "heldout_split")
-
 
 def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     """Scores the checkpoints of `config.eval.checkpoints`.
@@ -44,10 +42,10 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
-    scorer, records = None, []
+    scorer, records = evaluation.Evaluation(config, mesh), []
     for step, std in itertools.product(steps, stds):
         config.sample.ema_std = std
-        key = _key(config, workdir, step)
+        key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
         record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
         (is_scored,) = distributed.agreed([record is not None])
         if is_scored:
@@ -55,10 +53,10 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
             if distributed.is_main():
                 say(telemetry.described_scores(record))
         else:
-            scorer = scorer or evaluation.Evaluation(config, mesh)
             record = _evaluate(config, workdir, step, mesh, scorer) | {"key": key}
             if distributed.is_main():
                 telemetry.add_scores(workdir, record)
+        distributed.agreed([0])  # the others wait while process 0 scores
         records.append(record)
     return records
 
@@ -94,13 +92,13 @@ def _evaluate(config, workdir, step, mesh, scorer):
     }
 
 
-def _key(config, workdir, step):
+def _key(config, workdir, step, scorer):
     """A hash of all that a record depends on."""
     parts = [
         hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
-        {group: config[group].to_dict() for group in ("data", "model", "diffusion")},
-        {k: v for k, v in config.sample.items() if not k.startswith("preview")},
-        {k: config.eval[k] for k in _SETTINGS},
+        {group: config[group].to_dict() for group in ("model", "diffusion")},
+        scorer.definition(config.eval.num),
+        list(config.eval.metrics),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -109,7 +107,7 @@ def _ema_stds(config):
     """The lengths of `eval.ema_stds`; that of `sample.ema_std` if there are none."""
     texts = [text for text in config.eval.ema_stds.split(",") if text.strip()]
     try:
-        stds = [float(text) for text in texts] or [config.sample.ema_std]
+        stds = list(dict.fromkeys(map(float, texts))) or [config.sample.ema_std]
     except ValueError:
         stds = [-1.0]
     if not all(0 <= std <= 0.28 for std in stds):
@@ -117,15 +115,21 @@ def _ema_stds(config):
             f"eval.ema_stds is {config.eval.ema_stds!r}; expected numbers between 0 and 0.28; type "
             "--config.eval.ema_stds=0.02,0.05,0.1"
         )
+    if texts and config.sample.weights == "raw":
+        raise ConfigError(
+            f"eval.ema_stds is {config.eval.ema_stds!r}, but sample.weights is 'raw', of which "
+            "there is no average; type --config.sample.weights=ema"
+        )
     for std in stds:
-        averages.check_std(config, std)
+        averages.check_std(config, std, "eval.ema_stds" if texts else "sample.ema_std")
     return stds
 
 
 def _steps(which, workdir):
     """The steps of `eval.checkpoints`, ascending; all exist, and are undamaged."""
     if which == "newest":
-        return [checkpoint.find_step(workdir)]
+        first = "the same command without --mode=evaluate to train first, or another --workdir"
+        return [checkpoint.find_step(workdir, instead=first)]
     found = distributed.agreed(checkpoint.steps(workdir))
     match = re.fullmatch(r"(\d*):(\d*)", which)
     if which == "all":

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 
 from maskdm_jax import draw, heldout, sharding
+from maskdm_jax.config import default_config
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.quality import frechet, inception, measure, reference, score
-from maskdm_jax.run import distributed, progress
+from maskdm_jax.quality import frechet, inception, measure, reference, score, swd
+from maskdm_jax.run import distributed, progress, telemetry
 
 # What two scores must share to be compared, besides the set and the features.
 _SETTINGS = (
@@ -27,7 +28,10 @@ def for_training(config):
     """The config of `Evaluation.in_training`: few images, in the steps of a preview."""
     config = config.copy_and_resolve_references()
     config.sample.update(
-        num=config.eval.num_in_training, steps=config.sample.preview_steps, weights="ema"
+        num=config.eval.num_in_training,
+        steps=config.sample.preview_steps,
+        weights="ema",
+        ema_std=0.0,
     )
     return config
 
@@ -63,6 +67,8 @@ class Evaluation:
             self._weights = score.load_weights(config.eval.inception_weights, layers, flag)
         if self._heldout is not None:
             sets["heldout"] = _as_set(config, self._heldout)
+        if "memorisation" in self._metrics:  # of the images that the model has seen
+            sets["training"] = _as_set(config, sources.open_source(config))
         self._check(sets)
         self._extract = None
         if layers:
@@ -83,23 +89,48 @@ class Evaluation:
         """
         ref, kept = self._measured["reference"], self._measured.get("heldout")
         measured = self._measure(samples)
-        definition = measure.definition(measured, ref, self._metrics, self._weights, kept)
-        settings = {name: self._config.sample[name] for name in _SETTINGS}
         found = {
-            "scores": measure.scores(measured, ref, self._metrics, kept),
-            "definition": definition | settings | {"crop": self._config.data.crop},
+            "scores": self._scores(measured),
+            "definition": self.definition(measured.count),
             "warnings": measure.bias_warnings(measured, ref) if "fid" in self._metrics else [],
         }
         if kept is not None and "fid" in self._metrics:
-            few = dataclasses.replace(samples, count=min(samples.count, kept.count))
-            of_samples = measure.scores(self._measure(few), ref, ["fid"])
-            found["floor"] = {
-                "n": kept.count,
-                "heldout": measure.scores(kept, ref, ["fid"]),
-                "samples_n": few.count,
-                "samples": of_samples,
+            count = min(samples.count, kept.count)
+            held = _as_set(self._config, self._heldout)
+            found["floor"] = {"n": count} | {
+                name: measure.scores(self._first(whole, opened, count), ref, ["fid"])
+                for name, whole, opened in (
+                    ("heldout", kept, held),
+                    ("samples", measured, samples),
+                )
             }
         return found
+
+    def definition(self, count: int) -> dict:
+        """What the scores of `count` samples share with those that they may be compared with."""
+        names = ("reference", "heldout", "training")
+        ref, kept, seen = (self._measured.get(name) for name in names)
+        shape = (*self._config.data.image_size, self._config.data.channels)
+        samples = dataclasses.replace(ref, count=count, shape=shape)
+        found = measure.definition(samples, ref, self._metrics, self._weights, kept)
+        if seen is not None:
+            found["training_sha256"] = seen.sha256
+        settings = {name: self._config.sample[name] for name in _SETTINGS}
+        return found | settings | {"crop": self._config.data.crop}
+
+    def _scores(self, measured):
+        ref, kept = self._measured["reference"], self._measured.get("heldout")
+        others = [name for name in self._metrics if name != "memorisation"]
+        found = measure.scores(measured, ref, others)
+        if seen := self._measured.get("training"):
+            found |= measure.scores(measured, seen, ["memorisation"], kept)
+        return found
+
+    def _first(self, whole, opened, count):
+        """The first `count` images of a set of which all are measured already."""
+        if whole.count == count:
+            return whole
+        return self._measure(dataclasses.replace(opened, count=count), ["fid"])
 
     def heldout_loss(self, params) -> dict | None:
         """{"mean", "bins": {bin of ln SNR: loss}, "n"} of weights; None without held-out images.
@@ -124,6 +155,8 @@ class Evaluation:
         bins = total / count
         return {
             "n": count,
+            "schedule": self._config.diffusion.schedule,
+            "num_timesteps": self._config.diffusion.num_timesteps,
             "mean": float(np.nanmean(bins)),
             "bins": dict(zip(heldout.NAMES, bins.tolist(), strict=True)),
         }
@@ -146,19 +179,19 @@ class Evaluation:
         samples = reference.ImageSet("the samples", drawn.shape[1:], num, drawn.__getitem__)
         return {
             "step": step,
-            "key": f"training, step {step}",
+            "key": f"{telemetry.TRAINING}{step}",
             **self.image_scores(samples),
             "heldout_loss": {} if loss is None else {"ema": loss},
             "seconds": round(time.perf_counter() - start, 1),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         }
 
-    def _measure(self, opened):
+    def _measure(self, opened, metrics=None):
         size = self._config.sample.batch_size
         num_batches = -(-opened.count // size)
         what = f"measuring {opened.path}"
         batches = progress.track(opened.batches(size), num_batches, what, f"batches of {size}")
-        return measure.measure(batches, self._extract, self._metrics, opened.path)
+        return measure.measure(batches, self._extract, metrics or self._metrics, opened.path)
 
     def _check(self, sets):
         config, num = self._config, self._config.sample.num
@@ -168,11 +201,20 @@ class Evaluation:
             if not isinstance(opened, frechet.Statistics):
                 reference.check_comparable(samples, opened)
                 measure.check_enough(opened.path, opened.count, self._metrics)
-            elif set(self._metrics) != {"fid"}:
+                _check_side(opened, self._metrics)
+            elif set(self._metrics) - {"memorisation"} != {"fid"}:
                 raise ConfigError(
                     f"eval.reference {config.eval.reference} holds statistics, which give fid "
                     "alone; type --config.eval.metrics=\"('fid',)\""
                 )
+
+
+def _check_side(opened, metrics):
+    if "swd" in metrics and min(opened.shape[:2]) < swd.PATCH:
+        raise ConfigError(
+            f"swd compares patches of {swd.PATCH} pixels, but {opened.path} has images of "
+            f"{opened.shape[0]}x{opened.shape[1]}; type --config.eval.metrics=\"('fid',)\""
+        )
 
 
 def _reference(config):
@@ -195,11 +237,19 @@ def _open_heldout(config):
     split = config.eval.heldout_split
     if not split:
         return None
+    if split == config.data.split:
+        progress.remark(
+            f"eval.heldout_split {split} is the split of the training images: scores come without "
+            "held-out loss, floor and memorisation"
+        )
+        return None
     held = config.copy_and_resolve_references()
     held.data.update(split=split, fraction=1.0)
     try:
         return sources.open_source(held)
-    except sources.NoSplitError:
+    except sources.NoSplitError as error:
+        if split != default_config().eval.heldout_split:
+            raise ConfigError(str(error).replace("data.split", "eval.heldout_split")) from error
         progress.remark(
             f"{config.data.name} has no split {split} (eval.heldout_split): scores come without "
             "held-out loss, floor and memorisation"
@@ -210,6 +260,6 @@ def _open_heldout(config):
 def _metrics(config, heldout_source):
     """The metrics of the config that can be computed."""
     metrics = tuple(config.eval.metrics)
-    if heldout_source is None or config.eval.reference:
+    if heldout_source is None:
         metrics = tuple(name for name in metrics if name != "memorisation")
     return metrics

@@ -92,7 +92,9 @@ def update_ema(ema, params, step: jax.Array, config):
     """The average after the update that gave `params`, and that followed `step` others."""
     if config.optim.ema == "power":
         n = step.astype(jnp.float32) + 1
-        rates = {name: 1 - (1 - 1 / n) ** (power_gamma(s) + 1) for name, s in POWER_STDS.items()}
+        # 1 - (1 - 1/n)^(gamma + 1); as written, it has few digits in float32 once n is large.
+        exponents = {name: power_gamma(std) + 1 for name, std in POWER_STDS.items()}
+        rates = {name: -jnp.expm1(power * jnp.log1p(-1 / n)) for name, power in exponents.items()}
         return {k: optax.incremental_update(params, ema[k], rate) for k, rate in rates.items()}
     decay = ema_decay(step, config.optim.ema_decay, config.optim.ema_ramp)
     return optax.incremental_update(params, ema, 1 - decay)

@@ -196,6 +196,7 @@ def _score(scorer, ema, workdir, step):
     record = scorer.in_training(step, ema)
     if distributed.is_main():
         add_scores(workdir, record)
+    distributed.agreed([0])  # the others wait while process 0 scores
 
 
 def _say_start(config, source, mesh, params):

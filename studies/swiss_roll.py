@@ -20,6 +20,7 @@ import numpy as np
 
 from maskdm_jax import checkpoint, draw, sharding, state, step, train
 from maskdm_jax.data import loader, sources, toy
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import COUNT, TEXT, number
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.progress import say
@@ -143,6 +144,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     out = files.local_path(args.out, "--out")
     out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):  # its runs would resume, with the step times of another day
+        raise ConfigError(f"--out {out} is not empty; type --out=FOLDER with a new one")
     jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     study(out, args.seconds, args.seeds)
 

@@ -108,3 +108,19 @@ def test_lengths_that_a_run_cannot_give_are_refused(tiny_config, tmp_path):
     tiny_config.optim.ema = "power"
     with pytest.raises(ConfigError, match="optim.ema .decay there, power here"):
         sample.write_samples(tiny_config, tmp_path)
+
+
+def test_a_length_that_the_snapshots_cannot_give_is_refused():
+    stored = [(None, step, None) for step in (500, 1000)]
+    with pytest.raises(ConfigError, match="sample.ema_std is 0.25, .* with an error of"):
+        averages._combined(stored, None, 1000, 0.25)
+
+
+@pytest.mark.parametrize("n", [1, 1_000, 500_000, 3_000_000])
+def test_the_rate_of_an_average_has_its_digits_however_long_the_run(n):
+    config = power_config()
+    zero, one = ({"a": jnp.full(1, x, jnp.float32)} for x in (0, 1))
+    updated = optim.update_ema({k: zero for k in optim.POWER_STDS}, one, jnp.int32(n - 1), config)
+    for name, std in optim.POWER_STDS.items():
+        rate = 1 - (1 - 1 / n) ** (optim.power_gamma(std) + 1)
+        np.testing.assert_allclose(updated[name]["a"], rate, rtol=1e-6)

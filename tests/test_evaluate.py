@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 from conftest import TINY
 
 from configs import finetune_digits
-from maskdm_jax import compare, evaluate, heldout, sharding, state, train
+from maskdm_jax import compare, evaluate, heldout, images, sharding, state, train
+from maskdm_jax.config import validate_devices
 from maskdm_jax.data import digits, writer
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
@@ -146,7 +148,7 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
         assert {"fid64", "kid64", "precision64", "coverage64", "swd"} <= record["scores"].keys()
         assert "memorisation_ratio64" in record["scores"]
         assert record["definition"]["n"] == 30 and record["definition"]["weights"] == "ema"
-        assert record["floor"]["n"] == record["floor"]["samples_n"] == 20
+        assert record["floor"]["n"] == 20
         assert record["heldout_loss"].keys() == {"ema", "raw"}
         assert len(record["heldout_loss"]["raw"]["bins"]) == 10
         assert record["checkpoint_sha256"] and record["config_sha256"] and record["device"]
@@ -216,3 +218,48 @@ def test_the_scores_are_told_in_one_line_with_n_and_sampler(config):
         "step 7: fid768 0.5 (n 10,000; ema, ddim 50 timestep, eta 0, guidance 1; reference "
         "abababab; network none)"
     )
+
+
+def test_the_training_split_is_no_held_out_split(config, tmp_path, fake_network, capsys):
+    config.data.split = "test"
+    config.train.num_steps, config.eval.num, config.eval.metrics = 1, 10, ("fid", "memorisation")
+    train.train(config, tmp_path)
+    (record,) = evaluate.evaluate(config, tmp_path)
+    assert "floor" not in record and record["heldout_loss"] == {}
+    assert "is the split of the training images" in capsys.readouterr().err
+    config.eval.heldout_split = "tset"
+    with pytest.raises(ConfigError, match="eval.heldout_split is 'tset'; .*heldout_split=test"):
+        evaluate.evaluate(config, tmp_path)
+
+
+def test_other_images_in_the_same_place_are_scored_again(config, tmp_path, fake_network):
+    config.train.num_steps, config.eval.num, config.eval.metrics = 1, 10, ("fid",)
+    train.train(config, tmp_path / "w")
+    config.eval.reference = str(tmp_path / "images")
+    scored = []
+    for seed in (0, 1):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        pixels = np.random.default_rng(seed).integers(0, 256, (12, 8, 8, 1), np.uint8)
+        for i, image in enumerate(pixels):
+            images.save_png(tmp_path / "images" / f"{i}.png", image)
+        (record,) = evaluate.evaluate(config, tmp_path / "w")
+        scored.append(record["scores"]["fid64"])
+    assert scored[0] != scored[1] and len(read_scores(tmp_path / "w")) == 2
+
+
+def test_a_resumed_run_drops_what_it_scored_beyond_its_checkpoint(config, tmp_path, fake_network):
+    config.eval.update(every_steps=1, metrics=("fid",))
+    config.train.num_steps = 4
+    train.train(config, tmp_path)
+    assert [r["step"] for r in read_scores(tmp_path)] == [1, 2, 3, 4]
+    assert len(list((tmp_path / "tensorboard" / "scores").iterdir())) == 4
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    config.eval.every_steps = 4
+    train.train(config, tmp_path)
+    assert [r["step"] for r in read_scores(tmp_path)] == [1, 2, 4]
+
+
+def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(config):
+    config.eval.every_steps = 1
+    with pytest.raises(ConfigError, match="sample.batch_size is 8; expected a multiple of 3"):
+        validate_devices(config, 3, "train")

@@ -34,7 +34,7 @@ def test_every_metric_is_computed_from_one_reading_of_each_set(sets):
     metrics = (*EVERY, "inception_score")
     samples, training, heldout = (measured(x, metrics) for x in sets)
     found = measure.scores(samples, training, metrics, heldout)
-    names = {"fid", "kid", "kid_error", "precision", "recall", "density", "coverage"}
+    names = {"fid", "kid", "precision", "recall", "density", "coverage"}
     names |= {"memorisation_ratio", "memorisation_share"}
     assert set(found) == {f"{name}6" for name in names} | {
         "inception_score", "inception_score_std", "swd", "swd_8",
@@ -204,3 +204,12 @@ def test_combinations_that_give_no_score_are_refused(run, folders, tmp_path):
     fails(run("--features", "64", images=grey), "is grey, but", "is colour")
     large = write_folder(tmp_path / "large", [pixels(0, 20, 20)] * 2)
     fails(run("--features", "64", ref=large), "16x16", "20x20", "--size 16x16")
+
+
+def test_sets_of_another_size_are_cut_to_compare_neighbours(sets):
+    x = np.random.default_rng(0).normal(size=(1200, 4)).astype(np.float32)
+    few, many = (
+        measure.Measured("", len(z), (8, 8, 3), {4: None}, {4: z}, None) for z in (x[:200], x[200:])
+    )
+    found = measure.scores(few, many, ("density_coverage", "precision_recall"))
+    assert found["coverage4"] > 0.85 and found["precision4"] > 0.5

@@ -36,6 +36,7 @@ METRICS = {
     },
 }
 _COMPARES_FEATURES = {"kid", "precision_recall", "density_coverage", "memorisation"}
+_NEEDS_EQUAL = {"precision_recall", "density_coverage"}
 _MIN_IMAGES = {
     "inception_score": inception_score.NUM_SPLITS,
     "precision_recall": neighbours.PRECISION_K + 1,
@@ -129,10 +130,12 @@ def scores(
             x_ND, y_MD = samples.features[dims], ref.features[dims]
         if "kid" in metrics:
             values |= kid.kid(x_ND, y_MD)
+        if _NEEDS_EQUAL & set(metrics):
+            equal = _equal(x_ND, y_MD)
         if "precision_recall" in metrics:
-            values |= neighbours.precision_recall(x_ND, y_MD)
+            values |= neighbours.precision_recall(*equal)
         if "density_coverage" in metrics:
-            values |= neighbours.density_coverage(x_ND, y_MD)
+            values |= neighbours.density_coverage(*equal)
         if "memorisation" in metrics:
             values |= neighbours.memorisation(x_ND, y_MD, heldout.features[dims])
         found |= {f"{name}{dims}": value for name, value in values.items()}
@@ -141,6 +144,14 @@ def scores(
     if "swd" in metrics:
         found |= swd.swd(samples.images, ref.images)
     return found
+
+
+def _equal(*sets):
+    """As many rows of each set as the smallest has, at random with a fixed seed: a ball round a
+    neighbour is smaller in a larger set."""
+    size = min(map(len, sets))
+    generator = np.random.default_rng(0)
+    return [x[np.sort(generator.choice(len(x), size, replace=False))] for x in sets]
 
 
 def layers(metrics: Iterable[str], features: Iterable[int]) -> tuple:
@@ -170,6 +181,7 @@ def definition(
         found |= {"heldout_n": heldout.count, "heldout_sha256": heldout.sha256}
     if weights:
         found |= {
+            "features": [str(layer) for layer in samples.statistics],
             "network": "FID Inception-v3 of 2015-12-05",
             "network_sha256": weights.sha256,
             "resize": inception.RESIZE,
@@ -209,10 +221,11 @@ def check_enough(name: str, count: int, metrics: Iterable[str]) -> None:
       ConfigError: with the number that is needed.
     """
     for metric in metrics:
-        if count < _MIN_IMAGES.get(metric, 2):
+        needed = _MIN_IMAGES.get(metric, 2)
+        if count < needed:
             raise ConfigError(
-                f"{metric} of {name} needs at least {_MIN_IMAGES[metric]} images, not {count}; "
-                "type a larger set, or leave this metric out of --metrics"
+                f"{metric} of {name} needs at least {needed} images, not {count}; type a larger "
+                "set, or leave this metric out"
             )
 
 

@@ -1,8 +1,8 @@
 """Sets of images to score and to compare with: a folder, a zip, a prepared set, or statistics.
 
 A path may go on inside a zip, to one of its folders, and inside a prepared set, to a split:
-`faces.zip/test`, `~/tensorflow_datasets/faces/train`. Images are read as pytorch-fid reads them:
-decoded by Pillow as stored, transparency and EXIF orientation ignored, and not resized.
+`faces.zip/test`, `~/tensorflow_datasets/faces/train`. Images are decoded as for training: by
+Pillow, upright, and transparent parts on white; pytorch-fid ignores orientation and transparency.
 """
 
 import collections
@@ -203,7 +203,7 @@ def _common_shape(path, flag, names, open_file):
     def header(name):
         with _damage_explained(f"{flag} {path}: {name}"), open_file(name) as file:
             with Image.open(file) as image:
-                return image.height, image.width, image.mode in ("1", "L")
+                return *pixels.upright_size(image), pixels.is_grey(image)
 
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
         headers = list(pool.map(header, names))

@@ -5,6 +5,7 @@ Only process 0 writes. A resumed run drops records beyond its checkpoint; each s
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -14,9 +15,10 @@ import time
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax.run import distributed, faults, files, progress
+from maskdm_jax.run import distributed, faults, files, lock, progress
 
-_JSONL, _SCORES = "metrics.jsonl", "scores.jsonl"
+_JSONL, _SCORES, _SCORES_LOCK = "metrics.jsonl", "scores.jsonl", ".scores.lock"
+TRAINING = "training, step "  # how the keys of scores start that training itself computes
 
 
 class Telemetry:
@@ -52,6 +54,7 @@ class Telemetry:
             return
         with self._full_disk_explained():
             self._open(workdir / _JSONL, kept, first_step)
+            _drop_scores(workdir, first_step)
         self._bar = progress.bar(config.train.num_steps, first_step, "steps")
 
     def restart_clock(self, step: int) -> None:
@@ -169,9 +172,24 @@ def _summary(values):
 
 
 def read_scores(workdir: str | pathlib.Path) -> list[dict]:
-    """The records of scores.jsonl; empty if there is none."""
+    """The records of scores.jsonl; damaged lines are left out."""
     path = pathlib.Path(workdir) / _SCORES
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    records = []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            record = json.loads(line)
+            record["step"], record["key"], record["scores"], record["definition"]  # it has these
+            records.append(record)
+    return records
+
+
+def _drop_scores(workdir, last_step):
+    """Drops what training itself scored beyond `last_step`."""
+    records = read_scores(workdir)
+    kept = [r for r in records if not (r["key"].startswith(TRAINING) and r["step"] > last_step)]
+    if len(kept) < len(records):
+        with lock.hold(workdir, _SCORES_LOCK):
+            files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in kept))
 
 
 def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
@@ -182,13 +200,16 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
       record: as `evaluation` makes it, with "key"; it replaces an earlier one with the same key.
     """
     workdir = pathlib.Path(workdir)
-    kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
-    files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
+    with lock.hold(workdir, _SCORES_LOCK):  # an evaluation may run beside the training
+        kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
+        files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
     losses = {f"heldout_loss_{k}": loss["mean"] for k, loss in record["heldout_loss"].items()}
     summary = _summary({f"scores/{k}": v for k, v in (record["scores"] | losses).items()})
     folder = workdir / "tensorboard" / "scores"
     folder.mkdir(parents=True, exist_ok=True)
-    board = EventsWriter(str(folder / "events"))
+    # One file for each record: the writer names files by the second.
+    suffix = "." + hashlib.sha256(record["key"].encode()).hexdigest()[:16]
+    board = EventsWriter(str(folder / "events"), suffix)
     board.write_event(event_pb2.Event(wall_time=time.time(), step=record["step"], summary=summary))
     board.close()
     progress.say(described_scores(record))
@@ -203,11 +224,9 @@ def described_scores(record: dict) -> str:
         parts.append(f"held-out loss ({name}) {loss['mean']:.5f}")
     if floor := record.get("floor"):
         pairs = zip(floor["heldout"].items(), floor["samples"].values(), strict=True)
-        for (name, held), ours in pairs:
-            parts.append(
-                f"floor {name} {held:.4g} at n {floor['n']}, samples {ours:.4g} at n "
-                f"{floor['samples_n']}"
-            )
+        parts += [
+            f"at n {floor['n']}: {k} {ours:.4g}, floor {held:.4g}" for (k, held), ours in pairs
+        ]
     return (
         f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}{std}, "
         f"{d['sampler']} {d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance "
