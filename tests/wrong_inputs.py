@@ -523,7 +523,7 @@ SCORES = [
     Wrong(EVALUATE + "--config.eval.reference={tmp}/a_file", ("{tmp}/a_file", "eval.reference=")),
     Wrong(EVALUATE + "--config.eval.ema_stds=0.5", ("'0.5'", "--config.eval.ema_stds=0.02,0.05")),
     Wrong(EVALUATE + "--config.eval.ema_stds=long", ("'long'", "--config.eval.ema_stds=0.02")),
-    Wrong(EVALUATE + "--config.eval.ema_stds=0.1", ("0.1", "--config.sample.ema_std=0")),
+    Wrong(EVALUATE + "--config.eval.ema_stds=0.1", ("0.1", "--config.eval.ema_stds=0")),
     Wrong(SAMPLE + "--config.sample.ema_std=0.3", ("0.3", "--config.sample.ema_std=0.28")),
     Wrong(
         MAIN.replace("{tmp}/w", "{tmp}/run") + "--config.optim.ema=power",
