@@ -148,6 +148,12 @@ class Evaluation:
             # The last batch is padded: one shape is compiled.
             examples = [self._heldout[int(i) % count] for i in index_B[rows]]
             image, label = (np.stack([e[k] for e in examples]) for k in ("image", "label"))
+            if self._config.model.num_classes and label.min() < 0:
+                raise ConfigError(
+                    f"eval.heldout_split {self._heldout.split} of {self._config.data.name} has no "
+                    "labels, which this model needs; type --config.eval.heldout_split=validation, "
+                    "or ='' for none"
+                )
             local = (image, label, index_B[rows])
             arrays = [jax.make_array_from_process_local_data(by_batch, x) for x in local]
             values = np.asarray(self._loss(params, *arrays), np.float64)

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 
 from configs import finetune_digits
-from maskdm_jax import compare, evaluate, heldout, images, sharding, state, train
+from maskdm_jax import compare, evaluate, evaluation, heldout, images, sharding, state, train
 from maskdm_jax.config import validate_devices
 from maskdm_jax.data import digits, writer
 from maskdm_jax.diffusion import make_process
@@ -263,3 +263,12 @@ def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(confi
     config.eval.every_steps = 1
     with pytest.raises(ConfigError, match="sample.batch_size is 8; expected a multiple of 3"):
         validate_devices(config, 3, "train")
+
+
+def test_a_held_out_split_without_labels_is_refused_for_a_model_with_classes(config, monkeypatch):
+    config.model.num_classes, config.eval.metrics = 10, ("swd",)
+    scorer = evaluation.Evaluation(config, mesh_of(config))
+    unlabelled = [e | {"label": np.int32(-1)} for e in (scorer._heldout[i] for i in range(20))]
+    monkeypatch.setattr(type(scorer._heldout), "__getitem__", lambda _, i: unlabelled[i])
+    with pytest.raises(ConfigError, match="has no labels, .* type --config.eval.heldout_split"):
+        scorer.heldout_loss(state.fresh_params(config, mesh_of(config)))
