@@ -83,14 +83,11 @@ def test_a_run_keeps_snapshots_and_samples_with_any_length(tiny_config, tmp_path
     kernel = lambda tree: np.asarray(tree["mid_block"]["qkv"]["kernel"])  # noqa: E731
     np.testing.assert_allclose(kernel(again), kernel(short), rtol=1e-3, atol=1e-6)
     assert np.abs(kernel(longer) - kernel(short)).max() > 1e-5
-    folders = set()
-    for config.sample.ema_std in (0.0, 0.08):
-        folders.add(sample.write_samples(config, tmp_path))
-    assert len(folders) == 2
+    config.sample.ema_std = 0.08
+    assert "_std0.08" in sample.write_samples(config, tmp_path).name
 
     # A run that resumes from step 8 removes later and unfinished snapshots, and makes them again.
     shutil.rmtree(tmp_path / "checkpoints" / "9")
-    shutil.copytree(averages.folder(tmp_path), tmp_path / "before")
     place = averages.folder(tmp_path) / "checkpoints"
     (place / "8" / "sha256.json").unlink()
     shutil.copytree(place / "6", place / "10")
