@@ -179,7 +179,7 @@ def test_an_empty_folder_and_an_empty_part_of_a_zip_are_refused(tmp_path, contai
 def test_text_named_jpg_is_refused_by_name(tmp_path):
     path = write_folder(tmp_path, [pixels(0), pixels(1)])
     (tmp_path / "text.jpg").write_text("not an image")
-    refused(path, "text.jpg cannot be read as an image", "remove it")
+    refused(path, "text.jpg cannot be read: cannot identify image file; ", "remove it")
 
 
 def test_a_damaged_image_is_refused_by_name(tmp_path):
@@ -224,3 +224,20 @@ def test_an_npz_is_read_as_statistics(tmp_path):
     np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
     opened = reference.open_set(str(tmp_path / "stats.npz"), "--reference")
     assert isinstance(opened, frechet.Statistics) and len(opened.mu_D) == 4
+
+
+def test_a_zip_is_read_as_for_training(tmp_path):
+    """Of a folder, with an image without a suffix; a name that stands twice is refused."""
+    path = tmp_path / "faces.zip"
+    data = io.BytesIO()
+    Image.fromarray(pixels(0, 8, 8)).save(data, "PNG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in ("faces/train/10.png", "faces/train/2", "faces/test/1.png", "faces/test/2.png"):
+            archive.writestr(name, data.getvalue())
+    assert reference.open_set(f"{path}/train", "--images").count == 2
+    assert reference.open_set(f"{path}/faces/train", "--images").count == 2
+    assert reference.open_set(str(path), "--images").count == 4
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("faces/test/2.png", data.getvalue())
+    with pytest.raises(ConfigError, match="holds faces/test/2.png twice"):
+        reference.open_set(str(path), "--images")

@@ -27,7 +27,8 @@ ALLOWED = {
     "run": set(),
     "weights": {"averages", "checkpoint", "config", "run.faults"},
     "quality": {
-        "data.folders", "data.pixels", "data.sources", "data.tfds", "run", "weights.torch_io",
+        "data.archives", "data.folders", "data.image_set", "data.pixels", "data.sources",
+        "data.tfds", "run", "weights.torch_io",
     },
     "checkpoint": {"config", "run"},
     "optim": set(),

@@ -63,11 +63,9 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
         )
     remedy = "copy or make it again, and type the same command"
     with damage_explained(lambda: f"the zip file {path}", remedy):
-        archive = zipfile.ZipFile(path)
-        members = _members(archive)
-        found = _found(archive, members)
-    top = _top(found.images)
-    splits = folders.splits(top, found.images, path)
+        archive, members, images = find(path, "--config.data.name=FILE.zip")
+    top = top_of(images)
+    splits = folders.splits(top, images, path)
     classes = {label for split in splits.values() for _, label in split}
     labels = {label: i for i, label in enumerate(sorted(classes, key=folders.counting_order))}
 
@@ -84,6 +82,24 @@ def open_zip(path: pathlib.Path, cache_dir: pathlib.Path) -> ImageSet:
     contents = hashlib.sha256(repr(checksums).encode()).hexdigest()
     opened = _image_set(records, len(labels), cache_dir, remedy)
     return opened._replace(contents=contents, files=(path,))
+
+
+def find(
+    path: pathlib.Path, typed: str
+) -> tuple[zipfile.ZipFile, dict[pathlib.PurePosixPath, zipfile.ZipInfo], list]:
+    """A zip, where each of its files lies, and the paths of its images in counting order.
+
+    Args:
+      path: the zip file.
+      typed: what to type for another one.
+
+    Raises:
+      ConfigError: if it is encrypted, holds no images or a name twice, or if more than 1 % of its
+        files may have been meant as images but are none.
+    """
+    archive = zipfile.ZipFile(path)
+    members = _members(archive)
+    return archive, members, _found(archive, members, typed).images
 
 
 def _members(archive):
@@ -106,7 +122,7 @@ def _members(archive):
     return members
 
 
-def _found(archive, members):
+def _found(archive, members, typed):
     """The images among the members, in the order in which people count, and what is left out."""
     images, left_out = [], collections.defaultdict(list)
     for path, info in members.items():
@@ -120,7 +136,7 @@ def _found(archive, members):
         but = f" but {found.described()}" if left_out else ""
         raise ConfigError(
             f"the zip file {archive.filename} holds no images{but}; expected files that Pillow "
-            "reads, such as .jpg and .png; type --config.data.name=FILE.zip"
+            f"reads, such as .jpg and .png; type {typed}"
         )
     if found.num_lost() > _MAX_LOST_SHARE * (len(images) + found.num_lost()):
         raise ConfigError(
@@ -133,7 +149,7 @@ def _found(archive, members):
     return found
 
 
-def _top(images):
+def top_of(images: list[pathlib.PurePosixPath]) -> pathlib.PurePosixPath:
     """The folder in the archive that holds splits or classes: its top, or the only one there, since
     zipping a folder puts the folder itself into the archive."""
     first = images[0].parts[0]

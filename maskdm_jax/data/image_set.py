@@ -71,6 +71,6 @@ def damage_explained(what: Callable[[], str], remedy: str) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = re.sub(r" ?<_io.BytesIO[^>]*>", "", " ".join(str(error).split()))[:200]
+        reason = re.sub(r" ?<_io\.[^>]*>", "", " ".join(str(error).split()))[:200]
         reason = reason or type(error).__name__
         raise ConfigError(f"{what()} cannot be read: {reason}; {remedy}") from error

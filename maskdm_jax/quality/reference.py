@@ -7,18 +7,19 @@ Pillow, upright, and transparent parts on white; pytorch-fid ignores orientation
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
+import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
 
-from maskdm_jax.data import folders, pixels
+from maskdm_jax.data import archives, folders, pixels
+from maskdm_jax.data.image_set import damage_explained
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet
 from maskdm_jax.run import files, progress
@@ -89,7 +90,7 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
     if found.suffix == ".npz" and not inside:
         return frechet.read(found)
     if found.is_file() and zipfile.is_zipfile(found):
-        open_file, names, left_out = _in_zip(found, inside)
+        open_file, names, left_out = _in_zip(found, flag, inside)
     elif versions := _prepared(found):
         return _prepared_set(path, flag, versions, inside, num)
     elif found.is_dir() and not inside:
@@ -110,7 +111,7 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
     shape = _common_shape(path, flag, names, open_file)
 
     def decode(index):
-        with _damage_explained(f"{flag} {path}: {names[index]}"), open_file(names[index]) as file:
+        with _explained(flag, path, names[index]), open_file(names[index]) as file:
             return pixels.decode(file.read(), shape[2])
 
     return ImageSet(path, shape, len(names), decode)
@@ -157,15 +158,9 @@ def _first(items, num, path, flag):
     return items[:num]
 
 
-@contextlib.contextmanager
-def _damage_explained(what):
-    """Turns any error of Pillow's readers, which raise all kinds of them, into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise ConfigError(
-            f"{what} cannot be read as an image; remove it from the set, or repair it"
-        ) from error
+def _explained(flag, path, name):
+    remedy = "remove it from the set, or repair it, and type the same command"
+    return damage_explained(lambda: f"{flag} {path}: {name}", remedy)
 
 
 def _in_folder(root):
@@ -180,28 +175,22 @@ def _in_folder(root):
     return (lambda name: (root / name).open("rb")), names, found.described()
 
 
-def _in_zip(path, inside):
-    """The same for the folder `inside` of a zip."""
-    archive, suffixes = zipfile.ZipFile(path), pixels.suffixes()
-    prefix = f"{inside}/" if inside else ""
-    names = [n for n in archive.namelist() if n.startswith(prefix) and not n.endswith("/")]
-    images = [
-        n
-        for n in names
-        if os.path.splitext(n)[1].lower() in suffixes
-        and not any(part.startswith((".", "__MACOSX")) for part in n.split("/"))
-    ]
-    others = sorted(set(names) - set(images))
-    left_out = f"{len(others):,} other files ({', '.join(others[:3])})" if others else ""
-    by_counting = sorted(images, key=lambda n: [folders.counting_order(p) for p in n.split("/")])
-    return archive.open, by_counting, left_out
+def _in_zip(path, flag, inside):
+    """The same for the folder `inside` of a zip; what is left out is remarked already."""
+    archive, members, images = archives.find(path, f"{_flag(flag)}=FILE.zip")
+    within = pathlib.PurePosixPath(inside)
+    # A zip of a folder holds that folder, which nobody types.
+    for top in (within, archives.top_of(images) / within):
+        if names := [name for name in images if name.is_relative_to(top)]:
+            break
+    return (lambda name: archive.open(members[name])), names, ""
 
 
 def _common_shape(path, flag, names, open_file):
     """(height, width, channels) of all images, from their headers."""
 
     def header(name):
-        with _damage_explained(f"{flag} {path}: {name}"), open_file(name) as file:
+        with _explained(flag, path, name), open_file(name) as file:
             with Image.open(file) as image:
                 return *pixels.upright_size(image), pixels.is_grey(image)
 
