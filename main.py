@@ -12,8 +12,8 @@ import contextlib
 import os
 import pathlib
 
-from maskdm_jax import config_file
-from maskdm_jax.config import FIELDS, validate_devices
+from maskdm_jax import config_file, phases
+from maskdm_jax.config import FIELDS
 from maskdm_jax.errors import RunError
 from maskdm_jax.fields import TEXT, one_of, whole
 from maskdm_jax.run import command_line, files
@@ -23,7 +23,7 @@ _EXAMPLE = "python main.py --config=configs/pretrain_digits.py --workdir=/tmp/di
 
 def main():
     parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
-    parser.flag("--config", TEXT, "a file in configs/", required=True)
+    parser.flag("--config", TEXT, "a file in configs/, or FILE:ARGUMENT", required=True)
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
     parser.flag(
         "--mode",
@@ -44,7 +44,7 @@ def main():
     memory.set_gpu_memory_fraction()
     with distributed.errors_end_all_processes(args.process_id):
         distributed.start(args.coordinator, args.num_processes, args.process_id)
-        validate_devices(config, distributed.num_devices(), args.mode)
+        phases.validate_devices(config, distributed.num_devices(), args.mode)
         _use_compilation_cache(workdir)
         _run(config, args.mode, workdir)
 

@@ -13,8 +13,22 @@ from ml_collections import config_dict
 
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
-from maskdm_jax.fields import MEANING, SHAPE, Role, one_of, quoted
+from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
 from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
+
+
+class FieldError(ConfigError):
+    """A value of a field that cannot work.
+
+    Attributes:
+      name: the field's.
+      problem: the value, and what is expected, in words.
+      suggestion: a value that works.
+    """
+
+    def __init__(self, name: str, problem: str, suggestion):
+        super().__init__(f"{problem}; type --config.{name}={quoted(suggestion)}")
+        self.name, self.problem, self.suggestion = name, problem, suggestion
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -33,11 +47,11 @@ def default_config() -> config_dict.ConfigDict:
 
 
 def validate(config) -> None:
-    """Raises ConfigError for the first value that cannot work; needs no device and no data."""
-    for name, field in FIELDS.items():
-        value = get(config, name)
-        if not field.kind.accepts(value):
-            _fail(config, name, field.kind.expected, field.kind.nearest(value, field.default))
+    """Raises FieldError for the first value that cannot work; needs no device and no data.
+
+    The config is that of one phase; `phases.validate` checks a run's.
+    """
+    validate_values(config)
     _validate_geometry(config)
     _validate_mask(config)
     _validate_allowed(config)
@@ -56,8 +70,16 @@ def validate(config) -> None:
         _fail(config, "sample.guidance_scale", expected, 1)
 
 
+def validate_values(config) -> None:
+    """Raises FieldError for the first value that its field does not take."""
+    for name, field in FIELDS.items():
+        value = get(config, name)
+        if not field.kind.accepts(value):
+            _fail(config, name, field.kind.expected, field.kind.nearest(value, field.default))
+
+
 def validate_devices(config, num_devices: int, mode: str) -> None:
-    """Raises ConfigError if the mesh, or the batch for `mode`, does not suit `num_devices`."""
+    """Raises FieldError if the mesh, or the batch for `mode`, does not suit `num_devices`."""
     fsdp, data = config.mesh.fsdp, config.mesh.data
     if num_devices % fsdp:
         _fail(config, "mesh.fsdp", f"a divisor of the number of devices, {num_devices}", 1)
@@ -98,7 +120,7 @@ def from_dict(stored: dict) -> config_dict.ConfigDict:
                 known = {k: _as_stored(config[key].get(k), v) for k, v in value.items()}
                 config[key].update(known)
             else:
-                config[key] = value
+                config[key] = as_tuples(value)
     return config
 
 
@@ -184,10 +206,7 @@ def _validate_allowed(config):
 
 
 def _fail(config, name, expected, suggestion):
-    raise ConfigError(
-        f"{name} is {get(config, name)!r}; expected {expected}; "
-        f"type --config.{name}={quoted(suggestion)}"
-    )
+    raise FieldError(name, f"{name} is {get(config, name)!r}; expected {expected}", suggestion)
 
 
 def _as_stored(default, value):

@@ -1,4 +1,8 @@
-"""The config of a command: a file in configs/, then what --config.FIELD=VALUE changes in it."""
+"""The config of a command: a file in configs/, then what --config.FIELD=VALUE changes in it.
+
+A file with variants declares their names, such as ARGUMENTS = ("ours", "paper"), and its
+get_config(argument) makes each. `--config=FILE:paper` chooses one; FILE alone means the first.
+"""
 
 import importlib.util
 import pathlib
@@ -7,7 +11,8 @@ from collections.abc import Iterable
 
 from ml_collections import config_dict
 
-from maskdm_jax.config import FIELDS, get, validate
+from maskdm_jax import phases
+from maskdm_jax.config import FIELDS, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import nearest_word, quoted, typed
 from maskdm_jax.run import files
@@ -19,7 +24,7 @@ def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     """The valid, locked config of a command.
 
     Args:
-      path: a Python file with a function get_config().
+      path: a Python file with a function get_config(), or FILE:ARGUMENT.
       changes: "FIELD=VALUE" each; the last one of a field counts.
 
     Raises:
@@ -28,7 +33,8 @@ def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     config = _from_file(path)
     for change in {change.partition("=")[0]: change for change in changes}.values():
         set_field(config, change)
-    validate(config)
+    _check_effect(config, changes)
+    phases.validate(config)
     return config
 
 
@@ -64,7 +70,21 @@ def _nearest_field(name):
     return leaves.get(leaf) or nearest_word(name, FIELDS) or leaves.get(nearest_word(leaf, leaves))
 
 
+def _check_effect(config, changes):
+    """Raises ConfigError for a typed field that every phase sets to something else."""
+    for name in dict.fromkeys(change.partition("=")[0] for change in changes):
+        if config.phases and all(name in phase[1] for phase in config.phases):
+            value = get(config, name)
+            typed_in_all = phases.with_changes(config, range(len(config.phases)), {name: value})
+            raise ConfigError(
+                f"--config.{name} is {value!r}, but each of phases sets {name} itself; expected a "
+                "field that the phases leave alone; type, instead of it, "
+                f"--config.phases={quoted(typed_in_all)}"
+            )
+
+
 def _from_file(path):
+    path, has_argument, argument = _split(path)
     files.local_path(path, "--config")  # refuses what is no path
     file = pathlib.Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
@@ -78,8 +98,11 @@ def _from_file(path):
         spec.loader.exec_module(module)
         fault = "it has no function get_config()"
         if hasattr(module, "get_config"):
-            config = module.get_config()
+            chosen = _argument(path, module, argument if has_argument else None)
+            config = module.get_config(*chosen)
             fault = _fault(config)
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything
         fault = _raised(error, file)
     if fault:
@@ -89,6 +112,31 @@ def _from_file(path):
             f"--config={_EXAMPLE}"
         )
     return config.lock()
+
+
+def _split(path):
+    """FILE, whether ":" follows it, and the argument after that."""
+    start, suffix, argument = path.rpartition(".py:")
+    return (f"{start}.py", True, argument) if suffix else (path, False, "")
+
+
+def _argument(path, module, typed_one):
+    """What to call a file's get_config with: (), or its argument of that name (None: the first)."""
+    names = getattr(module, "ARGUMENTS", ())
+    if typed_one is None:
+        return names[:1]
+    if not names:
+        raise ConfigError(
+            f"--config={path}:{typed_one} has an argument, but the file takes none (it has no "
+            f"ARGUMENTS); type --config={path}"
+        )
+    if typed_one not in names:
+        near = nearest_word(typed_one, names) or names[0]
+        raise ConfigError(
+            f"--config={path}:{typed_one} has the argument {typed_one!r}; expected one of "
+            f"{', '.join(names)}; type --config={path}:{near}"
+        )
+    return (typed_one,)
 
 
 def _kind(file):

@@ -12,6 +12,7 @@ from maskdm_jax.fields import (
     NAMES,
     NON_NEGATIVE,
     NUMBER,
+    PHASES,
     SEED,
     SHAPE,
     SIZE,
@@ -30,6 +31,11 @@ from maskdm_jax.model.sizes import SIZES
 FIELDS: dict[str, Field] = {
     "seed": Field(0, SEED, UPDATE,
         "determines the weights, the order of the examples, the masks and the noise"),
+    "phases": Field((), PHASES, UPDATE,
+        "stretches of the run, as (share, {field: value}); shares are relative to their sum; empty: "
+        "one, see docs/phases.md"),
+    "phases_by": Field("steps", one_of("steps", "flops"), UPDATE,
+        "what phases share: train.num_steps, or the training FLOPs of that many steps"),
 
     "data.name": Field("", TEXT, UPDATE,
         "a TFDS set with images, such as maskdm_jax.data.prepare writes; a .zip of images; LSUN's "
@@ -104,6 +110,12 @@ FIELDS: dict[str, Field] = {
     "optim.ema_decay": Field(0.999, number(0, 1), UPDATE, "of the averaged weights"),
     "optim.ema_ramp": Field(True, FLAG, UPDATE,
         "copy for 100 updates, then decay 1 - (1 + n)^(-2/3) up to ema_decay"),
+
+    "optim.ema_at_phase": Field("restart", one_of("restart", "carry"), UPDATE,
+        "the average where a phase starts: anew from the weights, or carried over with them; power "
+        "averages always restart"),
+    "optim.moments_at_phase": Field("reset", one_of("reset", "keep"), UPDATE,
+        "the optimizer's moments where a phase starts: zero, or kept for weights whose shape stays"),
 
     "train.num_steps": Field(100_000, COUNT, UPDATE, "updates"),
     "train.batch_size": Field(256, COUNT, UPDATE, "images, over all devices and hosts"),

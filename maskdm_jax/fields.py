@@ -85,6 +85,13 @@ def nearest_word(word: str, words) -> str | None:
     return by_lower_case[near[0]] if near else None
 
 
+def as_tuples(value: Any) -> Any:
+    """`value` with tuples for lists, at any depth."""
+    if isinstance(value, dict):
+        return {key: as_tuples(each) for key, each in value.items()}
+    return tuple(map(as_tuples, value)) if isinstance(value, (list, tuple)) else value
+
+
 def number(low: float | None = None, high: float | None = None) -> Kind:
     """A finite number between inclusive bounds; None means unbounded."""
     expected = f"a finite number{_bounds(low, high)}"
@@ -173,6 +180,24 @@ def _literal(text):
     return text
 
 
+def _are_phases(value):
+    return isinstance(value, tuple) and all(_is_phase(each) and each[0] > 0 for each in value)
+
+
+def _is_phase(value):
+    if not isinstance(value, tuple) or len(value) != 2 or not _is_number(value[0]):
+        return False
+    return isinstance(value[1], dict) and all(isinstance(name, str) for name in value[1])
+
+
+def _nearest_phases(value, default):
+    value = as_tuples(value)
+    value = (value,) if _is_phase(value) else value  # one phase, without its last comma
+    if not isinstance(value, tuple) or not all(map(_is_phase, value)):
+        return default
+    return tuple((share if share > 0 else 1.0, changes) for share, changes in value)
+
+
 def _bounds(low, high):
     if low is None:
         return ""
@@ -221,6 +246,13 @@ NON_NEGATIVE = number(0)
 TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool), _nearest_flag, _literal)
 SIZE = Kind("two whole numbers, (height, width)", _is_size, _nearest_size, _literal)
+PHASES = Kind(
+    "pairs of a share above 0 and the fields that change, such as "
+    "\"((3, {'mask.kind': 'block'}), (1, {}))\"",
+    _are_phases,
+    _nearest_phases,
+    lambda text: as_tuples(_literal(text)),
+)
 NAMES = Kind(
     "regular expressions over names, such as \"('position', 'patch_embed/.*')\"",
     _are_patterns,

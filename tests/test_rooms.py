@@ -20,7 +20,8 @@ GROUND = {
 ALLOWED = {
     "config": {"field_table"},
     "field_table": set(),
-    "config_file": {"config"},
+    "config_file": {"config", "phases"},
+    "phases": {"config", "flops"},
     "diffusion": set(),
     "model": set(),
     "data": {"run.command_line", "run.faults", "run.lock"},

@@ -1,0 +1,227 @@
+"""The phases of a run: stretches of its steps, each with a config of its own.
+
+`config.phases` is a tuple of (share, {field: value}), for example
+
+    ((3, {"mask.kind": "block", "train.batch_size": 512}), (1, {"train.batch_size": 64}))
+
+A phase's config is the run's with those values. Shares are relative to their sum. They divide
+`train.num_steps`, or (`phases_by` is "flops") the training FLOPs of that many steps. Without phases
+a run is one phase. `transition` leads from one phase to the next.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from ml_collections import config_dict
+
+from maskdm_jax import config as config_lib
+from maskdm_jax.config import FIELDS, FieldError
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import UPDATE, nearest_word, quoted
+
+# Besides the fields with the role UPDATE in these groups.
+_GROUPS = ("mask", "optim", "diffusion")
+_OTHERS = ("mask.hidden", "model.patch_size", "model.remat", "train.batch_size")
+
+
+class Phase(NamedTuple):
+    """A stretch of a run.
+
+    Fields:
+      index: 0 for the first.
+      first_step: the run's completed updates at the start.
+      last_step: those at the end.
+      config: the phase's; it has no phases, and its `train.num_steps` is that of the whole run.
+      first_image: images that the run has read at the start.
+      ema_first_step: completed updates when the averaged weights last started anew.
+    """
+
+    index: int
+    first_step: int
+    last_step: int
+    config: config_dict.ConfigDict
+    first_image: int = 0
+    ema_first_step: int = 0
+
+    @property
+    def num_steps(self) -> int:
+        """Updates of this phase alone."""
+        return self.last_step - self.first_step
+
+    def images(self, step: int) -> int:
+        """Images that the run has read after `step` updates, of which the last is this phase's."""
+        return self.first_image + (step - self.first_step) * self.config.train.batch_size
+
+
+def phases(config) -> list[Phase]:
+    """The phases of a valid config, in order; one, with `config` itself, if it names none.
+
+    Raises:
+      ConfigError: for a phase that gets no step.
+    """
+    if not config.phases:
+        return [Phase(0, 0, config.train.num_steps, config)]
+    made, first_step, first_image, ema_first_step = [], 0, 0, 0
+    for index, (last_step, each) in enumerate(zip(_ends(config), _configs(config), strict=True)):
+        if each.optim.ema_at_phase == "restart" or each.optim.ema == "power":
+            ema_first_step = first_step
+        made.append(Phase(index, first_step, last_step, each, first_image, ema_first_step))
+        first_step, first_image = last_step, made[-1].images(last_step)
+    return made
+
+
+def at(config, step: int) -> Phase:
+    """The phase whose state a checkpoint of `step` holds: first_step < step <= last_step.
+
+    The first for step 0, and the last for steps beyond its end.
+    """
+    every = phases(config)
+    return next((phase for phase in every if step <= phase.last_step), every[-1])
+
+
+def of_checkpoint(config, stored, step: int, where: str) -> config_dict.ConfigDict:
+    """`config` as the phase has it that a checkpoint is from, for drawing and scoring.
+
+    Args:
+      config: as typed.
+      stored: the config that is stored in the checkpoint; its phases count.
+      step: the checkpoint's.
+      where: the run's folder.
+
+    Raises:
+      ConfigError: if that phase's network differs from what `config` builds.
+    """
+    phase = at(stored, step)
+    changes = stored.phases[phase.index][1] if stored.phases else {}
+    config = _changed(config, changes)
+    config_lib.check_same_architecture(config, phase.config, where)
+    return config
+
+
+def can_change(name: str) -> bool:
+    """Whether a phase may set the field `name`."""
+    if name in _OTHERS:
+        return name in FIELDS
+    return FIELDS[name].role is UPDATE and name.partition(".")[0] in _GROUPS
+
+
+def validate(config) -> None:
+    """Raises ConfigError for the first value of a run's config that cannot work, in any phase."""
+    if not config.phases:
+        config_lib.validate(config)
+        return
+    config_lib.validate_values(config)
+    for index, (_, changes) in enumerate(config.phases):
+        for name, value in changes.items():
+            _check_change(config, index, name, value)
+    _in_each_phase(config, _configs(config), config_lib.validate)
+    _check_patches(config)
+    phases(config)
+
+
+def validate_devices(config, num_devices: int, mode: str) -> None:
+    """`config.validate_devices` for each phase of a run."""
+
+    def check(each):
+        config_lib.validate_devices(each, num_devices, mode)
+
+    _in_each_phase(config, [phase.config for phase in phases(config)], check)
+
+
+def with_changes(config, indices: Iterable[int], changes: dict) -> tuple:
+    """`config.phases` with further `changes` in the phases of those indices."""
+    chosen = set(indices)
+    return tuple(
+        (share, now | changes if index in chosen else now)
+        for index, (share, now) in enumerate(config.phases)
+    )
+
+
+def _configs(config):
+    return [_changed(config, changes) for _, changes in config.phases]
+
+
+def _changed(config, changes):
+    config = config.copy_and_resolve_references()
+    config.phases = ()
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def _ends(config):
+    """The last step of each phase."""
+    weights = [share / cost for (share, _), cost in zip(config.phases, _costs(config), strict=True)]
+    total, num_steps = sum(weights), config.train.num_steps
+    # Rounded half up: a phase that is due a whole step or more gets one.
+    ends = [int(num_steps * part / total + 0.5) for part in itertools.accumulate(weights)][:-1]
+    ends.append(num_steps)
+    for index, (start, end) in enumerate(itertools.pairwise([0, *ends])):
+        if end <= start:
+            needed = int(total / min(weights)) + 1
+            raise ConfigError(
+                f"phase {index + 1} of phases gets none of the {num_steps} updates; expected at "
+                f"least one for each; type --config.train.num_steps={needed}, or another "
+                "--config.phases"
+            )
+    return ends
+
+
+def _costs(config):
+    """What a step of each phase costs, in the unit of `phases_by`."""
+    if config.phases_by == "steps":
+        return [1] * len(config.phases)
+    from maskdm_jax import flops  # imports JAX, which nothing else here needs
+
+    return [flops.training_flops(each) * each.train.batch_size for each in _configs(config)]
+
+
+def _check_change(config, index, name, value):
+    if name not in FIELDS or not can_change(name):
+        changeable = [field for field in FIELDS if can_change(field)]
+        leaves = {field.rpartition(".")[2]: field for field in changeable}
+        near = leaves.get(name.rpartition(".")[2]) or nearest_word(name, changeable)
+        fault = "no phase can change" if name in FIELDS else "is not a field"
+        share, changes = config.phases[index]
+        kept = {k: v for k, v in changes.items() if k != name}
+        if near and near not in changes and FIELDS[near].kind.accepts(value):
+            kept[near] = value
+        fixed = (*config.phases[:index], (share, kept), *config.phases[index + 1 :])
+        raise ConfigError(
+            f"phase {index + 1} of phases sets {name}, which {fault}; expected model.patch_size, "
+            "model.remat, train.batch_size, or a field of mask, optim or diffusion that changes no "
+            f"parameter's meaning; type --config.phases={quoted(fixed)}"
+        )
+    kind = FIELDS[name].kind
+    if not kind.accepts(value):
+        suggestion = kind.nearest(value, FIELDS[name].default)
+        problem = f"{name} is {value!r}; expected {kind.expected}"
+        _refuse(config, index, FieldError(name, problem, suggestion))
+
+
+def _in_each_phase(config, configs, check: Callable) -> None:
+    """Runs `check` on the configs; an error of a field that phases change names the phase."""
+    for index, each in enumerate(configs):
+        try:
+            check(each)
+        except FieldError as error:
+            if not config.phases or not can_change(error.name):
+                raise
+            _refuse(config, index, error)
+
+
+def _refuse(config, index, error):
+    fixed = with_changes(config, [index], {error.name: error.suggestion})
+    raise ConfigError(
+        f"phase {index + 1} of phases: {error.problem}; type --config.phases={quoted(fixed)}"
+    ) from error
+
+
+def _check_patches(config):
+    sizes = [each.model.patch_size for each in _configs(config)]
+    for index, (before, size) in enumerate(itertools.pairwise(sizes), 1):
+        if size % before and before % size:
+            problem = f"model.patch_size is {size} after {before}; expected a multiple or a divisor"
+            _refuse(config, index, FieldError("model.patch_size", problem, before))
+
+
