@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import flops, sharding
+from maskdm_jax import flops, phases, sharding
 from maskdm_jax.data import loader
 from maskdm_jax.run import command_line, memory
 from maskdm_jax.state import init_state
@@ -40,17 +40,21 @@ _KINDS = (
 def compile_step(config):
     """The compiled step. Nothing is put on the device, so several can be compiled in parallel."""
     mesh = sharding.make_mesh(config)
-    return lower_train_step(config, mesh, len(cases.open_source(config))).compile()
+    return lower_train_step(
+        phases.phases(config)[0], mesh, len(cases.open_source(config))
+    ).compile()
 
 
 def start(config, compiled):
     """Returns call(i), which runs update i of a compiled step and returns its metrics."""
     mesh = sharding.make_mesh(config)
     arrays = cases.device_arrays(config, mesh)
-    order = loader.Order(config.seed, len(arrays["image"]), config.train.batch_size)
+    order = loader.Order(config.seed, len(arrays["image"]))
+    size = config.train.batch_size
     by_batch = sharding.batch_sharding(mesh)
     ready = [
-        {"ids": jax.device_put(order.ids(step).astype(np.int32), by_batch)} for step in range(8)
+        {"ids": jax.device_put(order.ids(step * size, size).astype(np.int32), by_batch)}
+        for step in range(8)
     ]
     state = init_state(config, mesh)
 

@@ -4,10 +4,10 @@
     python launch/compile_check.py --config=configs/finetune_celebahq.py --topology=v5e-16 \
         --mode=sample --config.sample.batch_size=64
 
-It compiles the program that main.py runs, from shapes alone, with a CPU and the `libtpu` wheel (pip
-install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 if the program fits the chips'
-memory, 1 if not, 2 for bad input, 3 for any other error, with its stack trace. docs/tpu.md explains
-the figures and their limits.
+It compiles the program that main.py runs (one for each phase), from shapes alone, with a CPU and
+the `libtpu` wheel (pip install '.[tpu-compile]'), but no TPU and no data set. Exit status: 0 if
+every program fits the chips' memory, 1 if not, 2 for bad input, 3 for any other error, with its
+stack trace. docs/tpu.md explains the figures and their limits.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import jax  # noqa: E402
 
 from launch import collectives, tpu_slices  # noqa: E402
-from maskdm_jax import config_file, draw, flops, sharding, step  # noqa: E402
+from maskdm_jax import config_file, draw, flops, phases, sharding, step  # noqa: E402
 from maskdm_jax.config import FIELDS, validate_devices  # noqa: E402
 from maskdm_jax.diffusion import samplers  # noqa: E402
 from maskdm_jax.errors import ConfigError  # noqa: E402
@@ -53,17 +53,30 @@ def main():
     args = _parser().parse()
     config, mode = config_file.load(args.config, args.changes), args.mode
     tpu = tpu_slices.parse(args.topology)
+    # Images are drawn from the last phase's weights.
+    every_phase = phases.phases(config)[0 if mode == "train" else -1 :]
     if args.row:
-        _round_batch_up(config, mode, tpu.num_chips)
-    validate_devices(config, tpu.num_chips, mode)
+        for phase in every_phase:
+            _round_batch_up(phase.config, mode, tpu.num_chips)
+            validate_devices(phase.config, tpu.num_chips, mode)
+    else:
+        phases.validate_devices(config, tpu.num_chips, mode)
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("the libtpu wheel is missing; type pip install '.[tpu-compile]'")
+    return max(_check(args, phase, tpu) for phase in every_phase)
+
+
+def _check(args, phase, tpu):
+    """Compiles one phase, and prints its figures; 0 if it fits, 1 if not."""
+    config, mode = phase.config, args.mode
     mesh = sharding.make_mesh(config, tpu.devices())
     if not args.row:
+        if mode == "train" and (phase.index or phase.last_step < config.train.num_steps):
+            print(f"phase {phase.index + 1}, steps {phase.first_step + 1} to {phase.last_step}")
         print(f"{mode} on {tpu.name}, {tpu.num_chips} chips: compiling ...", flush=True)
     start = time.perf_counter()
     try:
-        compiled = _lower(config, mode, mesh, args.num_examples).compile()
+        compiled = _lower(phase, mode, mesh, args.num_examples).compile()
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if "RESOURCE_EXHAUSTED" not in reason or "hbm" not in str(error).lower():
@@ -84,7 +97,7 @@ def main():
 
 def _parser():
     parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
-    parser.flag("--config", TEXT, "a file in configs/", required=True)
+    parser.flag("--config", TEXT, "a file in configs/, or FILE:ARGUMENT", required=True)
     parser.flag("--topology", TEXT, "the slice: v5e:16x16, v5e-256, v5p-128, ...", required=True)
     parser.flag("--mode", one_of("train", "sample"), "what to compile", "train")
     parser.flag(
@@ -108,8 +121,9 @@ def _round_batch_up(config, mode, num_chips):
     settings.batch_size = -(-settings.batch_size // multiple) * multiple
 
 
-def _lower(config, mode, mesh, known_examples):
+def _lower(phase, mode, mesh, known_examples):
     """The program that main.py would compile, from shapes alone."""
+    config = phase.config
     if mode == "sample":
         return draw.lower_draw(config, mesh)
     num_examples = 0
@@ -120,7 +134,7 @@ def _lower(config, mode, mesh, known_examples):
                 f"data.cache is 'device', and the number of images in {config.data.name!r} is not "
                 "known here; type --num_examples=N, or --config.data.cache=host"
             )
-    return step.lower_train_step(config, mesh, num_examples)
+    return step.lower_train_step(phase, mesh, num_examples)
 
 
 def _figures(config, mode, mesh, tpu, compiled):
@@ -245,7 +259,10 @@ def _too_large(config, mode, tpu, reason):
 
 
 def _row_of(args, config, tpu, cells):
-    name, batch = pathlib.Path(args.config).stem, str(_batch(config, args.mode))
+    name, batch = (
+        pathlib.Path(args.config.replace(".py:", ":")).stem,
+        str(_batch(config, args.mode)),
+    )
     return f"| {' | '.join((name, tpu.name, batch, *cells))} |"
 
 

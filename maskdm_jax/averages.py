@@ -9,11 +9,12 @@ any other length is the combination of snapshots whose profile is nearest, by le
 import functools
 import pathlib
 import shutil
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
-from maskdm_jax import checkpoint
+from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.optim import POWER_STDS, power_gamma
 from maskdm_jax.run import distributed, hashes
@@ -65,9 +66,12 @@ def kept(ema, config):
     return ema["short"] if config.optim.ema == "power" else ema
 
 
-def snapshot_bytes(ema, config) -> int:
+def snapshot_bytes(ema, every_phase: Iterable[phases.Phase]) -> int:
     """The room that all snapshots of a run take."""
-    num = config.train.num_steps // config.optim.ema_snapshot_steps
+    num = 0
+    for phase in every_phase:
+        every = phase.config.optim.ema_snapshot_steps
+        num += phase.last_step // every - phase.first_step // every
     return num * sum(x.nbytes for x in jax.tree.leaves(ema))
 
 
@@ -101,12 +105,15 @@ def restore(config, workdir: str | pathlib.Path, step: int, abstract, std: float
     load = functools.partial(_load, abstract=abstract)
     if not std:
         return load(workdir, step, "ema")["short"]
-    return _combined(_stored(workdir, step), load, step, std)
+    # Power averages start anew with each phase of a run.
+    begun = phases.at(checkpoint.load_config(workdir, step), step).first_step
+    return _combined(_stored(workdir, begun, step), load, step, std, begun)
 
 
-def _stored(workdir, step):
-    """(run, step, item) of the averages up to `step`: the snapshots', and the checkpoint's own."""
-    taken = [s for s in distributed.agreed(checkpoint.steps(folder(workdir))) if s < step]
+def _stored(workdir, begun, step):
+    """(run, step, item) of the averages after `begun`, up to `step`: the snapshots', and the
+    checkpoint's own."""
+    taken = [s for s in distributed.agreed(checkpoint.steps(folder(workdir))) if begun < s < step]
     for each in taken:
         checkpoint.find_step(folder(workdir), each)  # compares its hashes
     return [(folder(workdir), s, None) for s in taken] + [(workdir, step, "ema")]
@@ -119,10 +126,10 @@ def _load(workdir, step, item, abstract):
     return {name: checkpoint.restore_item(workdir, step, name, abstract) for name in both}
 
 
-def _combined(stored, load, step, std):
+def _combined(stored, load, step, std, begun=0):
     gammas = {name: power_gamma(value) for name, value in POWER_STDS.items()}
-    profiles = [(s, gamma) for _, s, _ in stored for gamma in gammas.values()]
-    coefficients, misfit = _least_squares(profiles, (step, power_gamma(std)))
+    profiles = [(s - begun, gamma) for _, s, _ in stored for gamma in gammas.values()]
+    coefficients, misfit = _least_squares(profiles, (step - begun, power_gamma(std)))
     if misfit > _MAX_MISFIT:
         raise ConfigError(
             f"sample.ema_std is {std:g}, but the averages of {len(stored)} steps up to {step} give "

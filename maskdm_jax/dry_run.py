@@ -1,5 +1,7 @@
 """`--config.train.dry_run=True`: memory of the train step on each device, and the batches that fit.
 
+Each phase of a run has its own step and batch, so each has its own figures.
+
 The figures are the compiler's own analysis of the program; nothing is run or written.
 """
 
@@ -9,7 +11,7 @@ from collections.abc import Callable
 
 import jax
 
-from maskdm_jax import sharding
+from maskdm_jax import phases, sharding
 from maskdm_jax.run.memory import GPU_MEMORY_FRACTION, advice, bytes_needed
 from maskdm_jax.run.progress import say
 from maskdm_jax.step import lower_train_step
@@ -22,12 +24,21 @@ _MAX_BATCH = 65_536
 
 
 def dry_run(config, num_examples: int) -> None:
-    """Compiles the train step for this machine, and prints its memory and the batches that fit.
+    """Compiles each phase's step for this machine; prints its memory and the batches that fit.
 
     Args:
       config: the run's.
       num_examples: images of the data set, for `data.cache = "device"`.
     """
+    say("dry run: the step is compiled, nothing is trained or written")
+    for phase in phases.phases(config):
+        if config.phases:
+            say(f"phase {phase.index + 1}, steps {phase.first_step + 1} to {phase.last_step}")
+        _dry_run(phase, num_examples)
+
+
+def _dry_run(phase, num_examples):
+    config = phase.config
     mesh = sharding.make_mesh(config)
     device = jax.devices()[0].device_kind
 
@@ -35,11 +46,12 @@ def dry_run(config, num_examples: int) -> None:
     def needs(batch):
         tried = config.copy_and_resolve_references()
         tried.train.batch_size = batch
-        size = bytes_needed(lower_train_step(tried, mesh, num_examples).compile())
+        size = bytes_needed(
+            lower_train_step(phase._replace(config=tried), mesh, num_examples).compile()
+        )
         say(f"batch {batch:6,}: {size / 1e9:7.2f} GB on each {device}")
         return size
 
-    say("dry run: the step is compiled, nothing is trained or written")
     batch = config.train.batch_size
     needs(batch)
     multiple = jax.device_count() * config.optim.accumulate_steps

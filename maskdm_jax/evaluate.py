@@ -13,8 +13,7 @@ import time
 
 import jax
 
-from maskdm_jax import averages, checkpoint, draw, evaluation, images, sample, sharding
-from maskdm_jax.config import check_same_architecture
+from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
 from maskdm_jax.run import distributed, hashes, telemetry
@@ -34,17 +33,23 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     config = config.copy_and_resolve_references()
     config.sample.num = config.eval.num
     steps = _steps(config.eval.checkpoints, workdir)
-    for step in steps:
-        check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
+    phase_of = {
+        step: phases.of_checkpoint(
+            config, checkpoint.load_config(workdir, step), step, str(workdir)
+        )
+        for step in steps
+    }
     stds = _ema_stds(config)
     mesh = sharding.make_mesh(config)
     say(
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
-    scorer, records = evaluation.Evaluation(config, mesh), []
+    measured, records = evaluation.Evaluation(phase_of[steps[0]], mesh), []
     for step, std in itertools.product(steps, stds):
+        config = phase_of[step]
         config.sample.ema_std = std
+        scorer = measured.of_phase(config)
         key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
         record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
         (is_scored,) = distributed.agreed([record is not None])

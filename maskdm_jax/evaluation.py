@@ -5,6 +5,7 @@ The split `eval.heldout_split`, where the data set has one, gives the held-out l
 the floor that no model can beat, and the check for memorised images.
 """
 
+import copy
 import dataclasses
 import time
 
@@ -79,6 +80,13 @@ class Evaluation:
             else self._measure(opened)
             for name, opened in sets.items()
         }
+
+    def of_phase(self, config) -> "Evaluation":
+        """The same, with the measured sets, for the network of another phase of the run."""
+        other = copy.copy(self)
+        other._config, other._draw = config, None
+        other._loss = heldout.jit_heldout_loss(config, self._mesh)
+        return other
 
     def image_scores(self, samples: reference.ImageSet) -> dict:
         """Scores of drawn images; call it on process 0 alone.

@@ -32,8 +32,8 @@ FIELDS: dict[str, Field] = {
     "seed": Field(0, SEED, UPDATE,
         "determines the weights, the order of the examples, the masks and the noise"),
     "phases": Field((), PHASES, UPDATE,
-        "stretches of the run, as (share, {field: value}); shares are relative to their sum; empty: "
-        "one, see docs/phases.md"),
+        "stretches of the run, as (share, {field: value}), with shares relative to their sum; see "
+        "docs/running.md; empty: one phase"),
     "phases_by": Field("steps", one_of("steps", "flops"), UPDATE,
         "what phases share: train.num_steps, or the training FLOPs of that many steps"),
 
@@ -115,7 +115,7 @@ FIELDS: dict[str, Field] = {
         "the average where a phase starts: anew from the weights, or carried over with them; power "
         "averages always restart"),
     "optim.moments_at_phase": Field("reset", one_of("reset", "keep"), UPDATE,
-        "the optimizer's moments where a phase starts: zero, or kept for weights whose shape stays"),
+        "the optimizer's moments as a phase starts: zero, or kept where the weight's shape stays"),
 
     "train.num_steps": Field(100_000, COUNT, UPDATE, "updates"),
     "train.batch_size": Field(256, COUNT, UPDATE, "images, over all devices and hosts"),

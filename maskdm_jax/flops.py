@@ -4,6 +4,9 @@ Counts are 2 per multiply-add, for matmuls and attention only, without remat or 
 3 x the forward pass. MFU = model FLOPs / (step time x dense bf16 peak of the chips).
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 
 from maskdm_jax.model import patches
@@ -46,6 +49,51 @@ def forward_flops(config) -> float:
 def training_flops(config) -> float:
     """FLOPs of one forward and backward pass for one image."""
     return 3 * forward_flops(config)
+
+
+class Work(NamedTuple):
+    """What a run has done up to a step: images, the network's tokens, model FLOPs."""
+
+    images: int
+    tokens: int
+    flops: float
+
+
+def work(phases: Sequence, step: int) -> Work:
+    """What the first `step` updates do of a run with these phases, see `phases`."""
+    images = tokens = flops = 0
+    for phase in phases:
+        count = max(min(step, phase.last_step) - phase.first_step, 0)
+        count *= phase.config.train.batch_size
+        images += count
+        tokens += count * tokens_per_image(phase.config)
+        flops += count * training_flops(phase.config)
+    return Work(images, tokens, flops)
+
+
+def table(phases: Sequence) -> str:
+    """What each of a run's phases takes, as a table."""
+    rows = [("phase", "steps", "tokens", "batch", "GFLOP per image", "peak lr", "share of FLOPs")]
+    whole = work(phases, phases[-1].last_step).flops
+    for phase in phases:
+        config, first = phase.config, phase.first_step
+        share = (work(phases, phase.last_step).flops - work(phases, first).flops) / whole
+        rows.append(
+            (
+                f"{phase.index + 1}",
+                f"{first + 1} to {phase.last_step}",
+                f"{tokens_per_image(config)}",
+                f"{config.train.batch_size}",
+                f"{training_flops(config) / 1e9:.4g}",
+                f"{config.optim.lr_peak:g}",
+                f"{share:.1%}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
 
 
 def peak_tflops(device: jax.Device) -> float | None:

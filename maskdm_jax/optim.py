@@ -11,12 +11,12 @@ _EMA_COPY_UPDATES = 100
 POWER_STDS = {"short": 0.05, "long": 0.1}
 
 
-def learning_rate(config) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or cosine to 0 at `train.num_steps`."""
+def learning_rate(config, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or cosine to 0 after `num_steps` updates."""
     optim = config.optim
     warmup = optim.warmup_steps
     if optim.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(optim.lr_peak, max(config.train.num_steps - warmup, 1))
+        after = optax.cosine_decay_schedule(optim.lr_peak, max(num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(optim.lr_peak)
     if not warmup:
@@ -26,17 +26,52 @@ def learning_rate(config) -> optax.Schedule:
     )
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
+def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """Clipping if `optim.clip_norm` is set, then AdamW with decay on every parameter.
+
+    `num_steps` is the number of updates over which the learning rate decays.
 
     The state has the same structure with and without clipping, so a run can resume with either.
     """
     optim = config.optim
     adamw = optax.adamw(
-        learning_rate(config), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+        learning_rate(config, num_steps), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
     clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(clip, adamw)
+
+
+def with_moments(opt_state, old):
+    """A fresh optimizer state with the moments of `old` for the weights whose shape stays.
+
+    The count that the learning rate depends on stays that of `opt_state`.
+    """
+    known = {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)
+    }
+
+    def chosen(path, fresh):
+        before = known.get(jax.tree_util.keystr(path))
+        if _is_schedule(fresh) or before is None or before.shape != fresh.shape:
+            return fresh
+        return before
+
+    return jax.tree_util.tree_map_with_path(chosen, opt_state, is_leaf=_is_schedule)
+
+
+def with_schedule_count(opt_state, count: int):
+    """An optimizer state whose learning rate is that after `count` updates."""
+
+    def counted(part):
+        if not _is_schedule(part):
+            return part
+        return part._replace(count=jax.device_put(np.int32(count), part.count.sharding))
+
+    return jax.tree.map(counted, opt_state, is_leaf=_is_schedule)
+
+
+def _is_schedule(part):
+    return isinstance(part, optax.ScaleByScheduleState)
 
 
 def global_norm(tree) -> jax.Array:

@@ -16,9 +16,9 @@ from typing import NamedTuple
 from ml_collections import config_dict
 
 from maskdm_jax import config as config_lib
-from maskdm_jax.config import FIELDS, FieldError
+from maskdm_jax.config import FIELDS, FieldError, get
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import UPDATE, nearest_word, quoted
+from maskdm_jax.fields import MEANING, SHAPE, UPDATE, nearest_word, quoted
 
 # Besides the fields with the role UPDATE in these groups.
 _GROUPS = ("mask", "optim", "diffusion")
@@ -97,6 +97,25 @@ def of_checkpoint(config, stored, step: int, where: str) -> config_dict.ConfigDi
     config = _changed(config, changes)
     config_lib.check_same_architecture(config, phase.config, where)
     return config
+
+
+def check_resumes(config, stored, step: int, where: str) -> None:
+    """Raises ConfigError if a run of `config` cannot continue from a checkpoint of other phases.
+
+    Args: as for `of_checkpoint`.
+    """
+    here, there = at(config, step), at(stored, step)
+    names = config_lib.differences(here.config, there.config, (SHAPE, MEANING))
+    if not names:
+        return
+    run = ("phases", "phases_by", "train.num_steps")
+    plan = [name for name in run if get(config, name) != get(stored, name)]
+    typed = [n for n in names if not can_change(n)] + (plan or [n for n in names if can_change(n)])
+    raise ConfigError(
+        f"the checkpoint of step {step} in {where} is from a phase with another network: "
+        f"{config_lib.described(here.config, there.config, names)}; type "
+        f"{config_lib.as_flags(stored, typed)} to use it, or another --workdir to start afresh"
+    )
 
 
 def can_change(name: str) -> bool:
@@ -223,5 +242,3 @@ def _check_patches(config):
         if size % before and before % size:
             problem = f"model.patch_size is {size} after {before}; expected a multiple or a divisor"
             _refuse(config, index, FieldError("model.patch_size", problem, before))
-
-

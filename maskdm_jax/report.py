@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from maskdm_jax import flops
+from maskdm_jax import flops, phases
 from maskdm_jax.config import load_json
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import TEXT, quoted
@@ -115,10 +115,10 @@ def _damage_explained(path):
 def _row(name, config, records):
     last = np.mean([r["loss"] for r in records[-10:]])
     rate = np.median([r["images_per_s"] for r in records])
-    return (
-        f"| {name} | {flops.tokens_per_image(config)} | {flops.training_flops(config) / 1e9:.4g} "
-        f"| {records[-1]['step']:,} | {rate:,.0f} | {last:.4f} |"
-    )
+    configs = [phase.config for phase in phases.phases(config)]
+    tokens = ", ".join(str(flops.tokens_per_image(each)) for each in configs)
+    gflop = ", ".join(f"{flops.training_flops(each) / 1e9:.4g}" for each in configs)
+    return f"| {name} | {tokens} | {gflop} | {records[-1]['step']:,} | {rate:,.0f} | {last:.4f} |"
 
 
 def _plot(stages, path):

@@ -24,7 +24,7 @@ class TrainState:
 
 
 def abstract_state(config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings on `mesh` of a run's state; nothing is computed."""
+    """Shapes, dtypes and shardings on `mesh` of a phase's state; nothing is computed."""
     return _abstract_state(FrozenConfigDict(config), mesh)
 
 
@@ -51,5 +51,5 @@ def _create(config, mesh, params=None):
         step=jnp.int32(0),
         params=params,
         ema=optim.init_ema(params, config),
-        opt_state=optim.make_optimizer(config).init(params),
+        opt_state=optim.make_optimizer(config, config.train.num_steps).init(params),
     )

@@ -1,7 +1,7 @@
 """One update: draw t, masks and noise for the global batch; then gradient, AdamW and EMA.
 
-The same function serves both stages; only `config.mask` differs. An update with a non-finite loss
-or gradient is not applied.
+The same function serves all stages and phases, which differ in their configs. An update with a
+non-finite loss or gradient is not applied.
 """
 
 from collections.abc import Callable
@@ -18,46 +18,50 @@ from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
 from maskdm_jax.model import masking, patches, uvit
 from maskdm_jax.model.sizes import grid_shape
+from maskdm_jax.phases import Phase
 from maskdm_jax.state import TrainState
 
 
-def jit_train_step(config, mesh: Mesh):
-    """The update under jit on `mesh`, as main.py runs it.
+def jit_train_step(phase: Phase, mesh: Mesh):
+    """The update of a phase under jit on `mesh`, as main.py runs it.
 
     Returns:
       (state, arrays, batch) -> (state, metrics), see `make_train_step`; `data.batch` defines arrays
       and batch. The state is donated, and the new one has the same shardings.
     """
-    abstract = state_lib.abstract_state(config, mesh)
+    abstract = state_lib.abstract_state(phase.config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        make_train_step(config, mesh),
+        make_train_step(phase, mesh),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=sharding.compiler_options(mesh),
     )
 
 
-def lower_train_step(config, mesh: Mesh, num_examples: int):
+def lower_train_step(phase: Phase, mesh: Mesh, num_examples: int):
     """`jit_train_step` lowered from shapes alone, for a data set of `num_examples` images."""
-    arrays, batch = batch_lib.abstract_inputs(config, num_examples, mesh)
-    state = state_lib.abstract_state(config, mesh)
-    return jit_train_step(config, mesh).lower(state, arrays, batch)
+    arrays, batch = batch_lib.abstract_inputs(phase.config, num_examples, mesh)
+    state = state_lib.abstract_state(phase.config, mesh)
+    return jit_train_step(phase, mesh).lower(state, arrays, batch)
 
 
 def make_train_step(
-    config, mesh: Mesh
+    phase: Phase, mesh: Mesh
 ) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict]]:
-    """Makes the update of one step, to be jitted.
+    """Makes the update of one step of a phase, to be jitted.
+
+    Random draws depend on the run's step, the learning rate on the step within the phase.
 
     Returns:
       (state, arrays, batch) -> (state, metrics). The metrics are float32 scalars: "loss",
       "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
       skipped update still advances `step`, which the random draws and the data order depend on.
     """
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
+    config = phase.config
+    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config, phase.num_steps)
     process = make_process(config.diffusion, config.data.image_size)
-    schedule = optim.learning_rate(config)
+    schedule = optim.learning_rate(config, phase.num_steps)
 
     def loss(params, examples, dropout_key):
         def predict(x_BVP, time_B):
@@ -88,7 +92,7 @@ def make_train_step(
         updated = TrainState(
             step=state.step + 1,
             params=params,
-            ema=optim.update_ema(state.ema, params, state.step, config),
+            ema=optim.update_ema(state.ema, params, state.step - phase.ema_first_step, config),
             opt_state=opt_state,
         )
         # XLA fuses this choice into the update's own loops, which read the old values anyway.
@@ -97,7 +101,7 @@ def make_train_step(
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "lr": jnp.asarray(schedule(state.step - phase.first_step), jnp.float32),
             "skipped": 1 - applied.astype(jnp.float32),
         }
         return new_state, metrics

@@ -1,5 +1,10 @@
-"""Training: set-up and the loop, to be read from top to bottom. Both stages take this path."""
+"""Training: set-up and the loop, to be read from top to bottom. All stages take this path.
 
+A run is a list of phases, one by default. Whatever depends on a config after the set-up uses that
+of the current phase, whose step is compiled when the phase starts.
+"""
+
+import functools
 import pathlib
 import tempfile
 import time
@@ -16,8 +21,10 @@ from maskdm_jax import (
     dry_run,
     flops,
     images,
+    phases,
     provenance,
     sharding,
+    transition,
 )
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
@@ -52,6 +59,7 @@ def train(
     num_steps = config.train.num_steps
 
     # ------------------------------------------------------------------ what already exists
+    every_phase = phases.phases(config)
     own_step, stored = _own_step(config, workdir)
     if own_step is not None and own_step >= num_steps:
         say(f"finished: {workdir} is at step {own_step} of {num_steps}; nothing to do")
@@ -66,11 +74,12 @@ def train(
 
     # ------------------------------------- state: own checkpoint, else other weights, else fresh
     mesh = sharding.make_mesh(config)
+    phase = phases.at(config, own_step or 0)
     params = None
     if config.init.path and own_step is None:
         params, note = start.load_params(
-            config,
-            lambda: fresh_params(config, mesh),
+            phase.config,
+            lambda: fresh_params(phase.config, mesh),
             lambda betas: ddpm.schedule_of(betas, config.diffusion, config.data.image_size),
         )
         say(note)
@@ -78,9 +87,11 @@ def train(
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config, provenance.continued(facts, stored))
     if own_step is None:
-        state = init_state(config, mesh, params)
+        state = init_state(phase.config, mesh, params)
     else:
-        state = checkpoints.restore(own_step, abstract_state(config, mesh))
+        state = checkpoints.restore(own_step, abstract_state(phase.config, mesh))
+        if phase.first_step != phases.at(from_dict(stored["config"]), own_step).first_step:
+            state = transition.rescheduled(state, own_step - phase.first_step)
         say(f"resuming from step {own_step} of {workdir}")
     if distributed.is_main():
         # Left by an earlier process of this run that was killed.
@@ -89,38 +100,36 @@ def train(
         files.write_text(workdir / "config.json", to_json(config) + "\n")
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
-    _say_start(config, source, mesh, state.params)
-    snapshots = None
+    _say_start(config, source, mesh)
     if config.optim.ema == "power":
-        snapshots = averages.Snapshots(workdir, config, step)
-        gib = averages.snapshot_bytes(state.ema, config) / 2**30
+        gib = averages.snapshot_bytes(state.ema, every_phase) / 2**30
         say(f"snapshots of the averages will take {gib:,.2f} GiB by step {num_steps}")
-
-    # ------------------------------------------------------- compile, before the first step
     feed = batches.batches(step)
     batch = next(feed)
-    say("compiling the step ...")
-    compile_start = time.perf_counter()
-    compiled = jit_train_step(config, mesh).lower(state, batches.arrays, batch).compile()
-    say(
-        f"compiled in {time.perf_counter() - compile_start:.1f} s; "
-        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
-    )
-    scorer = _make_scorer(config, mesh) if config.eval.every_steps else None
-    preview = draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
+    peak = flops.peak_tflops(jax.devices()[0])
+    work = functools.partial(flops.work, every_phase)
+    telemetry = Telemetry(workdir, config, step, work, peak and peak * jax.device_count())
+    skips = faults.SkipCounter(config.train.max_skipped_steps, checkpoints, telemetry.skipped)
+    scorer = snapshots = compiled = None
 
     # ----------------------------------------------------------------------------- the loop
-    peak = flops.peak_tflops(jax.devices()[0])
-    telemetry = Telemetry(
-        workdir,
-        config,
-        step,
-        flops.training_flops(config),
-        peak and peak * jax.device_count(),
-    )
-    skips = faults.SkipCounter(config.train.max_skipped_steps, checkpoints, telemetry.skipped)
     pending = None  # (step, its metrics on the device), read once the next step is running
     while step < num_steps and not preempted(step):
+        if step == phase.last_step:  # its checkpoint, if there is one, is saved
+            before, phase = phase, every_phase[phase.index + 1]
+            say(transition.described(phase, before, mesh))
+            state, compiled = transition.enter(phase, before, state, mesh), None
+            if snapshots is not None:
+                snapshots.close()
+        if compiled is None:
+            compiled = _compile(phase, mesh, state, batches.arrays, batch)
+            preview = _jit_preview(phase.config, mesh)
+            if config.eval.every_steps:
+                scorer = _make_scorer(phase.config, mesh, scorer)
+            if config.optim.ema == "power":
+                snapshots = averages.Snapshots(workdir, phase.config, step)
+            telemetry.start_clock(step)
+
         state, metrics = compiled(state, batches.arrays, batch)
         step += 1
         if pending is not None:
@@ -136,7 +145,7 @@ def train(
         wants_preview = every and (step % every == 0 or step == num_steps)
         wants_scores = scorer and (step % config.eval.every_steps == 0 or step == num_steps)
         saves = step % config.checkpoint.every_steps == 0 or step == num_steps
-        if saves or wants_preview or wants_scores:
+        if saves or wants_preview or wants_scores or step == phase.last_step:
             _log(telemetry, skips, config, *pending)
             pending = None
             # Grid and scores first: a run killed in between makes them again after it resumes.
@@ -160,6 +169,26 @@ def train(
             f"{checkpoints.latest_step() or 'none'}; the same command resumes"
         )
     say(f"finished: {workdir} is at step {step}")
+
+
+def _compile(phase, mesh, state, arrays, batch):
+    """The update of a phase; prints its network and what it costs."""
+    config = phase.config
+    say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+    width, depth, heads = dimensions(config.model)
+    say(
+        f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
+        f"{flops.tokens_per_image(config)} tokens and "
+        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP per image"
+    )
+    say("compiling the step ...")
+    start = time.perf_counter()
+    compiled = jit_train_step(phase, mesh).lower(state, arrays, batch).compile()
+    say(
+        f"compiled in {time.perf_counter() - start:.1f} s; "
+        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
+    )
+    return compiled
 
 
 def _log(telemetry, skips, config, step, metrics):
@@ -186,10 +215,16 @@ def _draw_preview(config, preview, ema, workdir, step):
     say(f"samples of step {step} in {folder}")
 
 
-def _make_scorer(config, mesh):
+def _jit_preview(config, mesh):
+    return draw.jit_draw(config, mesh, sharding.replicated(mesh), config.sample.preview_steps)
+
+
+def _make_scorer(config, mesh, earlier):
+    """What scores the network of `config`; the sets that an `earlier` one has measured are kept."""
     from maskdm_jax import evaluation  # imports slowly, and few runs need it
 
-    return evaluation.Evaluation(evaluation.for_training(config), mesh)
+    config = evaluation.for_training(config)
+    return earlier.of_phase(config) if earlier else evaluation.Evaluation(config, mesh)
 
 
 def _score(scorer, ema, workdir, step):
@@ -199,17 +234,14 @@ def _score(scorer, ema, workdir, step):
     distributed.agreed([0])  # the others wait while process 0 scores
 
 
-def _say_start(config, source, mesh, params):
-    say(parameter_overview.get_parameter_overview(params, include_stats=False))
-    width, depth, heads = dimensions(config.model)
-    say(
-        f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
-        f"{flops.tokens_per_image(config)} tokens and "
-        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP per image"
-    )
+def _say_start(config, source, mesh):
+    every_phase = phases.phases(config)
+    if config.phases:
+        say(flops.table(every_phase))
     shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    batch = " / ".join(str(phase.config.train.batch_size) for phase in every_phase)
     say(
-        f"{len(source):,} images of {config.data.name}; batch {config.train.batch_size}; "
+        f"{len(source):,} images of {config.data.name}; batch {batch}; "
         f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape})"
     )
     peak = flops.peak_tflops(jax.devices()[0])
@@ -228,6 +260,9 @@ def _own_step(config, workdir):
     step = checkpoint.find_step(workdir, set_aside=not config.train.dry_run)
     stored = checkpoint.load_record(workdir, step)
     before = from_dict(stored["config"])
+    if config.phases or before.phases:
+        phases.check_resumes(config, before, step, str(workdir))
+        return step, stored
     check_same_architecture(config, before, str(workdir))
     # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
     if (config.mask.kind == "none") != (before.mask.kind == "none"):

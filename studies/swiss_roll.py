@@ -18,7 +18,7 @@ import time
 import jax
 import numpy as np
 
-from maskdm_jax import checkpoint, draw, sharding, state, step, train
+from maskdm_jax import checkpoint, draw, phases, sharding, state, step, train
 from maskdm_jax.data import loader, sources, toy
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import COUNT, TEXT, number
@@ -54,7 +54,10 @@ def step_seconds(stages: list[str], data_dir: pathlib.Path) -> dict[str, float]:
         config = config_of(stage, data_dir, 0)
         mesh = sharding.make_mesh(config)
         feed = loader.Loader(config, sources.open_source(config), mesh)
-        runs[stage] = [step.jit_train_step(config, mesh), state.init_state(config, mesh, None)]
+        runs[stage] = [
+            step.jit_train_step(phases.phases(config)[0], mesh),
+            state.init_state(config, mesh, None),
+        ]
         runs[stage] += [feed.arrays, feed.batches(0)]
     seconds = {stage: [] for stage in stages}
     for _ in range(_ROUNDS):

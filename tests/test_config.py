@@ -124,7 +124,7 @@ def test_every_number_must_be_finite_and_the_suggestion_works(name, value):
 def test_every_field_has_a_kind_that_accepts_its_default_a_role_and_a_meaning():
     leaves = default_config().to_dict()
     flat = [f"{g}.{n}" for g, v in leaves.items() if isinstance(v, dict) for n in v]
-    assert sorted(flat + ["seed"]) == sorted(FIELDS)
+    assert sorted([*flat, "seed", "phases", "phases_by"]) == sorted(FIELDS)
     for name, field in FIELDS.items():
         assert field.kind.accepts(field.default), name
         assert isinstance(field.role, Role) and field.kind.expected, name

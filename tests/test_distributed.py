@@ -181,7 +181,7 @@ def test_each_process_reads_its_own_rows_and_agrees_with_process_0(data_dir, tmp
     assert processes[1].returncode == 2 and processes[0].returncode != 0, output
     assert "is not the folder that process 0 has there" in output[1]
 
-    order = Order(0, 1797, 16).ids(STEP)
+    order = Order(0, 1797).ids(16 * STEP, 16)
     rows, asked = ([np.load(tmp_path / f"{n}{i}.npy") for i in (0, 1)] for n in ("rows", "asked"))
     assert rows[0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
     np.testing.assert_array_equal(np.sort(np.concatenate(rows)), np.arange(16))

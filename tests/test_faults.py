@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import checkpoint, train
+from maskdm_jax import checkpoint, flops, train
 from maskdm_jax.config import default_config, validate
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.data import loader
@@ -136,7 +136,9 @@ def test_a_file_size_limit_is_reported_like_a_full_disk(tmp_path):
 
 def test_metrics_on_a_full_disk_are_one_sentence(small_disk):
     (small_disk / "filler").write_bytes(b"0" * (2 * 2**20 - 64 * 2**10))
-    telemetry = Telemetry(small_disk, default_config(), 0, 1e9, None)
+    telemetry = Telemetry(
+        small_disk, default_config(), 0, lambda step: flops.Work(step, step, step), None
+    )
     with pytest.raises(RunError, match="the metrics could not be written .* No space left"):
         for step in range(1, 10_000):
             telemetry.log(step, {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0})

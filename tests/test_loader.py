@@ -16,19 +16,19 @@ from maskdm_jax.errors import ConfigError, RunError
 
 
 def test_every_epoch_reads_every_example_once():
-    order = Order(seed=0, num_examples=10, batch_size=4)
-    ids = np.concatenate([order.ids(step) for step in range(5)])
+    order = Order(seed=0, num_examples=10)
+    ids = np.concatenate([order.ids(4 * step, 4) for step in range(5)])
     epochs = ids.reshape(2, 10)
     assert (np.sort(epochs, axis=1) == np.arange(10)).all()
     assert (epochs[0] != epochs[1]).any()
 
 
 def test_order_is_a_function_of_seed_and_step_alone():
-    forward = Order(0, 10, 4)
-    steps = [forward.ids(step) for step in range(8)]
-    np.testing.assert_array_equal(Order(0, 10, 4).ids(7), steps[7])
-    np.testing.assert_array_equal(forward.ids(0), steps[0])
-    assert (Order(1, 10, 4).ids(0) != steps[0]).any()
+    forward = Order(0, 10)
+    steps = [forward.ids(4 * step, 4) for step in range(8)]
+    np.testing.assert_array_equal(Order(0, 10).ids(28, 4), steps[7])
+    np.testing.assert_array_equal(forward.ids(0, 4), steps[0])
+    assert (Order(1, 10).ids(0, 4) != steps[0]).any()
 
 
 def read(config, step, count=2):

@@ -10,6 +10,7 @@ from maskdm_jax import draw, optim, sharding, step
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.model import patches
+from maskdm_jax.phases import phases
 from maskdm_jax.state import abstract_state, init_state
 
 STEPS = 20
@@ -25,7 +26,7 @@ def mesh_of(config, num_devices):
 def curve(config, num_devices=8, steps=STEPS):
     """Losses and final parameters of a short run on random images."""
     mesh = mesh_of(config, num_devices)
-    state, update = init_state(config, mesh), step.jit_train_step(config, mesh)
+    state, update = init_state(config, mesh), step.jit_train_step(phases(config)[0], mesh)
     generator = np.random.default_rng(0)
     losses = []
     for _ in range(steps):
@@ -159,7 +160,7 @@ def one_update(monkeypatch):
 
     def made(config, num_devices):
         mesh = mesh_of(config, num_devices)
-        jitted = step.jit_train_step(config, mesh)
+        jitted = step.jit_train_step(phases(config)[0], mesh)
 
         def update(state, arrays, batch):  # the step donates its state
             return jitted(jax.tree.map(jnp.copy, state), arrays, batch)
@@ -267,7 +268,7 @@ def test_ids_of_images_on_the_device_give_the_same_update_as_the_images(tiny_con
         arrays = jax.device_put(arrays, sharding.replicated(mesh))
         given = init_state(tiny_config, mesh), arrays, jax.device_put(batch, by_batch)
         # Compiled from shapes alone, as the dry run and the benchmarks do.
-        states.append(step.lower_train_step(tiny_config, mesh, 40).compile()(*given)[0])
+        states.append(step.lower_train_step(phases(tiny_config)[0], mesh, 40).compile()(*given)[0])
     # The first learning rate is 0, so the images and labels affect only the moments.
     assert_same_bits(states[0].opt_state, states[1].opt_state)
 
@@ -287,7 +288,7 @@ def test_dropout_is_drawn_anew_for_each_step_and_each_part_of_a_batch(tiny_confi
 
 def test_the_step_donates_its_state(tiny_config):
     mesh = mesh_of(tiny_config, 1)
-    state, update = init_state(tiny_config, mesh), step.jit_train_step(tiny_config, mesh)
+    state, update = init_state(tiny_config, mesh), step.jit_train_step(phases(tiny_config)[0], mesh)
     batch = {
         "image": jnp.zeros((16, 8, 8, 1), jnp.uint8),
         "label": jnp.zeros((16,), jnp.int32),

@@ -1,13 +1,22 @@
 import json
 
+import pytest
+
+from maskdm_jax import flops
 from maskdm_jax.config import default_config
 from maskdm_jax.run.telemetry import Telemetry, read_metrics
 
 METRICS = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0}
 
 
+def work(step):
+    """A batch of 100 up to step 1, and of 10 afterwards, with 1 GFLOP per image."""
+    images = 100 * min(step, 1) + 10 * max(step - 1, 0)
+    return flops.Work(images, 5 * images, 1e9 * images)
+
+
 def record(workdir, first, steps, peak=None):
-    telemetry = Telemetry(workdir, default_config(), first, 1e9, peak)
+    telemetry = Telemetry(workdir, default_config(), first, work, peak)
     for step in steps:
         telemetry.log(step, METRICS)
     telemetry.close()
@@ -17,7 +26,9 @@ def test_records_have_rates_and_mfu_if_the_peak_is_known(tmp_path):
     record(tmp_path, 0, [1, 2], peak=10.0)
     first, second = read_metrics(tmp_path)
     assert (first["step"], second["step"]) == (1, 2)
-    assert second["model_tflops"] == second["images_per_s"] * 1e9 / 1e12
+    assert second["images_per_s"] * second["step_s"] == pytest.approx(10)
+    assert (second["images"], second["tokens"], second["model_flops"]) == (110, 550, 110e9)
+    assert second["model_tflops"] == pytest.approx(second["images_per_s"] * 1e9 / 1e12)
     assert second["mfu"] == second["model_tflops"] / 10
     assert list((tmp_path / "tensorboard").iterdir())
 

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from configs import pretrain_digits
+from maskdm_jax import sharding
 from maskdm_jax.data import batch, loader, sources
 from maskdm_jax.run import distributed
 
@@ -46,7 +47,8 @@ for cache in ("none", "host", "device"):
     seen.append(multihost_utils.process_allgather(made["image"], tiled=True))
     if cache == "none":
         np.save(f"{out}/asked{process_id}.npy", asked)
-        np.save(f"{out}/rows{process_id}.npy", feed._rows)
+        rows = sharding.local_rows(sharding.batch_sharding(mesh), 16)
+        np.save(f"{out}/rows{process_id}.npy", rows)
 if distributed.is_main():
     np.save(f"{out}/images.npy", seen)
 

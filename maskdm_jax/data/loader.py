@@ -1,8 +1,9 @@
 """Batches for the devices: order, decoding, caches and prefetch.
 
 Which examples step n reads is a pure function of (seed, n): epoch e is a permutation drawn from
-(seed, e), and step n reads positions n * batch .. (n + 1) * batch of the epochs laid end to end. So
-there is no iterator to save, and a run resumes from any step. Each process reads only its own share
+(seed, e), and the steps read the epochs laid end to end, each from where the one before ended, also
+where a phase of the run changes the batch. So there is no iterator to save, and a run resumes from
+any step. Each process reads only its own share
 of each batch. Images go to the devices as uint8.
 """
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from maskdm_jax import sharding
+from maskdm_jax import phases, sharding
 from maskdm_jax.data import batch
 from maskdm_jax.data.sources import Source
 from maskdm_jax.errors import ConfigError, RunError
@@ -27,18 +28,16 @@ _PREFETCH_BATCHES = 4
 
 
 class Order:
-    """Which examples each step reads."""
+    """The examples in the order in which a run reads them."""
 
-    def __init__(self, seed: int, num_examples: int, batch_size: int):
+    def __init__(self, seed: int, num_examples: int):
         self._seed = seed
         self._num_examples = num_examples
-        self._batch_size = batch_size
         self._epochs = {}
 
-    def ids(self, step: int) -> np.ndarray:
-        """Example indices of step `step`, int64 [batch_size]."""
-        start = step * self._batch_size
-        position = np.arange(start, start + self._batch_size)
+    def ids(self, first: int, count: int) -> np.ndarray:
+        """Indices of the `count` examples that follow the first `first`, int64 [count]."""
+        position = np.arange(first, first + count)
         epoch, within = np.divmod(position, self._num_examples)
         ids = np.empty_like(position)
         for e in np.unique(epoch):
@@ -67,9 +66,8 @@ class Loader:
     def __init__(self, config, source: Source, mesh: Mesh):
         self._config = config
         self._source = source
-        self._order = Order(config.seed, len(source), config.train.batch_size)
+        self._order = Order(config.seed, len(source))
         self._sharding = sharding.batch_sharding(mesh)
-        self._rows = sharding.local_rows(self._sharding, config.train.batch_size)
         if config.data.cache == "device":
             _check_device_room(config, source, mesh)
         self._cache = None if config.data.cache == "none" else _open_cache(config, source)
@@ -83,32 +81,35 @@ class Loader:
 
     def batches(self, step: int) -> Iterator[dict]:
         """Batches of `step` and all later steps, each already on its way to the devices."""
+        for phase in phases.phases(self._config):
+            if step < phase.last_step:
+                yield from self._of_phase(phase, max(step, phase.first_step))
+
+    def _of_phase(self, phase, step):
+        rows = sharding.local_rows(self._sharding, phase.config.train.batch_size)
+
+        def local_ids(n):
+            first, end = phase.images(n), phase.images(n + 1)
+            return self._order.ids(first, end - first)[rows]
+
         if self._config.data.cache == "none":
-            local = self._decoded(step)
+            local = self._decoded(local_ids, step, phase.last_step, len(rows))
         else:
-            local = self._gathered(step)
+            local = self._gathered(local_ids, step, phase.last_step)
         for share in local:
             yield jax.tree.map(
                 lambda x: jax.make_array_from_process_local_data(self._sharding, x), share
             )
 
-    def _local_ids(self, step):
-        return self._order.ids(step)[self._rows]
-
-    def _gathered(self, step):
-        num_steps = self._config.train.num_steps
+    def _gathered(self, local_ids, step, last_step):
         if self.arrays:
-            return ({"ids": self._local_ids(n).astype(np.int32)} for n in range(step, num_steps))
-        reads = _ByStep(
-            num_steps, lambda n: {k: v[self._local_ids(n)] for k, v in self._cache.items()}
-        )
+            return ({"ids": local_ids(n).astype(np.int32)} for n in range(step, last_step))
+        reads = _ByStep(last_step, lambda n: {k: v[local_ids(n)] for k, v in self._cache.items()})
         return _prefetched(reads, step, 4, _PREFETCH_BATCHES)
 
-    def _decoded(self, step):
-        share = len(self._rows)
+    def _decoded(self, local_ids, step, last_step, share):
         examples = _ByStep(
-            self._config.train.num_steps * share,
-            lambda i: self._source[self._local_ids(i // share)[i % share]],
+            last_step * share, lambda i: self._source[local_ids(i // share)[i % share]]
         )
         threads = self._config.data.num_threads
         return _prefetched(examples, step * share, threads, _PREFETCH_BATCHES * share, share)

@@ -77,6 +77,12 @@ def explained(config, mode: str) -> Iterator[None]:
             raise
         batch = config.train.batch_size if mode == "train" else config.sample.batch_size
         reason = str(error).strip().splitlines()[0][:200]
+        if mode == "train" and config.phases:
+            raise ConfigError(
+                f"out of device memory in one of the phases on {jax.device_count()} x "
+                f"{jax.devices()[0].device_kind} ({reason}); type --config.train.dry_run=True, "
+                "which finds the train.batch_size that fits each phase"
+            ) from error
         see = "; --config.train.dry_run=True finds what fits" if mode == "train" else ""
         raise ConfigError(
             f"out of device memory at {mode}.batch_size {batch} on {jax.device_count()} x "

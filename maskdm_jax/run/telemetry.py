@@ -11,6 +11,8 @@ import math
 import os
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
@@ -29,7 +31,7 @@ class Telemetry:
         workdir: str | pathlib.Path,
         config,
         first_step: int,
-        flops_per_image: float,
+        work: Callable[[int], Any],
         peak_tflops: float | None,
     ):
         """
@@ -37,17 +39,16 @@ class Telemetry:
           workdir: where metrics.jsonl and tensorboard/ go.
           config: the run's.
           first_step: completed updates at the start; later records are dropped.
-          flops_per_image: model FLOPs of training on one image.
+          work: step -> images, tokens and flops of the run's updates up to it, see `flops.work`.
           peak_tflops: dense peak of all devices together; None if unknown.
         """
         workdir = pathlib.Path(workdir)
         self._workdir = workdir
         self._config = config
-        self._flops_per_image = flops_per_image
+        self._work = work
         self._peak_tflops = peak_tflops
         self._file = self._board = self._bar = None
-        self._last = (first_step, time.perf_counter())
-        self._start = self._last
+        self.start_clock(first_step)
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
         self.skipped = kept[-1].get("skipped", 0) if kept else 0  # steps, up to `first_step`
         if not distributed.is_main():
@@ -56,6 +57,10 @@ class Telemetry:
             self._open(workdir / _JSONL, kept, first_step)
             _drop_scores(workdir, first_step)
         self._bar = progress.bar(config.train.num_steps, first_step, "steps")
+
+    def start_clock(self, step: int) -> None:
+        """Starts the time from which rates and the time left follow, as after a compilation."""
+        self._start = self._last = (step, time.perf_counter())
 
     def restart_clock(self, step: int) -> None:
         """Excludes the time since the last record from the rates (a save, a sample grid)."""
@@ -72,16 +77,18 @@ class Telemetry:
         if self._file is None:
             return
         now = time.perf_counter()
-        steps = max(step - self._last[0], 1)
-        step_s = (now - self._last[1]) / steps
+        since, seconds = min(self._last[0], step - 1), now - self._last[1]
         self._last = (step, now)
-        images_per_s = self._config.train.batch_size / step_s
-        tflops = images_per_s * self._flops_per_image / 1e12
+        before, done = self._work(since), self._work(step)
+        tflops = (done.flops - before.flops) / seconds / 1e12
         record = {
             "step": step,
             **metrics,
-            "step_s": step_s,
-            "images_per_s": images_per_s,
+            "images": done.images,
+            "tokens": done.tokens,
+            "model_flops": done.flops,
+            "step_s": seconds / (step - since),
+            "images_per_s": (done.images - before.images) / seconds,
             "model_tflops": tflops,
         }
         if self._peak_tflops is not None:
@@ -135,8 +142,9 @@ class Telemetry:
             self._bar.set_postfix_str(text, refresh=False)
             return
         total = self._config.train.num_steps
-        done, since = record["step"] - self._start[0], time.perf_counter() - self._start[1]
-        left = since / max(done, 1) * (total - record["step"])
+        # By FLOPs: the steps of a later phase may take longer.
+        begun, done, whole = (self._work(n).flops for n in (self._start[0], record["step"], total))
+        left = (time.perf_counter() - self._start[1]) / max(done - begun, 1) * (whole - done)
         progress.say(f"step {record['step']}/{total}  {text}  left {progress.clock(left)}")
 
 

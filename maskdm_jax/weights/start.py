@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from maskdm_jax import averages, checkpoint
+from maskdm_jax import averages, checkpoint, phases
 from maskdm_jax.config import as_flags, described, differences, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
@@ -113,7 +113,7 @@ def _read(config, schedule_of):
     )
     item = {"raw": "params", "ema": "ema"}[init.weights]
     params = checkpoint.restore_item(path, step, item)
-    stored = checkpoint.load_config(path, step)
+    stored = phases.at(checkpoint.load_config(path, step), step).config
     if init.weights == "ema":
         params = averages.kept(params, stored)
     return params, stored, f"{path} ({init.weights}, step {step})"
