@@ -11,12 +11,12 @@ _EMA_COPY_UPDATES = 100
 POWER_STDS = {"short": 0.05, "long": 0.1}
 
 
-def learning_rate(config) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or cosine to 0 at `train.num_steps`."""
+def learning_rate(config, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant or cosine to 0 at `num_steps`, the last update's end."""
     optim = config.optim
     warmup = optim.warmup_steps
     if optim.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(optim.lr_peak, max(config.train.num_steps - warmup, 1))
+        after = optax.cosine_decay_schedule(optim.lr_peak, max(num_steps - warmup, 1))
     else:
         after = optax.constant_schedule(optim.lr_peak)
     if not warmup:
@@ -26,14 +26,15 @@ def learning_rate(config) -> optax.Schedule:
     )
 
 
-def make_optimizer(config) -> optax.GradientTransformation:
+def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     """Clipping if `optim.clip_norm` is set, then AdamW with decay on every parameter.
 
+    `num_steps` is the number of updates that the learning rate is planned for.
     The state has the same structure with and without clipping, so a run can resume with either.
     """
     optim = config.optim
     adamw = optax.adamw(
-        learning_rate(config), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+        learning_rate(config, num_steps), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
     )
     clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(clip, adamw)

@@ -55,9 +55,10 @@ def make_train_step(
       "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
       skipped update still advances `step`, which the random draws and the data order depend on.
     """
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
+    model = uvit.make_model(config, mesh)
     process = make_process(config.diffusion, config.data.image_size)
-    schedule = optim.learning_rate(config)
+    optimizer = optim.make_optimizer(config, config.train.num_steps)
+    schedule = optim.learning_rate(config, config.train.num_steps)
 
     def loss(params, examples, dropout_key):
         def predict(x_BVP, time_B):
