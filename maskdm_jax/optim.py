@@ -45,14 +45,14 @@ def learning_rate(config, num_steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-    """Clipping if `optim.clip_norm` is set, then AdamW or Muon, whose state is one tree.
+    """Clipping if `optim.clip_norm` is set, then AdamW, or Muon on the matrices of the blocks.
 
-    Both decay the parameters of `optim.decay_on` by learning rate x `optim.weight_decay`. "all" is
-    every parameter; "matrices" the kernels of all linear layers, so neither biases, LayerNorm
-    scales, nor the tables of positions and classes.
+    Each update also subtracts learning rate x `optim.weight_decay` x the parameter, for `decay_on`
+    "all" from every parameter, for "matrices" from the kernels of all linear layers, and so from no
+    bias, no LayerNorm, and no table of positions or classes.
 
-    The state has the same structure with and without clipping, and whatever decays, so a run can
-    resume with either. `num_steps` is the number of updates that the learning rate is planned for.
+    Clipping and decay do not change the state's structure, so a run can resume with others.
+    `num_steps` is the number of updates that the learning rate is planned for.
     """
     optim = config.optim
     scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2)

@@ -1,4 +1,4 @@
-"""One update: draw t, masks and noise for the global batch; then gradient, AdamW and EMA.
+"""One update: draw t, masks and noise for the global batch; then gradient, optimizer and EMA.
 
 The same function serves both stages; only `config.mask` differs. An update with a non-finite loss
 or gradient is not applied.
