@@ -22,7 +22,7 @@ setup(
         "jax>=0.10,<0.12",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.6",
+        "optax>=0.2.7",
         "orbax-checkpoint>=0.11.20",
         "pillow>=10.1",
         "tensorboardX>=2.6",

@@ -55,6 +55,9 @@ def validate(config) -> None:
     _validate_geometry(config)
     _validate_mask(config)
     _validate_allowed(config)
+    if config.diffusion.loss != "l2" and config.diffusion.loss_weight != "uniform":
+        expected = "uniform with diffusion.loss=l1: the weights are defined for squared errors"
+        _fail(config, "diffusion.loss_weight", expected, "uniform")
     timesteps = config.diffusion.num_timesteps
     for name in ("sample.steps", "sample.preview_steps"):
         if get(config, name) > timesteps:

@@ -1,10 +1,13 @@
-"""AdamW, learning-rate schedules and clipping from Optax, and the EMA of the parameters."""
+"""AdamW, Muon and schedules from Optax, clipping, and the EMA of the parameters."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+_BLOCK_MATRIX = re.compile(r"block\w*/(qkv|proj|mlp_in|mlp_out|skip)/kernel$")
 _EMA_COPY_UPDATES = 100
 # The two averages that `optim.ema = "power"` keeps, by the standard deviation of their profiles
 # (Karras et al. 2024).
@@ -12,33 +15,112 @@ POWER_STDS = {"short": 0.05, "long": 0.1}
 
 
 def learning_rate(config, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then constant or cosine to 0 after `num_steps` updates."""
+    """Linear warm-up from 0 to `optim.lr_peak`, then `optim.lr_schedule`.
+
+    "constant" stays at the peak. The others end at `lr_end` x `lr_peak` after `num_steps` updates:
+    "cosine" and "linear" fall from the warm-up on. "wsd" (warm-up, stable, decay; Hu et al. 2024)
+    falls only during the last `lr_decay_share` of the updates, as 1 - sqrt (Haegele et al. 2024).
+
+    The warm-up comes first: a decay starts at its end at the earliest, and if the warm-up lasts
+    `num_steps` or longer, there is no decay.
+    """
     optim = config.optim
-    warmup = optim.warmup_steps
+    peak, end, warmup = optim.lr_peak, optim.lr_end, optim.warmup_steps
+    length = max(num_steps - warmup, 1)
     if optim.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(optim.lr_peak, max(num_steps - warmup, 1))
+        after = optax.cosine_decay_schedule(peak, length, end)
+    elif optim.lr_schedule == "linear":
+        after = optax.linear_schedule(peak, end * peak, length)
+    elif optim.lr_schedule == "wsd":
+        decay = max(min(round(optim.lr_decay_share * num_steps), length), 1)
+
+        def after(count):
+            progress = jnp.clip((count - (length - decay)) / decay, 0, 1)
+            return peak * (1 - (1 - end) * jnp.sqrt(progress))
     else:
-        after = optax.constant_schedule(optim.lr_peak)
+        after = optax.constant_schedule(peak)
     if not warmup:
         return after
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, optim.lr_peak, warmup), after], [warmup]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
 def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
-    """Clipping if `optim.clip_norm` is set, then AdamW with decay on every parameter.
+    """Clipping if `optim.clip_norm` is set, then AdamW, or Muon on the matrices of the blocks.
 
-    `num_steps` is the number of updates over which the learning rate decays.
+    Each update also subtracts learning rate x `optim.weight_decay` x the parameter, for `decay_on`
+    "all" from every parameter, for "matrices" from the kernels of all linear layers, and so from no
+    bias, no LayerNorm, and no table of positions or classes.
 
-    The state has the same structure with and without clipping, so a run can resume with either.
+    Clipping and decay do not change the state's structure, so a run can resume with others.
+    `num_steps` is the number of updates that the learning rate is planned for.
     """
     optim = config.optim
-    adamw = optax.adamw(
-        learning_rate(config, num_steps), b1=optim.b1, b2=optim.b2, weight_decay=optim.weight_decay
+    scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2)
+    if optim.name == "muon":
+        scale = optax.partition({"muon": _scale_by_muon(), "adam": scale}, _label)
+    steps = optax.chain(
+        scale, _decay_weights(optim), optax.scale_by_learning_rate(learning_rate(config, num_steps))
     )
     clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, steps)
+
+
+def _decay_weights(optim):
+    if optim.decay_on == "all":
+        return optax.add_decayed_weights(optim.weight_decay)
+
+    def decay(updates, params):
+        return _map_named(
+            lambda name, u, p: u + optim.weight_decay * p if name.endswith("kernel") else u,
+            updates,
+            params,
+        )
+
+    return optax.stateless(decay)  # not a mask, which would change the state's structure
+
+
+def _label(params):
+    """Which rule updates each parameter: Muon the linear layers of the blocks, Adam the others."""
+    return _map_named(lambda name, _: "muon" if _BLOCK_MATRIX.search(name) else "adam", params)
+
+
+def _scale_by_muon():
+    """Muon (Jordan et al. 2024): the momentum with its singular values set to about 1.
+
+    q, k and v are three matrices. An update is scaled by 0.2 sqrt(max(in, out)) (Liu et al. 2025),
+    which makes its root mean square 0.2, about that of Adam: both share one learning rate. The
+    momentum's decay is 0.95, as in both papers.
+    """
+    inner = optax.contrib.scale_by_muon(
+        beta=0.95,
+        weight_dimension_numbers=lambda updates: jax.tree.map(
+            lambda _: optax.contrib.MuonDimensionNumbers(reduction_axis=0, output_axis=-1), updates
+        ),
+    )
+
+    def split(name, x):
+        return x.reshape(len(x), 3, -1) if name.endswith("qkv/kernel") else x
+
+    def scale_and_join(x):
+        return 0.2 * max(x.shape[0], x.shape[-1]) ** 0.5 * x.reshape(len(x), -1)
+
+    def init(params):
+        return inner.init(_map_named(split, params))
+
+    def update(updates, state, params=None):
+        updates, state = inner.update(_map_named(split, updates), state)
+        return jax.tree.map(scale_and_join, updates), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _map_named(function, tree, *others):
+    """`jax.tree.map` of a function that is also given each leaf's name, "mid_block/qkv/kernel"."""
+
+    def named(path, *leaves):
+        return function(jax.tree_util.keystr(path, simple=True, separator="/"), *leaves)
+
+    return jax.tree_util.tree_map_with_path(named, tree, *others)
 
 
 def with_moments(opt_state, old):

@@ -16,6 +16,7 @@ _RULES = (
     (r"(qkv|mlp_in|time_mlp_in|patch_embed)/kernel$", PartitionSpec(None, "fsdp")),
     (r"(proj|mlp_out|skip|time_mlp_out|output)/kernel$", PartitionSpec("fsdp", None)),
     (r"(position|embedding)$", PartitionSpec(None, "fsdp")),
+    (r"qkv/kernel$", PartitionSpec(None, None, "fsdp")),  # Muon's momentum, [in, 3, out]
 )
 
 # XLA's options, by backend (benchmarks/RESULTS.md has the gains). Triton's matmuls never beat

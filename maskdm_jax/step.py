@@ -1,4 +1,4 @@
-"""One update: draw t, masks and noise for the global batch; then gradient, AdamW and EMA.
+"""One update: draw t, masks and noise for the global batch; then gradient, optimizer and EMA.
 
 The same function serves all stages and phases, which differ in their configs. An update with a
 non-finite loss or gradient is not applied.
@@ -16,6 +16,7 @@ from maskdm_jax import state as state_lib
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
+from maskdm_jax.diffusion.weighting import loss_weight
 from maskdm_jax.model import masking, patches, uvit
 from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.phases import Phase
@@ -61,6 +62,7 @@ def make_train_step(
     config = phase.config
     model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config, phase.num_steps)
     process = make_process(config.diffusion, config.data.image_size)
+    weight = loss_weight(config.diffusion)
     schedule = optim.learning_rate(config, phase.num_steps)
 
     def loss(params, examples, dropout_key):
@@ -75,8 +77,9 @@ def make_train_step(
                 dropout_key=dropout_key if config.model.dropout else None,
             )
 
-        given = examples["x0"], examples["eps"], examples["t"]
-        return jnp.mean(denoising_loss(predict, process, *given, config.diffusion.loss))
+        given = examples["x0"], examples["eps"], examples["t"], config.diffusion.loss
+        noise = examples.get("input_eps")
+        return jnp.mean(denoising_loss(predict, process, *given, weight, noise))
 
     def train_step(state, arrays, batch):
         batch = batch_lib.materialize(config, arrays, batch)
@@ -150,8 +153,9 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
       step: completed updates, int32 scalar.
 
     Returns:
-      "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden, and
-      "label" int32 [B] if the model has classes.
+      "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden,
+      "label" int32 [B] if the model has classes, and "input_eps" float32 [B, V, P] if the input is
+      perturbed (Ning et al. 2023): the noise of the network's input, eps + gamma xi.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]
@@ -173,4 +177,7 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
         examples["visible"] = visible_BV
     examples["x0"] = patches.cut(image_BHWC, config.model.patch_size, visible_BV)
     examples["eps"] = jax.random.normal(key("noise"), examples["x0"].shape)
+    if gamma := config.diffusion.input_perturbation:
+        xi = jax.random.normal(key("input_perturbation"), examples["x0"].shape)
+        examples["input_eps"] = examples["eps"] + gamma * xi
     return examples

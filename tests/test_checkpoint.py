@@ -15,9 +15,10 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.state import init_state
 
 
-def tiny_state(seed=0):
+def tiny_state(seed=0, optimizer="adamw"):
     config = default_config()
     config.seed = seed
+    config.optim.name = optimizer
     config.data.update(image_size=(4, 4), channels=1)
     config.model.update(width=8, depth=3, num_heads=2, patch_size=2)
     return init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
@@ -50,6 +51,22 @@ def test_a_state_is_restored_unchanged_on_another_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
     assert not restored.params["mid_block"]["qkv"]["kernel"].sharding.is_fully_replicated
+
+
+def test_muons_momentum_is_restored_split_over_other_devices(tmp_path):
+    config = default_config()
+    config.mesh.fsdp = 4
+    state = tiny_state(optimizer="muon")
+    state = state.replace(opt_state=jax.tree.map(lambda x: x + 3, state.opt_state))
+    checkpoints = checkpoint.Checkpoints(tmp_path, config)
+    checkpoints.save(3, state.replace(step=jnp.int32(3)), force=True)
+    checkpoints.close()
+    abstract = sharding.abstract(lambda: tiny_state(optimizer="muon"), sharding.make_mesh(config))
+    restored = checkpoint.Checkpoints(tmp_path, config).restore(3, abstract)
+    jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
+    momentum = restored.opt_state[1][0].inner_states["muon"].inner_state.mu
+    kernel = momentum["mid_block"]["qkv"]["kernel"]
+    assert kernel.shape == (8, 3, 8) and kernel.addressable_data(0).shape == (8, 3, 2)
 
 
 def test_digests_are_equal_for_equal_states_only(tmp_path, capsys):

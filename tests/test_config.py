@@ -70,6 +70,8 @@ def test_the_defaults_are_valid():
         (dict(sample__guidance_scale=2.0), "sample.guidance_scale is 2.0",
          "--config.sample.guidance_scale=1"),
         (dict(sample__label=3), "sample.label is 3", "--config.sample.label=-1"),
+        (dict(diffusion__loss_weight="min_snr", diffusion__loss="l1"),
+         "diffusion.loss_weight is 'min_snr'", "--config.diffusion.loss_weight=uniform"),
         (dict(optim__accumulate_steps=3), "optim.accumulate_steps is 3",
          "--config.optim.accumulate_steps=1"),
     ],

@@ -10,9 +10,13 @@ from maskdm_jax.diffusion import ddpm, make_process, process, samplers
 SIZE = (64, 64)
 
 
-def settings(schedule="cosine", num_timesteps=1000, prediction="eps"):
+def settings(schedule="cosine", num_timesteps=1000, prediction="eps", draw="uniform", **fields):
     return types.SimpleNamespace(
-        schedule=schedule, num_timesteps=num_timesteps, prediction=prediction
+        schedule=schedule,
+        num_timesteps=num_timesteps,
+        prediction=prediction,
+        draw=draw,
+        **fields,
     )
 
 
@@ -79,6 +83,34 @@ def test_training_draws_every_timestep_equally_often():
     t = np.asarray(make_process(settings(num_timesteps=50), SIZE).draw(jax.random.key(0), 50_000))
     counts = np.bincount(t, minlength=50)
     assert len(counts) == 50 and np.abs(counts - 1000).max() < 5 * 1000**0.5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "shifted_cosine"])
+@pytest.mark.parametrize("mean, std", [(-0.8, 0.8), (0.5, 1.2)])
+def test_logit_normal_draws_have_the_chosen_mean_and_spread(schedule, mean, std):
+    made = make_process(settings(schedule, draw="logit_normal", draw_mean=mean, draw_std=std), SIZE)
+    n = 20_000
+    t = made.draw(jax.random.key(0), n)
+    level = made.at(t)
+    drawn = np.sort(np.log(np.float64(level.signal) / level.noise))
+    assert t.dtype == np.int32 and abs(drawn.mean() - mean) < 5 * std / n**0.5
+    assert abs(drawn.std() / std - 1) < 5 / (2 * n) ** 0.5
+    # And the shape: quantiles of a normal distribution.
+    for z, share in ((-1.0, 0.158655), (1.0, 0.841345), (1.5, 0.933193)):
+        assert abs(np.mean(drawn < mean + z * std) - share) < 5 * (share * (1 - share) / n) ** 0.5
+
+
+def test_a_logit_normal_draw_is_the_nearest_timestep_and_stops_at_the_ends():
+    fields = dict(draw="logit_normal", draw_mean=-0.5, draw_std=3.0)
+    made = make_process(settings(num_timesteps=50, **fields), SIZE)
+    level = made.at(np.arange(50))
+    table = np.log(np.float64(level.signal) / level.noise)
+    t = np.asarray(made.draw(jax.random.key(1), 3000))
+    wanted = -0.5 + 3.0 * np.asarray(jax.random.normal(jax.random.key(1), (3000,)))
+    np.testing.assert_array_equal(t, np.abs(table - wanted[:, None]).argmin(axis=1))
+    assert (t[wanted > table[0]] == 0).all() and (wanted > table[0]).any()
+    low = make_process(settings(**(fields | dict(draw_mean=-99.0))), SIZE)
+    assert (np.asarray(low.draw(jax.random.key(1), 10)) == 999).all()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "shifted_cosine"])

@@ -80,6 +80,14 @@ def test_weights_that_do_not_fit_are_named_whole_blocks_as_one_expression(workdi
     assert "in_block_0/mlp_in/kernel has shape [8, 32], expected [16, 64]" in str(error.value)
 
 
+def test_another_optimizer_takes_the_weights_and_is_no_reason_for_a_misfit(workdir):
+    params, _ = load(init(workdir[0], optim__name="muon"), small())
+    jax.tree.map(np.testing.assert_array_equal, params, workdir[1].params)
+    with pytest.raises(ConfigError) as error:
+        load(init(workdir[0], optim__name="muon"), small(depth=5))
+    assert "missing in_block_1/" in str(error.value) and "optim" not in str(error.value)
+
+
 def test_ignored_weights_stay_fresh(workdir):
     fresh = small(depth=5)
     ignore = (".*_block_1/.*", "position")

@@ -125,6 +125,19 @@ def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
     assert np.abs(first["x0"]).max() <= 1
 
 
+def test_input_noise_is_drawn_only_if_the_input_is_perturbed(tiny_config):
+    batch = {"image": jnp.zeros((64, 8, 8, 1), jnp.uint8), "label": jnp.zeros((64,), jnp.int32)}
+    plain = drawn(tiny_config, batch)
+    tiny_config.diffusion.input_perturbation = 0.1
+    perturbed = drawn(tiny_config, batch)
+    xi = np.asarray(perturbed.pop("input_eps") - perturbed["eps"]) / 0.1
+    for name, value in plain.items():  # every other number is the same
+        np.testing.assert_array_equal(value, perturbed[name])
+    assert plain.keys() == perturbed.keys()
+    correlation = np.corrcoef(xi.ravel(), np.asarray(plain["eps"]).ravel())[0, 1]
+    assert abs(xi.std() - 1) < 5 / (2 * xi.size) ** 0.5 and abs(correlation) < 5 / xi.size**0.5
+
+
 def test_classes_are_dropped_at_the_chosen_rate(tiny_config):
     batch = {
         "image": jnp.zeros((2000, 8, 8, 1), jnp.uint8),
@@ -196,6 +209,28 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(
     assert np.isfinite(metrics["loss"]) and float(metrics["skipped"]) == 0
     kernels = [s.params["mid_block"]["qkv"]["kernel"] for s in (after, again)]
     assert (np.asarray(kernels[0]) != np.asarray(kernels[1])).any()
+
+
+def test_muon_and_a_weighted_loss_train_alike_on_8_devices_and_skip_what_is_not_finite(
+    tiny_config, one_update
+):
+    tiny_config.model.depth = 1
+    tiny_config.optim.update(name="muon", warmup_steps=0, clip_norm=0.1, decay_on="matrices")
+    tiny_config.diffusion.update(
+        prediction="v", loss_weight="sigmoid", draw="logit_normal", input_perturbation=0.1
+    )
+    losses = {}
+    for num_devices in (1, 8):
+        tiny_config.mesh.fsdp = min(num_devices, 4)
+        update, state, batch = one_update(tiny_config, num_devices)
+        losses[num_devices] = []
+        for label in range(4):
+            state, metrics = update(state, {}, batch(label))
+            losses[num_devices].append(float(metrics["loss"]))
+    assert_close(np.array(losses[8]), np.array(losses[1]), 1e-5)
+    after, metrics = update(state, {}, batch(9))
+    assert float(metrics["skipped"]) == 1
+    assert_same_bits((after.params, after.opt_state), (state.params, state.opt_state))
 
 
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])

@@ -148,6 +148,11 @@ FIELDS = [
     setting("--config.optim.lr_peak=fast", "'fast'", "--config.optim.lr_peak=0.002"),
     setting("--config.optim.b1=1", "optim.b1 is 1", "--config.optim.b1=0.99999"),
     setting("--config.optim.ema_decay=2", "ema_decay is 2", "--config.optim.ema_decay=1"),
+    setting("--config.optim.name=moun", "'moun'", "--config.optim.name=muon"),
+    setting("--config.optim.lr_schedule=wds", "'wds'", "--config.optim.lr_schedule=wsd"),
+    setting("--config.optim.lr_end=1.5", "lr_end is 1.5", "--config.optim.lr_end=1"),
+    setting("--config.optim.lr_decay_share=-1", "lr_decay_share is -1", "lr_decay_share=0"),
+    setting("--config.optim.decay_on=matrix", "'matrix'", "--config.optim.decay_on=matrices"),
     setting("--config.optim.accumulate_steps=3", "steps is 3", "accumulate_steps=1"),
     setting("--config.optim.ema_ramp=1.0", "ema_ramp is 1.0", "--config.optim.ema_ramp="),
     setting(
@@ -156,6 +161,16 @@ FIELDS = [
         "num_timesteps=50",
     ),
     setting("--config.diffusion.prediction=noise", "'noise'", "--config.diffusion.prediction="),
+    setting("--config.diffusion.loss_weight=minsnr", "'minsnr'", "loss_weight=min_snr"),
+    setting(
+        "--config.diffusion.loss_weight=sigmoid --config.diffusion.loss=l1",
+        "loss_weight is 'sigmoid'",
+        "--config.diffusion.loss_weight=uniform",
+    ),
+    setting("--config.diffusion.min_snr_gamma=0", "gamma is 0", "min_snr_gamma=0.01"),
+    setting("--config.diffusion.draw=lognormal", "'lognormal'", "draw=logit_normal"),
+    setting("--config.diffusion.draw_std=-1", "draw_std is -1", "diffusion.draw_std=0"),
+    setting("--config.diffusion.input_perturbation=-1", "perturbation is -1", "perturbation=0"),
     setting("--config.sample.guidance_scale=nan", "guidance_scale is nan", "guidance_scale=1"),
     setting(
         "--config.model.num_classes=0 --config.sample.guidance_scale=2",

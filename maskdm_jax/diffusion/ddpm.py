@@ -6,14 +6,18 @@ once in float64 NumPy; the device computes in float32.
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from maskdm_jax.diffusion.process import Level, Process, to_device
 
 
 def make_process(diffusion, image_size: tuple[int, int]) -> Process:
-    """The process of `config.diffusion`: its schedule, num_timesteps and prediction.
+    """The process of `config.diffusion`: its schedule, num_timesteps, prediction and draw.
 
+    Training draws t uniformly, or "logit_normal": the t whose ln(signal / noise) is nearest to a
+    draw of N(draw_mean, draw_std^2) (Esser et al. 2024; Li & He 2025), so draws beyond the
+    schedule's ends give the first or the last t.
     The network's time is t, int32; in a "log_snr" ladder it is real-valued, float64.
     """
     alphas_cumprod = make_alphas_cumprod(diffusion, image_size)
@@ -25,6 +29,11 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
         return Level(signal, noise, p, q, scale=1.0, time=time)
 
     def draw(key, batch):
+        if diffusion.draw == "logit_normal":
+            log_ratio = np.log(signal / noise)  # falls with t
+            between = to_device((log_ratio[1:] + log_ratio[:-1]) / 2)
+            drawn = diffusion.draw_mean + diffusion.draw_std * jax.random.normal(key, (batch,))
+            return jnp.searchsorted(-between, -drawn).astype(jnp.int32)
         return jax.random.randint(key, (batch,), 0, num_timesteps)
 
     def at(t_B):

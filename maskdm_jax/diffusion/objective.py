@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from maskdm_jax.diffusion.process import Process, network_input, noised, target
+from maskdm_jax.diffusion.process import Level, Process, network_input, noised, target
 
 
 def denoising_loss(
@@ -18,6 +18,8 @@ def denoising_loss(
     eps_BVP: jax.Array,
     t_B: jax.Array,
     norm: str = "l2",
+    weight: Callable[[Level], jax.Array] | None = None,
+    input_eps_BVP: jax.Array | None = None,
 ) -> jax.Array:
     """Mean error of the network's output over the given patches of each image, float32 [B].
 
@@ -28,8 +30,12 @@ def denoising_loss(
       eps_BVP: unit normal noise [B, V, P].
       t_B: draws of `process.draw`, [B].
       norm: "l2" (mean of squares) or "l1" (mean of absolute values).
+      weight: level -> the factor of each image's error [B], see `weighting`; None for 1.
+      input_eps_BVP: the noise that the network's input has in place of eps, [B, V, P]; None: eps
+        itself. The target is eps in any case.
     """
     level = process.at(t_B)
-    x_t = noised(level, x0_BVP, eps_BVP)
+    x_t = noised(level, x0_BVP, eps_BVP if input_eps_BVP is None else input_eps_BVP)
     error = predict(network_input(level, x_t), level.time) - target(level, x0_BVP, eps_BVP)
-    return jnp.mean(jnp.square(error) if norm == "l2" else jnp.abs(error), axis=(1, 2))
+    loss_B = jnp.mean(jnp.square(error) if norm == "l2" else jnp.abs(error), axis=(1, 2))
+    return loss_B if weight is None else weight(level) * loss_B

@@ -123,7 +123,8 @@ def _misfit(config, stored, source, problems, names):
     """What does not fit, and what to type: the fields in which the models differ, or else the
     first of those weights; a few can be left out, whole blocks as one expression."""
     remedies = []
-    fields = differences(config, stored, [SHAPE])
+    # The optimizer and its averages may differ: only weights are loaded.
+    fields = [n for n in differences(config, stored, [SHAPE]) if not n.startswith("optim.")]
     if fields:
         why = described(config, stored, fields)
         remedies.append(f"{as_flags(stored, fields)} to build that model")
