@@ -71,9 +71,8 @@ def _check(args, phase, tpu):
     config, mode = phase.config, args.mode
     mesh = sharding.make_mesh(config, tpu.devices())
     if not args.row:
-        if mode == "train" and (phase.index or phase.last_step < config.train.num_steps):
-            print(f"phase {phase.index + 1}, steps {phase.first_step + 1} to {phase.last_step}")
-        print(f"{mode} on {tpu.name}, {tpu.num_chips} chips: compiling ...", flush=True)
+        what = f"{mode}{_named(phase, mode)} on {tpu.name}, {tpu.num_chips} chips"
+        print(f"{what}: compiling ...", flush=True)
     start = time.perf_counter()
     try:
         compiled = _lower(phase, mode, mesh, args.num_examples).compile()
@@ -82,14 +81,14 @@ def _check(args, phase, tpu):
         if "RESOURCE_EXHAUSTED" not in reason or "hbm" not in str(error).lower():
             raise
         if args.row:
-            print(_row_of(args, config, tpu, [""] * 7 + ["no"]))
+            print(_row_of(args, phase, tpu, [""] * 7 + ["no"]))
         else:
             print(_too_large(config, mode, tpu, reason))
         return 1
     figures = _figures(config, mode, mesh, tpu, compiled)
     figures["compile_s"] = time.perf_counter() - start
     if args.row:
-        print(_row(args, config, tpu, figures))
+        print(_row(args, phase, tpu, figures))
     else:
         print(_report(config, mode, tpu, figures))
     return 0 if figures["fits"] else 1
@@ -239,7 +238,7 @@ def _report(config, mode, tpu, f):
     return "\n".join(lines)
 
 
-def _row(args, config, tpu, f):
+def _row(args, phase, tpu, f):
     cells = (
         f"{f['argument'] / 2**30:.2f}",
         f"{f['temporary'] / 2**30:.2f}",
@@ -250,7 +249,7 @@ def _row(args, config, tpu, f):
         f"{f['mfu']:.1%}",
         "yes" if f["fits"] else "no",
     )
-    return _row_of(args, config, tpu, cells)
+    return _row_of(args, phase, tpu, cells)
 
 
 def _too_large(config, mode, tpu, reason):
@@ -258,12 +257,16 @@ def _too_large(config, mode, tpu, reason):
     return f"{reason}\nit does not fit; type {memory.advice(config, mode, tpu.num_chips)}"
 
 
-def _row_of(args, config, tpu, cells):
-    name, batch = (
-        pathlib.Path(args.config.replace(".py:", ":")).stem,
-        str(_batch(config, args.mode)),
-    )
+def _row_of(args, phase, tpu, cells):
+    name = pathlib.Path(args.config.replace(".py:", ":")).stem + _named(phase, args.mode)
+    batch = str(_batch(phase.config, args.mode))
     return f"| {' | '.join((name, tpu.name, batch, *cells))} |"
+
+
+def _named(phase, mode):
+    """ ", phase 2" for a program of several."""
+    several = phase.index or phase.last_step < phase.config.train.num_steps
+    return f", phase {phase.index + 1}" if several and mode == "train" else ""
 
 
 def _gib(size):

@@ -78,8 +78,8 @@ def _check_effect(config, changes):
             typed_in_all = phases.with_changes(config, range(len(config.phases)), {name: value})
             raise ConfigError(
                 f"--config.{name} is {value!r}, but each of phases sets {name} itself; expected a "
-                "field that the phases leave alone; type, instead of it, "
-                f"--config.phases={quoted(typed_in_all)}"
+                "field that the phases leave alone; type "
+                f"--config.phases={quoted(typed_in_all)} instead of it"
             )
 
 

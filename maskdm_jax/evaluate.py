@@ -45,11 +45,11 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
-    measured, records = evaluation.Evaluation(phase_of[steps[0]], mesh), []
+    scorer, records = evaluation.Evaluation(phase_of[steps[0]], mesh), []
     for step, std in itertools.product(steps, stds):
         config = phase_of[step]
         config.sample.ema_std = std
-        scorer = measured.of_phase(config)
+        scorer = scorer.of_phase(config)
         key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
         record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
         (is_scored,) = distributed.agreed([record is not None])

@@ -13,9 +13,10 @@ import jax
 import numpy as np
 
 from maskdm_jax import draw, heldout, sharding
-from maskdm_jax.config import default_config
+from maskdm_jax.config import default_config, differences
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import MEANING, SHAPE
 from maskdm_jax.quality import frechet, inception, measure, reference, score, swd
 from maskdm_jax.run import distributed, progress, telemetry
 
@@ -82,10 +83,11 @@ class Evaluation:
         }
 
     def of_phase(self, config) -> "Evaluation":
-        """The same, with the measured sets, for the network of another phase of the run."""
+        """The same, with the sets that are measured already, for another phase of the run."""
         other = copy.copy(self)
-        other._config, other._draw = config, None
-        other._loss = heldout.jit_heldout_loss(config, self._mesh)
+        other._config = config
+        if differences(config, self._config, (SHAPE, MEANING)):  # another network
+            other._draw, other._loss = None, heldout.jit_heldout_loss(config, self._mesh)
         return other
 
     def image_scores(self, samples: reference.ImageSet) -> dict:

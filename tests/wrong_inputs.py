@@ -84,6 +84,12 @@ def unknown(arguments: str, *says: str) -> Wrong:
     return Wrong(MAIN + arguments, says, retry=STOP, instead=True)
 
 
+def phases(value: str, *says: str, before: str = "") -> Wrong:
+    """As `setting`, for a value of `phases`; braces stand for themselves."""
+    escaped, *says = (text.replace("{", "{{").replace("}", "}}") for text in (value, *says))
+    return setting(f'{before}--config.phases="{escaped}"', *says)
+
+
 FIELDS = [
     setting("--config.data.image_size=8", "data.image_size is 8", '.image_size="(8, 8)"'),
     setting("--config.data.image_size='(8,)'", "data.image_size is (8,)", '="(8, 8)"'),
@@ -196,6 +202,45 @@ FIELDS = [
     Wrong(MAIN + "--config.mask=0.5", ("--config.mask ", "--config.mask.")),
     Wrong(MAIN + "--config.seed.x=1", ("seed.x", "--config.seed=")),
     unknown("--config.mask.ratio", "--config.mask.ratio", "--config.mask.ratio=0.5"),
+]
+
+NINE = "--config.train.num_steps=9 "
+PHASES = [
+    phases("block", "phases is 'block'", '--config.phases="()"'),
+    phases("(1, {'mask.ratio': 0.5})", "(1, {", "((1, {'mask.ratio': 0.5}),)"),
+    phases("((1, {}), (0, {}))", "(0, {})", "((1, {}), (1.0, {}))", before=NINE),
+    phases("((1, {}), (-2, {}))", "(-2, {})", "((1, {}), (1.0, {}))", before=NINE),
+    phases("((1, {}), (1e999, {}))", "(inf, {})", '--config.phases="()"'),
+    phases("((1, {}), {})", "((1, {}), {})", '--config.phases="()"'),
+    phases("((1, {1: 2}),)", "{1: 2}", '--config.phases="()"'),
+    phases("((1, {'mask.rato': 0.5}),)", "phase 1 of phases sets mask.rato", "{'mask.ratio': 0.5}"),
+    phases("((1, {'lr_peak': 0.5}),)", "lr_peak, which is not", "{'optim.lr_peak': 0.5}"),
+    phases("((1, {'zzz': 0.5}),)", "zzz, which is not a field", "((1, {}),)"),
+    phases("((1, {'data.flip': True}),)", "data.flip, which no phase can", "((1, {}),)"),
+    phases("((1, {'optim.ema': 'power'}),)", "optim.ema, which no phase can", "((1, {}),)"),
+    phases("((1, {'mask.kind': 'blok'}),)", "is 'blok'", "{'mask.kind': 'block'}"),
+    phases("((1, {'mask.ratio': 2}),)", "mask.ratio is 2", "{'mask.ratio': 0.95}"),
+    phases(
+        "((1, {'mask.kind': 'block', 'mask.block_size': 3}),)",
+        "phase 1 of phases: mask.block_size is 3",
+        "'mask.block_size': 2}",
+    ),
+    phases("((1, {'model.patch_size': 3}),)", "size is 3", "{'model.patch_size': 2}"),
+    phases("((1, {'optim.accumulate_steps': 3}),)", "steps is 3", "'optim.accumulate_steps': 1}"),
+    phases("((1, {}), (1, {}))", "gets none of the 1 updates", "--config.train.num_steps=3"),
+    phases(
+        "((1, {'model.patch_size': 4}), (1, {'model.patch_size': 6}))",
+        "phase 2 of phases: model.patch_size is 6 after 4",
+        "(1, {'model.patch_size': 4}))",
+        before=f"{NINE}--config.data.image_size='(12, 12)' ",
+    ),
+    Wrong(
+        MAIN + "--config.mask.ratio=0.25 --config.phases=\"((1, {{'mask.ratio': 0.5}}),)\"",
+        ("mask.ratio is 0.25, but each", "{{'mask.ratio': 0.25}}"),
+    ),
+    setting("--config.phases_by=flop", "'flop'", "--config.phases_by=flops"),
+    setting("--config.optim.ema_at_phase=carrry", "'carrry'", "ema_at_phase=carry"),
+    setting("--config.optim.moments_at_phase=kept", "'kept'", "moments_at_phase=keep"),
 ]
 
 FLAGS = [
@@ -317,6 +362,10 @@ CONFIGS = [
         ("{tmp}/unknown_field.py", "ration", "ratio", "type"),
         ("{tmp}/wrong_type.py", "line 6", "type"),
         ("{tmp}/needs_argument.py", "get_config", "type"),
+        ("configs/pretrain_digits.py:paper", "takes none", "--config=configs/pretrain_digits.py"),
+        ("{tmp}/variants.py:papr", "one of ours, paper", "--config={tmp}/variants.py:paper"),
+        ("{tmp}/variants.py:", "one of ours, paper", "--config={tmp}/variants.py:ours"),
+        ("{tmp}/variant.py:paper", "not there", "type"),
         ("", "--config", "type"),
     ]
 ]
@@ -615,7 +664,7 @@ HELP = [
 ]
 
 TABLE = [
-    *FIELDS, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
+    *FIELDS, *PHASES, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
     *PREPARE, *SCORES,
 ]  # fmt: skip
 
@@ -636,6 +685,7 @@ FILES = {
     "wrong_type.py": f"{_CONFIG}    c = default_config()\n    c.mask.ratio = 'x'\n    return c\n",
     "wrong_value.py": f"{_CONFIG}    c = default_config()\n    c.mask.ratio = 3.0\n    return c\n",
     "needs_argument.py": "def get_config(size):\n    return size\n",
+    "variants.py": "ARGUMENTS = ('ours', 'paper')\n\n\ndef get_config(name):\n    return name\n",
     "text.pt": "these are no weights\n",
     "empty.pt": "",
 }
