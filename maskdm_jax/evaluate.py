@@ -14,7 +14,7 @@ import time
 import jax
 
 from maskdm_jax import averages, checkpoint, draw, evaluation, images, sample, sharding
-from maskdm_jax.config import check_same_architecture
+from maskdm_jax.config import check_same_architecture, whole_images
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
 from maskdm_jax.run import distributed, hashes, telemetry
@@ -31,11 +31,12 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
       ConfigError: if there is no such checkpoint, or the sets or weights cannot give the scores.
     """
     workdir = pathlib.Path(workdir)
-    config = config.copy_and_resolve_references()
+    config = whole_images(config)
     config.sample.num = config.eval.num
     steps = _steps(config.eval.checkpoints, workdir)
     for step in steps:
-        check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
+        stored = whole_images(checkpoint.load_config(workdir, step))
+        check_same_architecture(config, stored, str(workdir))
     stds = _ema_stds(config)
     mesh = sharding.make_mesh(config)
     say(

@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 
 from maskdm_jax import averages, checkpoint, draw, images, sharding
-from maskdm_jax.config import FIELDS, check_same_architecture, get
+from maskdm_jax.config import FIELDS, check_same_architecture, get, whole_images
 from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
 from maskdm_jax.run.progress import say
@@ -41,7 +41,8 @@ def write_samples(config, workdir: str | pathlib.Path, step: int | None = None) 
         step,
         instead="the same command without --mode=sample to train first, or another --workdir",
     )
-    check_same_architecture(config, checkpoint.load_config(workdir, step), str(workdir))
+    config, stored = map(whole_images, (config, checkpoint.load_config(workdir, step)))
+    check_same_architecture(config, stored, str(workdir))
     settings = config.sample
     folder = workdir / "samples" / _folder_name(config, workdir, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}

@@ -58,6 +58,8 @@ def make_train_step(
     model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config)
     process = make_process(config.diffusion, config.data.image_size)
     schedule = optim.learning_rate(config)
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
+    num_pooled = masking.num_pooled(config.mask, grid)
 
     def loss(params, examples, dropout_key):
         def predict(x_BVP, time_B):
@@ -67,12 +69,14 @@ def make_train_step(
                 x_BVP,
                 time_B,
                 visible_BV=examples.get("visible"),
+                pooled_BG=examples.get("pooled"),
                 label_B=examples.get("label"),
                 dropout_key=dropout_key if config.model.dropout else None,
             )
 
         given = examples["x0"], examples["eps"], examples["t"]
-        return jnp.mean(denoising_loss(predict, process, *given, config.diffusion.loss))
+        options = config.diffusion.loss, num_pooled, config.mask.pool_weight
+        return jnp.mean(denoising_loss(predict, process, *given, *options))
 
     def train_step(state, arrays, batch):
         batch = batch_lib.materialize(config, arrays, batch)
@@ -147,7 +151,8 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
 
     Returns:
       "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden, and
-      "label" int32 [B] if the model has classes.
+      "label" int32 [B] if the model has classes. With pooled tokens, "pooled" int32 [B, G] too, and
+      "x0" and "eps" are [B, V + G, P], patches first.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]
@@ -169,4 +174,14 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
         examples["visible"] = visible_BV
     examples["x0"] = patches.cut(image_BHWC, config.model.patch_size, visible_BV)
     examples["eps"] = jax.random.normal(key("noise"), examples["x0"].shape)
+    pooled_BG = masking.draw_pooled_ids(key("mask"), size, config.mask, grid)
+    if pooled_BG is not None:
+        q = config.mask.pool_size
+        x0_BGP = patches.pool(image_BHWC, config.model.patch_size, q, pooled_BG)
+        # The average of q^2 unit normals, drawn as such: the noisy pooled values have exactly the
+        # distribution of averages of the noisy pixels, which no one draws.
+        eps_BGP = jax.random.normal(key("pooled_noise"), x0_BGP.shape) / q
+        examples["pooled"] = pooled_BG
+        examples["x0"] = jnp.concatenate([examples["x0"], x0_BGP], axis=1)
+        examples["eps"] = jnp.concatenate([examples["eps"], eps_BGP], axis=1)
     return examples

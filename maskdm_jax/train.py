@@ -228,7 +228,6 @@ def _own_step(config, workdir):
     step = checkpoint.find_step(workdir, set_aside=not config.train.dry_run)
     stored = checkpoint.load_record(workdir, step)
     before = from_dict(stored["config"])
-    check_same_architecture(config, before, str(workdir))
     # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
     if (config.mask.kind == "none") != (before.mask.kind == "none"):
         raise ConfigError(
@@ -236,6 +235,7 @@ def _own_step(config, workdir):
             f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
             f"--config.init.path={quoted(workdir)}"
         )
+    check_same_architecture(config, before, str(workdir))
     return step, stored
 
 

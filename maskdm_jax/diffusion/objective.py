@@ -1,6 +1,8 @@
 """The loss of both stages: denoising score matching on the given patches (arXiv 2306.11363, 3.1).
 
-With all patches given, this is the ordinary diffusion loss.
+With all patches given, this is the ordinary diffusion loss. Pooled tokens of the hidden patches may
+follow the visible ones. They are the averages of patches, and so are their noise, noisy values and
+targets, because all of these are linear in x0 and eps.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,13 @@ def denoising_loss(
     eps_BVP: jax.Array,
     t_B: jax.Array,
     norm: str = "l2",
+    num_pooled: int = 0,
+    pool_weight: float = 0.0,
 ) -> jax.Array:
     """Mean error of the network's output over the given patches of each image, float32 [B].
+
+    With G pooled tokens after V patches, `pool_weight` G / V times their mean error is added: that
+    weight is the one of a pooled value's error relative to a patch value's.
 
     Args:
       predict: (noisy patches [B, V, P], time_B) -> the network's output [B, V, P].
@@ -28,8 +35,17 @@ def denoising_loss(
       eps_BVP: unit normal noise [B, V, P].
       t_B: draws of `process.draw`, [B].
       norm: "l2" (mean of squares) or "l1" (mean of absolute values).
+      num_pooled: G; the last G tokens of x0_BVP and eps_BVP are pooled ones. The noise of an
+        average of q^2 patches has standard deviation 1 / q.
+      pool_weight: see above.
     """
     level = process.at(t_B)
     x_t = noised(level, x0_BVP, eps_BVP)
     error = predict(network_input(level, x_t), level.time) - target(level, x0_BVP, eps_BVP)
-    return jnp.mean(jnp.square(error) if norm == "l2" else jnp.abs(error), axis=(1, 2))
+    error = jnp.square(error) if norm == "l2" else jnp.abs(error)
+    if not num_pooled:
+        return jnp.mean(error, axis=(1, 2))
+    num_visible = error.shape[1] - num_pooled
+    visible, pooled = jnp.split(error, [num_visible], axis=1)
+    pooled_term = pool_weight * num_pooled / num_visible * jnp.mean(pooled, axis=(1, 2))
+    return jnp.mean(visible, axis=(1, 2)) + pooled_term
