@@ -11,7 +11,18 @@ from close import assert_close
 from conftest import TINY
 
 from configs import finetune_digits, pretrain_digits
-from maskdm_jax import checkpoint, evaluate, flops, sample, sharding, step, train
+from maskdm_jax import (
+    averages,
+    checkpoint,
+    draw,
+    evaluate,
+    flops,
+    heldout,
+    sample,
+    sharding,
+    step,
+    train,
+)
 from maskdm_jax.config import default_config, from_dict, validate, whole_images
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
@@ -197,9 +208,9 @@ def test_a_hidden_block_matters_by_its_averages_alone(tiny_config):
             patches.pool(image_BHWC, 2, 2, examples["pooled"]),
         ], axis=1)  # fmt: skip
 
-        def predict(x_BTP, time_B):
+        def predict(x_BVP, time_B):
             return uvit.apply(
-                model, params, x_BTP, time_B, visible_BV=examples["visible"],
+                model, params, x_BVP, time_B, visible_BV=examples["visible"],
                 pooled_BG=examples["pooled"], label_B=jnp.zeros(2, jnp.int32),
             )  # fmt: skip
 
@@ -246,8 +257,8 @@ def test_the_loss_is_that_of_the_visible_patches_plus_the_weighted_one_of_pooled
     x0, eps, noise = generator.normal(size=(3, 2, 7, 4)).astype(np.float32)
     eps[:, 5:] /= 4
 
-    def predict(x_BTP, time_B):
-        return jnp.sin(3 * x_BTP) + noise
+    def predict(x_BVP, time_B):
+        return jnp.sin(3 * x_BVP) + noise
 
     signal, sigma = (np.asarray(x)[:, None, None] for x in process.at(t)[:2])
     output = np.sin(3 * (signal * x0 + sigma * eps)) + noise
@@ -322,6 +333,7 @@ def stage1(tmp_path_factory, data_dir):
     small(config, data_dir)
     config.mask.update(kind="block", block_size=2, hidden="pool", pool_size=2)
     config.optim.update(ema_ramp=False, ema_decay=0.5)
+    config.train.sample_every_steps = 2
     workdir = tmp_path_factory.mktemp("pooled") / "w1"
     train.train(config, workdir)
     return workdir, config
@@ -333,7 +345,7 @@ def small(config, data_dir):
     config.optim.warmup_steps = 0
     config.train.update(num_steps=2, log_every_steps=1, sample_every_steps=0)
     config.sample.update(num=8, batch_size=8, sampler="ddim", steps=2, preview_steps=2)
-    config.eval.update(num=8, metrics=("swd",), heldout_split="test")
+    config.eval.update(num=8, metrics=("swd",))
     validate(config)
 
 
@@ -399,6 +411,7 @@ def test_a_pooled_run_resumes_only_as_what_it_is(stage1, data_dir):
 
 def test_both_stages_train_draw_and_are_scored(stage1, data_dir, tmp_path, capsys):
     first, config = stage1
+    assert (first / "previews" / "step_0000002.png").exists()
     tuned = finetune_digits.get_config()
     small(tuned, data_dir)
     tuned.init.path = str(first)
@@ -411,4 +424,17 @@ def test_both_stages_train_draw_and_are_scored(stage1, data_dir, tmp_path, capsy
     folders = {sample.write_samples(c, first) for c in (config, whole_images(config))}
     assert len(folders) == 1
     (record,) = evaluate.evaluate(config, first)
-    assert np.isfinite(record["heldout_loss"]["ema"]["mean"])
+    assert np.isfinite(record["scores"]["swd"])
+
+
+def test_the_held_out_loss_of_a_pooled_run_is_that_of_its_other_weights(stage1):
+    workdir, config = stage1
+    image, index = images(8, size=8), np.arange(8, dtype=np.int32)
+    losses = []
+    for each in (config, whole_images(config)):
+        mesh = sharding.make_mesh(each)
+        params = averages.restore(each, workdir, 2, draw.abstract_params(each, mesh))
+        assert ("pooled" in params) == (each is config)
+        losses.append(heldout.jit_heldout_loss(each, mesh)(params, image, index, index))
+    assert losses[0].shape == (8, heldout.NUM_BINS)
+    np.testing.assert_array_equal(*losses)

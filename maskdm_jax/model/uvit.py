@@ -48,10 +48,10 @@ def init_params(model: "UViT", key: jax.Array) -> dict:
     pooled tokens are under "pooled", and only stage 1 has them."""
     pooled_BG = jnp.zeros((1, 1), jnp.int32) if model.pool_size else None
     num_tokens = model.num_patches + (1 if model.pool_size else 0)
-    x_BTP = jnp.zeros((1, num_tokens, model.patch_dim))
+    x_BVP = jnp.zeros((1, num_tokens, model.patch_dim))
     t_B = jnp.zeros((1,), jnp.int32)
     label_B = jnp.zeros((1,), jnp.int32) if model.num_classes else None
-    return model.init(key, x_BTP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
+    return model.init(key, x_BVP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
 
 
 def apply(
