@@ -178,8 +178,8 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
     if pooled_BG is not None:
         q = config.mask.pool_size
         x0_BGP = patches.pool(image_BHWC, config.model.patch_size, q, pooled_BG)
-        # The average of q^2 unit normals, drawn as such: the noisy pooled values have exactly the
-        # distribution of averages of the noisy pixels, which no one draws.
+        # The average of q^2 unit normals, drawn as such: noisy pooled values have exactly the
+        # distribution of averages of noisy pixels, and no noise is drawn for hidden pixels.
         eps_BGP = jax.random.normal(key("pooled_noise"), x0_BGP.shape) / q
         examples["pooled"] = pooled_BG
         examples["x0"] = jnp.concatenate([examples["x0"], x0_BGP], axis=1)

@@ -20,6 +20,7 @@ from maskdm_jax import (
     heldout,
     sample,
     sharding,
+    state,
     step,
     train,
 )
@@ -28,7 +29,6 @@ from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import attention, masking, patches, uvit
-from maskdm_jax.state import init_state
 from maskdm_jax.weights import start
 
 
@@ -42,6 +42,7 @@ def pooled_config(config, **fields):
     """2 x 2 squares of patches of a 16 x 16 image, patch 2: 2 x 2 blocks, of which 1 is visible."""
     config.data.update(image_size=(16, 16), flip=False)
     config.mask.update(kind="block", ratio=0.75, block_size=4, hidden="pool", pool_size=2)
+    config.model.depth = 1
     config.update_from_flattened_dict(fields)
     validate(config)
     return config
@@ -149,37 +150,35 @@ def test_noisy_pooled_values_have_the_law_of_averages_of_noisy_pixels(tiny_confi
 SMALL = dict(num_patches=48, patch_dim=4, width=16, depth=3, num_heads=2, grid=(6, 8), pool_size=2)
 
 
-def given(model, visible=4, pooled=3):
-    keys = jax.random.split(jax.random.key(5), 2)
-    x = jax.random.normal(keys[0], (2, visible + pooled, model.patch_dim))
-    ids = jnp.asarray([[0, 1, 8, 9], [30, 31, 38, 39]]), jnp.asarray([[1, 5, 11], [0, 2, 4]])
-    label = jnp.asarray([1, 3]) if model.num_classes else None
-    return x, jnp.asarray([3, 700]), *ids, label
-
-
-@pytest.mark.parametrize("options, padding", [
-    ({}, 0), (dict(num_classes=3, mlp_time_embed=True, qkv_bias=True, remat="blocks"), 5),
-], ids=["plain", "all"])  # fmt: skip
-def test_output_and_gradients_are_those_of_a_textbook_uvit(monkeypatch, options, padding):
-    monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: padding)
-    model = uvit.UViT(**SMALL, **options)
-    plain = textbook.UViT(**SMALL, **{k: v for k, v in options.items() if k != "remat"})
+def test_output_and_gradients_are_those_of_a_textbook_uvit(monkeypatch):
+    monkeypatch.setattr(attention, "_padding", lambda kernel, num_tokens: 5)
+    options = dict(num_classes=3, mlp_time_embed=True, qkv_bias=True)
+    model, plain = uvit.UViT(**SMALL, **options, remat="blocks"), textbook.UViT(**SMALL, **options)
     params = textbook.perturbed(uvit.init_params(model, jax.random.key(0)))
-    x, t, visible, pooled, label = given(model)
+    x = jax.random.normal(jax.random.key(5), (2, 4 + 3, 4))
+    t, label = jnp.asarray([3, 700]), jnp.asarray([1, 3])
+    visible = jnp.asarray([[0, 1, 8, 9], [30, 31, 38, 39]])
+    pooled = jnp.asarray([[1, 5, 11], [0, 2, 4]])
 
     def ours(params):
-        return uvit.apply(model, params, x, t, visible_BV=visible, pooled_BG=pooled, label_B=label)
+        ids = dict(visible_BV=visible, pooled_BG=pooled, label_B=label)
+        return uvit.apply(model, params, x, t, **ids)
 
     def expected(params):
         return plain.apply({"params": params}, x, t, visible, label, pooled)
 
-    def loss(apply):
-        return jax.jit(jax.value_and_grad(lambda params: jnp.square(apply(params)).mean()))
+    def results(apply):
+        def loss(params):
+            output = apply(params)
+            return jnp.square(output).mean(), output
 
-    assert_close(ours(params), expected(params), 1e-5)
-    gradients = loss(ours)(params)
-    assert_close(gradients, loss(expected)(params), 2e-5)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients[1]["pooled"]))
+        (_, output), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+        return output, gradients
+
+    (output, gradients), (true_output, true_gradients) = results(ours), results(expected)
+    assert_close(output, true_output, 1e-5)
+    assert_close(gradients, true_gradients, 2e-5)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(gradients["pooled"]))
 
 
 def test_whole_images_run_without_pooled_parameters_and_give_the_same():
@@ -217,7 +216,7 @@ def test_a_hidden_block_matters_by_its_averages_alone(tiny_config):
         given = x0, examples["eps"], examples["t"]
         return denoising_loss(predict, process, *given, "l2", num_pooled, 0.2).mean()
 
-    gradient = np.asarray(jax.grad(loss)(jnp.asarray(image, jnp.float32)))[..., 0]
+    gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(image, jnp.float32)))[..., 0]
     blocks = gradient.reshape(2, 2, 8, 2, 8).swapaxes(2, 3).reshape(2, 4, 8, 8)
     hidden = [[b for b in range(4) if b != v] for v in visible_blocks(examples["visible"])]
     for b in range(2):
@@ -227,16 +226,14 @@ def test_a_hidden_block_matters_by_its_averages_alone(tiny_config):
             assert (squares == squares[:, :1]).all() and (squares != 0).all()
 
     # On the pixels themselves: such a pattern leaves every bit of what is drawn.
-    pattern = np.tile([[1, -1], [-1, 1]], (8, 8))[None, :, :, None]
-    shown = (patches.unpatchify(np.eye(64)[:, :, None].repeat(4, 2), 2, (16, 16))[..., 0]).astype(
-        bool
-    )
-    change = np.stack(
-        [pattern[0] * ~shown[v].any(0)[..., None] for v in np.asarray(examples["visible"])]
-    )
+    change = np.tile([[1, -1], [-1, 1]], (2, 8, 8))
+    for b, block in enumerate(visible_blocks(examples["visible"])):
+        i, j = divmod(block, 2)
+        change[b, 8 * i : 8 * i + 8, 8 * j : 8 * j + 8] = 0
     image = np.clip(image, 1, 254)
-    (_, before), (_, after) = drawn(config, image), drawn(config, (image + change).astype(np.uint8))
-    assert np.abs(change).sum() == 2 * 192
+    changed = (image + change[..., None]).astype(np.uint8)
+    assert (changed != image).sum() == 2 * 192
+    (_, before), (_, after) = drawn(config, image), drawn(config, changed)
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
@@ -272,39 +269,36 @@ def test_the_loss_is_that_of_the_visible_patches_plus_the_weighted_one_of_pooled
 
 def curve(config, num_devices, steps=3):
     mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
-    state, update = init_state(config, mesh), step.jit_train_step(config, mesh)
+    run, update = state.init_state(config, mesh), step.jit_train_step(config, mesh)
     losses = []
     for number in range(steps):
         batch = {"image": images(16, seed=number), "label": np.arange(16, dtype=np.int32) % 10}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        state, metrics = update(state, {}, batch)
+        run, metrics = update(run, {}, batch)
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(losses), state
+    return np.array(losses), run
 
 
 def test_eight_devices_with_split_parameters_give_the_losses_of_one(tiny_config):
     config = pooled_config(tiny_config, **{"optim.warmup_steps": 0, "diffusion.prediction": "v"})
-    alone, begun = curve(config, 1)
+    alone, _ = curve(config, 1)
     config.mesh.fsdp = 4
     config.optim.accumulate_steps = 2
-    together, state = curve(config, 8)
+    together, run = curve(config, 8)
     assert_close(together, alone, 1e-5)
-    kernel = state.params["pooled"]["patch_embed"]["kernel"]
+    kernel = run.params["pooled"]["patch_embed"]["kernel"]
     assert not kernel.sharding.is_fully_replicated
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.params, init_state(
-        config, sharding.make_mesh(config)).params)  # fmt: skip
-    assert all(change > 0 for change in jax.tree.leaves(moved["pooled"]))
 
 
 def test_with_nothing_hidden_there_is_no_pooled_term(tiny_config):
     config = pooled_config(tiny_config, **{"mask.ratio": 0.0})
-    pooled, state = curve(config, 1, steps=2)
-    assert np.isfinite(pooled).all()
-    _, examples = drawn(config, images(2))
-    assert "pooled" not in examples and examples["x0"].shape == (2, 64, 4)
+    losses, _ = curve(config, 1, steps=1)
+    assert np.isfinite(losses).all()
     assert flops.tokens_per_image(config) == 66
+    examples = drawn(config, images(2))[1]
     config.mask.hidden = "drop"
-    assert_close(curve(config, 1, steps=2)[0][0], pooled[0], 1e-5)
+    assert examples.keys() == drawn(config, images(2))[1].keys()
+    assert examples["x0"].shape == (2, 64, 4)
 
 
 # ---------------------------------------------------------------------------------- configs, stages
@@ -333,96 +327,97 @@ def stage1(tmp_path_factory, data_dir):
     small(config, data_dir)
     config.mask.update(kind="block", block_size=2, hidden="pool", pool_size=2)
     config.optim.update(ema_ramp=False, ema_decay=0.5)
-    config.train.sample_every_steps = 2
     workdir = tmp_path_factory.mktemp("pooled") / "w1"
+    train.train(config, workdir)
+    return workdir, config
+
+
+@pytest.fixture(scope="module")
+def stage2(stage1, data_dir, tmp_path_factory):
+    """(workdir, config) of two updates on whole digits, from stage 1's raw weights."""
+    config = pretrained(stage1, data_dir)
+    workdir = tmp_path_factory.mktemp("whole") / "w2"
     train.train(config, workdir)
     return workdir, config
 
 
 def small(config, data_dir):
     config.update_from_flattened_dict(TINY)
+    config.model.depth = 1
     config.data.dir = str(data_dir)
     config.optim.warmup_steps = 0
     config.train.update(num_steps=2, log_every_steps=1, sample_every_steps=0)
-    config.sample.update(num=8, batch_size=8, sampler="ddim", steps=2, preview_steps=2)
+    config.sample.update(num=8, batch_size=8, sampler="ddim", steps=2)
     config.eval.update(num=8, metrics=("swd",))
     validate(config)
 
 
-@pytest.mark.parametrize("weights", ["raw", "ema"])
-def test_stage_2_starts_from_all_weights_but_the_pooled_ones(stage1, data_dir, weights):
-    workdir, _ = stage1
-    config = finetune_digits.get_config()
-    small(config, data_dir)
-    config.init.update(path=str(workdir), weights=weights)
-    mesh = sharding.make_mesh(config)
-    fresh = init_state(config, mesh).params
-    params, note = start.load_params(config, lambda: fresh, None)
-    stored = checkpoint.restore_item(workdir, 2, {"raw": "params"}.get(weights, "ema"))
-    assert len(stored.pop("pooled")) == 4
-    jax.tree.map(np.testing.assert_array_equal, params, stored)
-    assert "without its 7 weights of pooled tokens" in note
-
-
-def test_a_misfit_of_stage_2_is_named_without_the_pooled_weights(stage1, data_dir):
+def pretrained(stage1, data_dir):
+    """The config of a stage 2 that starts from stage 1."""
     config = finetune_digits.get_config()
     small(config, data_dir)
     config.init.path = str(stage1[0])
+    return config
+
+
+def load(config):
+    """`start.load_params` of a run from another's workdir."""
+    mesh = sharding.make_mesh(config)
+    return start.load_params(config, lambda: state.fresh_params(config, mesh), None)
+
+
+@pytest.mark.parametrize("weights, item", [("raw", "params"), ("ema", "ema")])
+def test_stage_2_starts_from_all_weights_but_the_pooled_ones(stage1, data_dir, weights, item):
+    config = pretrained(stage1, data_dir)
+    config.init.weights = weights
+    params, note = load(config)
+    stored = checkpoint.restore_item(stage1[0], 2, item)
+    assert len(jax.tree.leaves(stored.pop("pooled"))) == 7
+    jax.tree.map(np.testing.assert_array_equal, params, stored)
+    assert "left out its 7 weights of pooled tokens" in note
+
+
+def test_a_misfit_of_stage_2_is_named_without_the_pooled_weights(stage1, data_dir):
+    config = pretrained(stage1, data_dir)
     config.model.width = 64
-    fresh = init_state(config, sharding.make_mesh(config)).params
     with pytest.raises(ConfigError) as error:
-        start.load_params(config, lambda: fresh, None)
+        load(config)
     assert "model.width" in str(error.value) and "mask.hidden" not in str(error.value)
 
 
-def test_a_pooled_stage_needs_pooled_weights_unless_they_are_ignored(stage1, data_dir, tmp_path):
-    config = finetune_digits.get_config()
-    small(config, data_dir)
-    checkpoints = checkpoint.Checkpoints(tmp_path, config)
-    checkpoints.save(1, init_state(config, sharding.make_mesh(config)), force=True)
-    checkpoints.close()
+def test_a_pooled_stage_needs_pooled_weights_unless_they_are_ignored(stage1, stage2):
     config = from_dict(stage1[1].to_dict())
-    config.init.path = str(tmp_path)
-    fresh = init_state(config, sharding.make_mesh(config)).params
+    config.init.path = str(stage2[0])
     with pytest.raises(ConfigError) as error:
-        start.load_params(config, lambda: fresh, None)
+        load(config)
     text = str(error.value)
     assert "mask.hidden (drop there, pool here); type --config.mask.hidden=drop" in text
     assert "--config.init.ignore=\"('pooled/.*',)\"" in text
     config.init.ignore = ("pooled/.*",)
-    params, note = start.load_params(config, lambda: fresh, None)
-    jax.tree.map(np.testing.assert_array_equal, params["pooled"], jax.device_get(fresh["pooled"]))
+    params, note = load(config)
     assert "fresh because of init.ignore: pooled/" in note
+    assert (params["pooled"]["norm"]["scale"] == 1).all()
 
 
 def test_a_pooled_run_resumes_only_as_what_it_is(stage1, data_dir):
-    workdir, config = stage1
-    config = from_dict(config.to_dict())
+    config = from_dict(stage1[1].to_dict())
     config.train.num_steps = 3
     config.mask.hidden = "drop"
     with pytest.raises(ConfigError, match="mask.hidden .pool there, drop here.*hidden=pool"):
-        train.train(config, workdir)
-    config = finetune_digits.get_config()
-    small(config, data_dir)
+        train.train(config, stage1[0])
+    config = pretrained(stage1, data_dir)
     config.train.num_steps = 3
     with pytest.raises(ConfigError, match="another --workdir and --config.init.path="):
-        train.train(config, workdir)
+        train.train(config, stage1[0])
 
 
-def test_both_stages_train_draw_and_are_scored(stage1, data_dir, tmp_path, capsys):
+def test_both_stages_draw_images_and_are_scored(stage1, stage2):
     first, config = stage1
-    assert (first / "previews" / "step_0000002.png").exists()
-    tuned = finetune_digits.get_config()
-    small(tuned, data_dir)
-    tuned.init.path = str(first)
-    train.train(tuned, tmp_path / "w2")
-    assert "without its 7 weights of pooled tokens" in capsys.readouterr().out
-    assert "pooled" not in checkpoint.restore_item(tmp_path / "w2", 2, "params")
-    drawn = sample.write_samples(tuned, tmp_path / "w2")
-    assert len(list(drawn.glob("0*.png"))) == 8
-    # A pooled checkpoint draws with the config of either stage, the same images.
-    folders = {sample.write_samples(c, first) for c in (config, whole_images(config))}
-    assert len(folders) == 1
+    second, tuned = stage2
+    assert "pooled" not in checkpoint.restore_item(second, 2, "params")
+    assert len(list(sample.write_samples(tuned, second).glob("0*.png"))) == 8
+    # A pooled checkpoint draws with the config of either stage.
+    assert sample.write_samples(tuned, first).is_relative_to(first)
     (record,) = evaluate.evaluate(config, first)
     assert np.isfinite(record["scores"]["swd"])
 

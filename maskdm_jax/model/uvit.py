@@ -14,7 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from maskdm_jax.model import attention, layers, linear, patches
-from maskdm_jax.model.linear import Affine, Linear, folded
+from maskdm_jax.model.linear import Affine, Linear, folded, kernel_init
 from maskdm_jax.model.pooling import Pooled
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
@@ -183,14 +183,11 @@ class UViT(nn.Module):
         if self.num_classes:
             # The last row is "no class", for classifier-free guidance.
             table = nn.Embed(
-                self.num_classes + 1,
-                self.width,
-                embedding_init=linear.kernel_init,
-                name="class_embed",
+                self.num_classes + 1, self.width, embedding_init=kernel_init, name="class_embed"
             )
             extra.insert(0, table(label_B))
         position_LD = self.param(
-            "position", linear.kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
+            "position", kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
         )
         extra_BED = jnp.stack(extra, axis=1) + position_LD[: self.num_extra_tokens]
         # Gathered in float32, because their gradient, a sum over images, takes the same dtype.
@@ -200,7 +197,7 @@ class UViT(nn.Module):
         return jnp.concatenate([extra_BED.astype(self.dtype), x_BVD], axis=1), rows_ND
 
     def _dense(self, features, name):
-        return nn.Dense(features, kernel_init=linear.kernel_init, dtype=self.dtype, name=name)
+        return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)
 
 
 class Block(nn.Module):

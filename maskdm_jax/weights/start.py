@@ -87,7 +87,7 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
     if left:
         note += f"; fresh because of init.ignore: {', '.join(left)}"
     if pooled:
-        note += f"; without its {len(pooled)} weights of pooled tokens, which this model has not"
+        note += f"; left out its {len(pooled)} weights of pooled tokens, which this model lacks"
     return params, note
 
 
