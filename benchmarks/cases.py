@@ -1,4 +1,4 @@
-"""The five cases that are measured, each a shipped config at one batch, on real images."""
+"""The cases that are measured, each a shipped config at one batch, on real images."""
 
 import importlib
 
@@ -22,6 +22,14 @@ CASES = {
     "sample256": ("finetune_celebahq", 64),
 }
 NAMES = tuple(CASES)
+# Pooled hidden blocks, which the PyTorch peer does not have: name: (config, batch, fields).
+_POOL = {"mask.hidden": "pool"}
+_AT_128 = {"data.image_size": (128, 128), "model.size": "S"}
+POOLED = {
+    "pooled256": ("pretrain_celebahq", 256, _POOL),
+    "pooled128": ("pretrain_celebahq", 512, _POOL | _AT_128),
+    "pooled64": ("pretrain_celeba64", 1024, _POOL | {"mask.pool_size": 2}),
+}
 SECONDS = number(0.01, 3600)
 
 
@@ -29,17 +37,17 @@ def config(name: str, data_dir: str, batch: int | None = None, fields: dict | No
     """The config of a case, with its images in device memory.
 
     Args:
-      name: one of `NAMES`.
+      name: a key of `CASES` or `POOLED`.
       data_dir: the folder of the prepared sets celebahq (256x256) and celeba64 (64x64).
       batch: the batch size; None: the case's.
       fields: values of config fields to override, by dotted name.
     """
-    config_name, case_batch = CASES[name]
+    config_name, case_batch, own_fields = POOLED.get(name) or (*CASES[name], {})
     result = importlib.import_module(f"configs.{config_name}").get_config()
     result.data.dir = data_dir
     result.data.cache = "device"
     result.train.batch_size = result.sample.batch_size = batch or case_batch
-    result.update_from_flattened_dict(fields or {})
+    result.update_from_flattened_dict(own_fields | (fields or {}))
     return result
 
 

@@ -126,6 +126,7 @@ def make_model(config) -> UViT:
     refused = [f"model.{name}" for name in extras if config.model[name]]
     refused += ["model.remat"] * (config.model.remat != "none")
     refused += ["data.flip"] * config.data.flip + ["crop masks"] * (config.mask.kind == "crop")
+    refused += ["mask.hidden=pool"] * (config.mask.hidden == "pool")
     refused += ["optim.accumulate_steps"] * (config.optim.accumulate_steps > 1)
     if refused:
         raise ValueError(f"the PyTorch peer does not have {', '.join(refused)}; unset them")

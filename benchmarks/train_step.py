@@ -130,7 +130,7 @@ def profile(call, steps: int = 3) -> list[str]:
 
 
 def main():
-    parser = cases.parser(__doc__, "train_step", cases.NAMES[:-1])
+    parser = cases.parser(__doc__, "train_step", (*cases.NAMES[:-1], *cases.POOLED))
     parser.add_argument("--profile", action="store_true", help="time of each kind of kernel")
     args = parser.parse()
     memory.set_gpu_memory_fraction()

@@ -32,7 +32,7 @@ import jax  # noqa: E402
 
 from launch import collectives, tpu_slices  # noqa: E402
 from maskdm_jax import config_file, draw, flops, phases, sharding, step  # noqa: E402
-from maskdm_jax.config import FIELDS, validate_devices  # noqa: E402
+from maskdm_jax.config import FIELDS, validate_devices, whole_images  # noqa: E402
 from maskdm_jax.diffusion import samplers  # noqa: E402
 from maskdm_jax.errors import ConfigError  # noqa: E402
 from maskdm_jax.fields import COUNT, TEXT, one_of  # noqa: E402
@@ -54,7 +54,9 @@ def main():
     config, mode = config_file.load(args.config, args.changes), args.mode
     tpu = tpu_slices.parse(args.topology)
     # Images are drawn from the last phase's weights.
-    every_phase = phases.phases(config)[0 if mode == "train" else -1 :]
+    every_phase = phases.phases(config)
+    if mode == "sample":
+        every_phase = [every_phase[-1]._replace(config=whole_images(every_phase[-1].config))]
     if args.row:
         for phase in every_phase:
             _round_batch_up(phase.config, mode, tpu.num_chips)
@@ -179,10 +181,7 @@ def _model_flops(config, mode):
     """Model FLOPs of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    # Drawn images are whole, whatever the config hides in training.
-    whole = config.copy_and_resolve_references()
-    whole.mask.kind = "none"
-    return config.sample.batch_size * _evaluations(config) * flops.forward_flops(whole)
+    return config.sample.batch_size * _evaluations(config) * flops.forward_flops(config)
 
 
 def _evaluations(config):
@@ -193,10 +192,7 @@ def _evaluations(config):
 
 def _splash_flops(config, mode, mesh):
     """FLOPs of the splash kernel on one chip; the compiler does not count those of kernels."""
-    whole = config.copy_and_resolve_references()
-    if mode == "sample":
-        whole.mask.kind = "none"
-    length = flops.tokens_per_image(whole)
+    length = flops.tokens_per_image(config)
     width, depth, heads = dimensions(config.model)
     dtype = config.model.dtype
     plan = attention.plan(config.model.attention, length, width // heads, dtype, mesh)

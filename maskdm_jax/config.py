@@ -127,6 +127,16 @@ def from_dict(stored: dict) -> config_dict.ConfigDict:
     return config
 
 
+def whole_images(config) -> config_dict.ConfigDict:
+    """The config of drawing and scoring: a copy that hides nothing, whatever training hides.
+
+    Its network has no parameters for pooled tokens, which whole images do not have.
+    """
+    config = config.copy_and_resolve_references()
+    config.mask.update(kind="none", hidden="drop")
+    return config
+
+
 def differences(config, stored, roles: Iterable[Role] = tuple(Role)) -> list[str]:
     """Names of the fields with one of `roles` in which two configs differ."""
     return [
@@ -195,6 +205,13 @@ def _validate_mask(config):
     if mask.kind == "crop" and mask.crop_size > min(grid):
         expected = f"at most the patch grid's shorter side, {min(grid)}"
         _fail(config, "mask.crop_size", expected, min(grid))
+    if mask.hidden == "pool" and mask.kind != "block":
+        expected = f"drop, since mask.kind is {mask.kind!r} and only blocks can be pooled"
+        _fail(config, "mask.hidden", expected, "drop")
+    if mask.hidden == "pool" and mask.block_size % mask.pool_size:
+        divisors = [d for d in range(1, mask.block_size + 1) if mask.block_size % d == 0]
+        good = min(divisors, key=lambda d: abs(d - mask.pool_size))
+        _fail(config, "mask.pool_size", f"a divisor of mask.block_size, {mask.block_size}", good)
 
 
 def _validate_allowed(config):

@@ -83,6 +83,13 @@ FIELDS: dict[str, Field] = {
         "share of the patches that are hidden; patch and block"),
     "mask.block_size": Field(4, COUNT, UPDATE, "patches on a block's side; divides the patch grid"),
     "mask.crop_size": Field(16, COUNT, UPDATE, "patches on the visible window's side; crop"),
+    "mask.hidden": Field("drop", one_of("drop", "pool"), SHAPE,
+        "what becomes of hidden patches: nothing (drop), or with mask.kind=block one token for the "
+        "average of each square of them (pool); see docs/pooling.md"),
+    "mask.pool_size": Field(4, COUNT, UPDATE,
+        "pool: patches on the side of such a square; divides mask.block_size"),
+    "mask.pool_weight": Field(0.2, NON_NEGATIVE, UPDATE,
+        "pool: weight in the loss of a pooled token's error, relative to a visible patch's"),
 
     "diffusion.schedule": Field("cosine", one_of("linear", "cosine", "shifted_cosine"), MEANING,
         "the noise schedule"),

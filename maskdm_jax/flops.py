@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from maskdm_jax.model import patches
-from maskdm_jax.model.masking import num_visible
+from maskdm_jax.model.masking import num_pooled, num_visible
 from maskdm_jax.model.sizes import dimensions, grid_shape
 
 # Dense bf16 TFLOP/s from the vendors' datasheets; keys are parts of `device.device_kind`.
@@ -29,9 +29,10 @@ PEAK_TFLOPS = {
 
 
 def tokens_per_image(config) -> int:
-    """L: the visible patches, the time, and the class if the model has classes."""
+    """L: visible patches, pooled tokens, the time, and the class if the model has classes."""
     grid = grid_shape(config.data.image_size, config.model.patch_size)
-    return num_visible(config.mask, grid) + (2 if config.model.num_classes else 1)
+    extra = 2 if config.model.num_classes else 1
+    return num_visible(config.mask, grid) + num_pooled(config.mask, grid) + extra
 
 
 def forward_flops(config) -> float:

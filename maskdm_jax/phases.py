@@ -81,7 +81,7 @@ def at(config, step: int) -> Phase:
 
 
 def of_checkpoint(config, stored, step: int, where: str) -> config_dict.ConfigDict:
-    """`config` as the phase has it that a checkpoint is from, for drawing and scoring.
+    """`config` as the phase has it that a checkpoint is from, for drawing and scoring whole images.
 
     Args:
       config: as typed.
@@ -94,8 +94,8 @@ def of_checkpoint(config, stored, step: int, where: str) -> config_dict.ConfigDi
     """
     phase = at(stored, step)
     changes = stored.phases[phase.index][1] if stored.phases else {}
-    config = _changed(config, changes)
-    config_lib.check_same_architecture(config, phase.config, where)
+    config = config_lib.whole_images(_changed(config, changes))
+    config_lib.check_same_architecture(config, config_lib.whole_images(phase.config), where)
     return config
 
 

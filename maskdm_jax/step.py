@@ -64,6 +64,8 @@ def make_train_step(
     process = make_process(config.diffusion, config.data.image_size)
     weight = loss_weight(config.diffusion)
     schedule = optim.learning_rate(config, phase.num_steps)
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
+    num_pooled = masking.num_pooled(config.mask, grid)
 
     def loss(params, examples, dropout_key):
         def predict(x_BVP, time_B):
@@ -73,13 +75,14 @@ def make_train_step(
                 x_BVP,
                 time_B,
                 visible_BV=examples.get("visible"),
+                pooled_BG=examples.get("pooled"),
                 label_B=examples.get("label"),
                 dropout_key=dropout_key if config.model.dropout else None,
             )
 
         given = examples["x0"], examples["eps"], examples["t"], config.diffusion.loss
-        noise = examples.get("input_eps")
-        return jnp.mean(denoising_loss(predict, process, *given, weight, noise))
+        options = weight, examples.get("input_eps"), num_pooled, config.mask.pool_weight
+        return jnp.mean(denoising_loss(predict, process, *given, *options))
 
     def train_step(state, arrays, batch):
         batch = batch_lib.materialize(config, arrays, batch)
@@ -154,8 +157,9 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
 
     Returns:
       "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden,
-      "label" int32 [B] if the model has classes, and "input_eps" float32 [B, V, P] if the input is
-      perturbed (Ning et al. 2023): the noise of the network's input, eps + gamma xi.
+      "label" int32 [B] if the model has classes, and "input_eps", of eps's shape, if the input is
+      perturbed (Ning et al. 2023): the noise of the network's input, eps + gamma xi. With pooled
+      tokens, "pooled" int32 [B, G] too, and "x0" and "eps" are [B, V + G, P], patches first.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]
@@ -177,7 +181,19 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
         examples["visible"] = visible_BV
     examples["x0"] = patches.cut(image_BHWC, config.model.patch_size, visible_BV)
     examples["eps"] = jax.random.normal(key("noise"), examples["x0"].shape)
+    pooled_BG = masking.draw_pooled_ids(key("mask"), size, config.mask, grid)
+    if pooled_BG is not None:
+        q = config.mask.pool_size
+        x0_BGP = patches.pool(image_BHWC, config.model.patch_size, q, pooled_BG)
+        # The average of q^2 unit normals, drawn as such: noisy pooled values have exactly the
+        # distribution of averages of noisy pixels, and no noise is drawn for hidden pixels.
+        eps_BGP = jax.random.normal(key("pooled_noise"), x0_BGP.shape) / q
+        examples["pooled"] = pooled_BG
+        examples["x0"] = jnp.concatenate([examples["x0"], x0_BGP], axis=1)
+        examples["eps"] = jnp.concatenate([examples["eps"], eps_BGP], axis=1)
     if gamma := config.diffusion.input_perturbation:
         xi = jax.random.normal(key("input_perturbation"), examples["x0"].shape)
+        if pooled_BG is not None:  # averages of xi too
+            xi = xi.at[:, -pooled_BG.shape[1] :].divide(config.mask.pool_size)
         examples["input_eps"] = examples["eps"] + gamma * xi
     return examples

@@ -263,7 +263,6 @@ def _own_step(config, workdir):
     if config.phases or before.phases:
         phases.check_resumes(config, before, step, str(workdir))
         return step, stored
-    check_same_architecture(config, before, str(workdir))
     # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
     if (config.mask.kind == "none") != (before.mask.kind == "none"):
         raise ConfigError(
@@ -271,6 +270,7 @@ def _own_step(config, workdir):
             f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
             f"--config.init.path={quoted(workdir)}"
         )
+    check_same_architecture(config, before, str(workdir))
     return step, stored
 
 

@@ -57,7 +57,14 @@ def test_every_implementation_is_softmax_attention(implementation, length, paddi
 
 @pytest.mark.parametrize(
     "kernel, length, num_valid",
-    [(short, 29, 29), (short, 53, 50), (long, 512, 512), (long, 417, 417), (long, 768, 760)],
+    [
+        (short, 29, 29),
+        (short, 53, 50),
+        (short, 86, 86),
+        (long, 512, 512),
+        (long, 417, 417),
+        (long, 768, 760),
+    ],
 )
 def test_the_kernels_gradients_are_those_of_xla(kernel, length, num_valid):
     q, k, v = qkv(length)
@@ -168,14 +175,21 @@ def test_on_a_gpu_the_length_decides_the_kernel_and_its_padding():
     assert planned("auto", 4097, 64, a100) == ("cudnn", 1, False)
     assert planned("auto", 418, 64, a100) == ("cudnn", 0, False)
     assert planned("auto", 4097, 64, h200) == ("hopper", 0, True)
+    # Visible patches, pooled tokens and the time.
+    for length in (143, 170, 185, 647):
+        assert planned("auto", length, 64, h200) == ("hopper", 0, True)
+        assert planned("auto", length, 64, a100) == ("cudnn", length % 2, False)
+    for gpu in (a100, h200):
+        assert planned("auto", 86, 64, gpu) == ("pallas", 0, True)
 
 
 def test_on_a_tpu_the_length_decides_the_kernel_and_only_little_padding_is_carried():
     v5e = mesh_of(platform="tpu", device_kind="TPU v5 lite")
     expected = {17: 17, 29: 29, 128: 128, 257: 257, 417: 417, 512: 512, 4097: 4224}
+    expected |= {86: 86, 143: 143, 170: 170, 185: 185, 647: 647}  # with pooled tokens
     for length, padded in expected.items():
         made = plan("auto", length, 64, jnp.bfloat16, v5e)
-        assert (made.kernel, made.length) == ("splash" if length > 128 else "xla", padded)
+        assert (made.kernel, made.length) == ("splash" if length > 256 else "xla", padded)
 
 
 def test_packed_arguments_are_refused_if_no_kernel_takes_them():

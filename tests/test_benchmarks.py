@@ -20,12 +20,17 @@ OURS = {
 PEER = {"batch": 32, "memory_gib": 70.0, "images_per_s": 8.0, "versions": {"torch": "2.11"}}
 
 
-@pytest.mark.parametrize("name", cases.NAMES)
+@pytest.mark.parametrize("name", [*cases.NAMES, *cases.POOLED])
 def test_every_case_is_a_shipped_config_that_is_valid(name):
     config = cases.config(name, "/data")
     config_lib.validate(config)
-    assert config.train.batch_size == cases.CASES[name][1]
+    assert config.train.batch_size == (cases.CASES | cases.POOLED)[name][1]
     assert config.data.cache == "device"
+
+
+def test_the_pooled_cases_have_the_token_counts_that_the_kernels_are_tested_at():
+    lengths = [flops.tokens_per_image(cases.config(name, "/data")) for name in cases.POOLED]
+    assert lengths == [647, 170, 86]
 
 
 def test_every_point_of_the_sweep_is_valid_and_appears_once():

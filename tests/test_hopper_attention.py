@@ -81,8 +81,11 @@ def _dot(a, b):
 
 @needs_interpreter
 # Heads that fit into shared memory; for 641 tokens only the forward kernel's do, and 11 tiles are
-# not a whole number of passes for 2 or 3 workers. Three lengths have a tail of one token or two.
-@pytest.mark.parametrize("length, num_heads", [(190, 3), (257, 3), (130, 1), (641, 1)])
+# not a whole number of passes for 2 or 3 workers. Three lengths have a tail of one token or two;
+# 143 and 647 are lengths with pooled tokens.
+@pytest.mark.parametrize(
+    "length, num_heads", [(190, 3), (257, 3), (130, 1), (641, 1), (143, 1), (647, 1)]
+)
 def test_interpreted_outputs_and_gradients_are_those_of_softmax_attention(
     interpreted, length, num_heads
 ):
@@ -165,7 +168,7 @@ def test_supports_is_false_for_what_the_kernels_do_not_take():
 
 
 @needs_hopper
-@pytest.mark.parametrize("length", [129, 190, 258, 417, 1025, 1026, 4097])
+@pytest.mark.parametrize("length", [129, 143, 170, 185, 190, 258, 417, 647, 1025, 1026, 4097])
 def test_outputs_and_gradients_are_those_of_float32_softmax_attention(length):
     arrays = inputs(length)
     with jax.default_matmul_precision("highest"):

@@ -42,9 +42,11 @@ class UViT(nn.Module):
     mlp_time_embed: bool = False
     qkv_bias: bool = False
     mlp_ratio: float = 4.0
+    grid: tuple[int, int] = (0, 0)
+    pool_size: int = 0
 
     @nn.compact
-    def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None):
+    def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None, pooled_BG=None):
         time_BD = timestep_embedding(t_B, self.width)
         if self.mlp_time_embed:
             hidden = nn.silu(nn.Dense(4 * self.width, name="time_mlp_in")(time_BD))
@@ -58,9 +60,17 @@ class UViT(nn.Module):
         position_LD = self.param("position", nn.initializers.normal(0.02), shape)
         if visible_BV is None:
             visible_BV = jnp.tile(jnp.arange(self.num_patches), (len(x_BVP), 1))
+        num_visible = visible_BV.shape[1]
+        x_BVP, x_BGP = x_BVP[:, :num_visible], x_BVP[:, num_visible:]
         x_BVD = nn.Dense(self.width, name="patch_embed")(x_BVP) + position_LD[count + visible_BV]
         extra_BED = jnp.stack(extra, axis=1) + position_LD[:count]
         x_BLD = jnp.concatenate([extra_BED, x_BVD], axis=1)
+        if pooled_BG is not None:
+            ends = Pooled(self.width, self.patch_dim, name="pooled")
+            squares = jnp.asarray(squares_of(self.grid, self.pool_size))
+            rows_BGSD = position_LD[count + squares[pooled_BG]]
+            position_BGD = rows_BGSD.mean(2) * self.pool_size / 2
+            x_BLD = jnp.concatenate([x_BLD, ends.embed(x_BGP) + position_BGD], axis=1)
         options = (self.num_heads, self.qkv_bias, self.mlp_ratio)
         skips = []
         for i in range(self.depth // 2):
@@ -70,7 +80,35 @@ class UViT(nn.Module):
         for i in range(self.depth // 2):
             block = Block(*options, name=f"out_block_{i}")
             x_BLD = block(x_BLD, skips.pop())
-        return nn.Dense(self.patch_dim, name="output")(norm("norm")(x_BLD))[:, count:]
+        out_BVP = nn.Dense(self.patch_dim, name="output")(norm("norm")(x_BLD))[:, count:]
+        if pooled_BG is None:
+            return out_BVP
+        out_BGP = ends.predict(x_BLD)[:, count + num_visible :]
+        return jnp.concatenate([out_BVP[:, :num_visible], out_BGP], axis=1)
+
+
+class Pooled(nn.Module):
+    width: int
+    patch_dim: int
+
+    def setup(self):
+        self.patch_embed = nn.Dense(self.width)
+        self.vector = self.param("vector", nn.initializers.normal(0.02), (self.width,))
+        self.norm = nn.LayerNorm(epsilon=1e-5)
+        self.output = nn.Dense(self.patch_dim)
+
+    def embed(self, x_BGP):
+        return self.patch_embed(x_BGP) + self.vector
+
+    def predict(self, x_BLD):
+        return self.output(self.norm(x_BLD))
+
+
+def squares_of(grid, size):
+    """Ids of the patches of each square of size x size patches, [squares][size^2]."""
+    corners = [(i, j) for i in range(0, grid[0], size) for j in range(0, grid[1], size)]
+    steps = [(a, b) for a in range(size) for b in range(size)]
+    return [[(i + a) * grid[1] + j + b for a, b in steps] for i, j in corners]
 
 
 def norm(name):

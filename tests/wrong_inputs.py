@@ -34,6 +34,7 @@ TINY = (
 DATA = "--config.data.dir={tmp}/data"
 MAIN = f"main.py --config=configs/pretrain_digits.py --workdir={{tmp}}/w {DATA} {TINY} "
 TUNE = MAIN.replace("pretrain", "finetune")
+POOL = MAIN + "--config.mask.kind=block --config.mask.hidden=pool "
 SAMPLE = MAIN.replace("{tmp}/w", "{tmp}/run") + "--mode=sample --config.sample.num=1 "
 COMPILE = "launch/compile_check.py --config=configs/pretrain_digits.py "
 # Added to a command that is answered with "type --config.FIELD=VALUE": the next refusal, which
@@ -148,6 +149,15 @@ FIELDS = [
     setting("--config.mask.kind=blok", "'blok'", "--config.mask.kind=block"),
     setting("--config.mask.kind=block --config.mask.block_size=3", "size is 3", "block_size=2"),
     setting("--config.mask.kind=crop --config.mask.crop_size=9", "size is 9", "crop_size=4"),
+    setting("--config.mask.hidden=pol", "'pol'", "--config.mask.hidden=pool"),
+    setting("--config.mask.hidden=pool", "mask.hidden is 'pool'", "--config.mask.hidden=drop"),
+    setting(
+        "--config.mask.kind=block --config.mask.hidden=pool --config.mask.pool_size=3",
+        "pool_size is 3",
+        "pool_size=2",
+    ),
+    setting("--config.mask.pool_size=0", "pool_size is 0", "--config.mask.pool_size=1"),
+    setting("--config.mask.pool_weight=-1", "pool_weight is -1", "--config.mask.pool_weight=0"),
     setting("--config.optim.lr_peak=-1", "lr_peak is -1", "--config.optim.lr_peak=0"),
     setting("--config.optim.lr_peak=inf", "lr_peak is inf", "--config.optim.lr_peak=0.002"),
     setting("--config.optim.lr_peak=1e400", "lr_peak is inf", "--config.optim.lr_peak=0.002"),
@@ -466,6 +476,8 @@ WEIGHTS = [
         "model.patch_size (2 there, 1 here)", "--config.model.patch_size=2")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.diffusion.prediction=v", (
         "diffusion.prediction (eps there, v here)", "--config.diffusion.prediction=eps")),
+    Wrong(POOL + "--config.init.path={tmp}/run", (
+        "mask.hidden (drop there, pool here)", "--config.mask.hidden=drop", "'pooled/.*'")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.init.weights=em", (
         "'em'", "--config.init.weights=ema")),
 ]  # fmt: skip
@@ -477,6 +489,8 @@ RUNS = [
     Wrong(SAMPLE + "--config.sample.label=10", ("sample.label is 10", "--config.sample.label=-1")),
     Wrong(SAMPLE + "--config.sample.guidance_scale=x", ("scale is 'x'", "guidance_scale=1")),
     Wrong(SAMPLE + "--workdir={tmp}/nan", ("patch_embed/kernel", "not finite", "type")),
+    Wrong(POOL.replace("{tmp}/w", "{tmp}/run"), (
+        "mask.hidden (drop there, pool here)", "--config.mask.hidden=drop")),
     Wrong(TUNE.replace("{tmp}/w", "{tmp}/run"), ("mask.kind is 'none'", "init.path={tmp}/run")),
     Wrong(MAIN.replace("{tmp}/w", "{tmp}/run") + "--config.model.width=64", (
         "(32 there, 64 here)", "--config.model.width=32")),

@@ -30,6 +30,29 @@ def cut(image_BHWC: jax.Array, patch_size: int, visible_BV: jax.Array | None = N
     return x_BVP.astype(jnp.float32) / 127.5 - 1
 
 
+def pool(image_BHWC: jax.Array, patch_size: int, pool_size: int, pooled_BG: jax.Array) -> jax.Array:
+    """Pixels as pooled tokens, float32 [B, G, P] in [-1, 1].
+
+    A pooled token is a square of q x q patches, q = pool_size: its (q p) x (q p) pixels, averaged
+    over squares of q x q pixels to the p x p x C values of one patch.
+
+    Args:
+      image_BHWC: uint8 [B, H, W, C]; H and W are multiples of q p.
+      patch_size: p, side of a patch in pixels.
+      pool_size: q, side of a pooled token in patches.
+      pooled_BG: ids of the squares to give, int32 [B, G], row-major on the grid of all squares.
+    """
+    # Sums of uint8 are exact in float32.
+    mean_BHWC = einops.reduce(
+        image_BHWC.astype(jnp.float32),
+        "b (h q1) (w q2) c -> b h w c",
+        "mean",
+        q1=pool_size,
+        q2=pool_size,
+    )
+    return gather(patchify(mean_BHWC, patch_size), pooled_BG) / 127.5 - 1
+
+
 def join(x_BNP: jax.Array, patch_size: int, image_size: tuple[int, int]) -> jax.Array:
     """Tokens as pixels: all N patches to uint8 images [B, H, W, C], rounded and clipped."""
     image_BHWC = unpatchify(x_BNP, patch_size, image_size)

@@ -2,7 +2,8 @@
 
 Tokens are [class, time, patches] or [time, patches], plus a learned position table over all of
 them. Hidden patches never reach the network: `visible_BV` holds the ids of the given patches and
-selects their position rows. Other code uses only `make_model`, `init_params` and `apply`.
+selects their position rows. With `mask.hidden = "pool"`, pooled tokens of the hidden blocks follow
+the patches, see `pooling`. Other code uses only `make_model`, `init_params` and `apply`.
 """
 
 import functools
@@ -12,18 +13,18 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from maskdm_jax.model import attention, layers, patches
+from maskdm_jax.model import attention, layers, linear, patches
+from maskdm_jax.model.linear import Affine, Linear, folded, kernel_init
+from maskdm_jax.model.pooling import Pooled
 from maskdm_jax.model.sizes import dimensions, grid_shape
-
-_kernel_init = nn.initializers.truncated_normal(0.02)
 
 
 def make_model(config, mesh: Mesh | None = None) -> "UViT":
     """The network of a config, for the devices of `mesh` (None: this process's first device)."""
-    rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
     width, depth, num_heads = dimensions(config.model)
     return UViT(
-        num_patches=rows * cols,
+        num_patches=grid[0] * grid[1],
         patch_dim=patches.patch_dim(config.model.patch_size, config.data.channels),
         width=width,
         depth=depth,
@@ -36,16 +37,21 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
         remat=config.model.remat,
         attention=config.model.attention,
         dtype=jnp.dtype(config.model.dtype),
+        grid=grid,
+        pool_size=config.mask.pool_size if config.mask.hidden == "pool" else 0,
         mesh=mesh,
     )
 
 
 def init_params(model: "UViT", key: jax.Array) -> dict:
-    """Random float32 parameters. No shape depends on the mask, so both stages share them."""
-    x_BNP = jnp.zeros((1, model.num_patches, model.patch_dim))
+    """Random float32 parameters. No shape depends on the mask, so both stages share them; those of
+    pooled tokens are under "pooled", and only stage 1 has them."""
+    pooled_BG = jnp.zeros((1, 1), jnp.int32) if model.pool_size else None
+    num_tokens = model.num_patches + (1 if model.pool_size else 0)
+    x_BVP = jnp.zeros((1, num_tokens, model.patch_dim))
     t_B = jnp.zeros((1,), jnp.int32)
     label_B = jnp.zeros((1,), jnp.int32) if model.num_classes else None
-    return model.init(key, x_BNP, t_B, label_B=label_B)["params"]
+    return model.init(key, x_BVP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
 
 
 def apply(
@@ -55,6 +61,7 @@ def apply(
     t_B: jax.Array,
     *,
     visible_BV: jax.Array | None = None,
+    pooled_BG: jax.Array | None = None,
     label_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -63,19 +70,20 @@ def apply(
     Args:
       model: from `make_model`.
       params: from `init_params`.
-      x_BVP: noisy patches [B, V, P], float32.
+      x_BVP: noisy patches [B, V, P], float32; with pooled tokens [B, V + G, P], patches first.
       t_B: times [B], int32 or float32; DDPM's are 0 .. T - 1.
       visible_BV: ids of those patches [B, V], int32; None if all N are given in order.
+      pooled_BG: ids of the pooled tokens [B, G], int32; None if there are none. Parameters of a
+        model with pooled tokens also run without them.
       label_B: classes [B], int32; `num_classes` means "no class". None for an unconditional model.
       dropout_key: the key for dropout in training; None switches dropout off.
 
     Returns:
-      The network's output, float32 [B, V, P].
+      The network's output, float32, of x_BVP's shape.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    return model.apply(
-        {"params": params}, x_BVP, t_B, visible_BV, label_B, dropout_key is None, rngs=rngs
-    )
+    given = x_BVP, t_B, visible_BV, label_B, dropout_key is None, pooled_BG
+    return model.apply({"params": params}, *given, rngs=rngs)
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
@@ -103,6 +111,8 @@ class UViT(nn.Module):
     remat: str = "none"
     attention: str = "auto"
     dtype: jnp.dtype = jnp.dtype("float32")
+    grid: tuple[int, int] = (0, 0)  # which pooled tokens need
+    pool_size: int = 0
     mesh: Mesh | None = None
 
     @property
@@ -116,8 +126,18 @@ class UViT(nn.Module):
         return self.depth // 2
 
     @nn.compact
-    def __call__(self, x_BVP, t_B, visible_BV=None, label_B=None, deterministic=True):
-        x_BLD = self._embed(x_BVP, t_B, visible_BV, label_B)
+    def __call__(
+        self, x_BVP, t_B, visible_BV=None, label_B=None, deterministic=True, pooled_BG=None
+    ):
+        pooled, x_BGP = None, None
+        if pooled_BG is not None:
+            sizes = self.grid, self.pool_size, self.patch_dim, self.width
+            pooled = Pooled(*sizes, self.dtype, name="pooled")
+            num_visible = x_BVP.shape[1] - pooled_BG.shape[1]
+            x_BVP, x_BGP = jnp.split(x_BVP, [num_visible], axis=1)
+        x_BLD, rows_ND = self._embed(x_BVP, t_B, visible_BV, label_B)
+        if pooled:
+            x_BLD = jnp.concatenate([x_BLD, pooled.embed(x_BGP, pooled_BG, rows_ND)], axis=1)
         num_tokens, head_dim = x_BLD.shape[1], self.width // self.num_heads
         plan = attention.plan(self.attention, num_tokens, head_dim, self.dtype, self.mesh)
         x_BLD = jnp.pad(x_BLD, ((0, 0), (0, plan.length - num_tokens), (0, 0)))
@@ -144,20 +164,17 @@ class UViT(nn.Module):
         output = Linear(self.width, self.patch_dim, name="output")()
         kernel, bias = folded(norm, output, self.dtype)
         normed_BLD = layers.normalize(x_MD).reshape(-1, plan.length, self.width)
-        out_BVP = normed_BLD[:, self.num_extra_tokens : num_tokens] @ kernel
-        return out_BVP.astype(jnp.float32) + bias
+        end = num_tokens if pooled is None else num_tokens - x_BGP.shape[1]
+        out_BVP = normed_BLD[:, self.num_extra_tokens : end] @ kernel
+        out_BVP = out_BVP.astype(jnp.float32) + bias
+        if pooled is None:
+            return out_BVP
+        return jnp.concatenate([out_BVP, pooled.predict(normed_BLD[:, end:num_tokens])], axis=1)
 
     def _embed(self, x_BVP, t_B, visible_BV, label_B):
-        # A convolution of stride p is a matmul over patches. Its weights and bias have PyTorch's
-        # default init, uniform within 1 / sqrt(fan_in).
-        bound = self.patch_dim**-0.5
-        x_BVD = nn.Dense(
-            self.width,
-            kernel_init=_uniform(bound),
-            bias_init=_uniform(bound),
-            dtype=self.dtype,
-            name="patch_embed",
-        )(x_BVP)
+        """The tokens [B, L, D], and the patches' rows of the position table [N, D]."""
+        embed = linear.patch_embed(self.patch_dim, self.width, self.dtype, name="patch_embed")
+        x_BVD = embed(x_BVP)
         time_BD = timestep_embedding(t_B, self.width)
         if self.mlp_time_embed:
             time_BD = self._dense(4 * self.width, "time_mlp_in")(time_BD)
@@ -166,21 +183,21 @@ class UViT(nn.Module):
         if self.num_classes:
             # The last row is "no class", for classifier-free guidance.
             table = nn.Embed(
-                self.num_classes + 1, self.width, embedding_init=_kernel_init, name="class_embed"
+                self.num_classes + 1, self.width, embedding_init=kernel_init, name="class_embed"
             )
             extra.insert(0, table(label_B))
         position_LD = self.param(
-            "position", _kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
+            "position", kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
         )
         extra_BED = jnp.stack(extra, axis=1) + position_LD[: self.num_extra_tokens]
         # Gathered in float32, because their gradient, a sum over images, takes the same dtype.
-        rows = position_LD[self.num_extra_tokens :]
-        rows = rows if visible_BV is None else rows[visible_BV]
+        rows_ND = position_LD[self.num_extra_tokens :]
+        rows = rows_ND if visible_BV is None else rows_ND[visible_BV]
         x_BVD += rows.astype(self.dtype)
-        return jnp.concatenate([extra_BED.astype(self.dtype), x_BVD], axis=1)
+        return jnp.concatenate([extra_BED.astype(self.dtype), x_BVD], axis=1), rows_ND
 
     def _dense(self, features, name):
-        return nn.Dense(features, kernel_init=_kernel_init, dtype=self.dtype, name=name)
+        return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)
 
 
 class Block(nn.Module):
@@ -231,7 +248,7 @@ class Block(nn.Module):
             v_bias += self.param("v_bias", nn.initializers.zeros, (width,))
         out_BLKH = self._attend(normed_MD, kernel, q_bias.astype(dtype))
         kernel, bias = Linear(width, width, name="proj")()
-        bias += _dot(v_bias, kernel)
+        bias += linear.dot(v_bias, kernel)
         out_MD = out_BLKH.reshape(x_MD.shape) @ kernel.astype(dtype)
         if self.dropout:  # dropout applies to the bias too, so add it first
             out_MD = drop(out_MD + bias.astype(dtype))
@@ -256,53 +273,3 @@ class Block(nn.Module):
         q_MD, k_MD, v_MD = (normed_MD @ part for part in jnp.split(kernel, 3, axis=1))
         qkv = (x.reshape(-1, self.plan.length, *heads) for x in (q_MD + q_bias, k_MD, v_MD))
         return attention.attend(*qkv, self.plan)
-
-
-def folded(norm, linear, dtype) -> tuple[jax.Array, jax.Array]:
-    """(kernel [D, F], bias [F]) such that LN(x) W + b = normalize(x) @ kernel + bias.
-
-    Args:
-      norm: (scale, shift) of a LayerNorm, float32 [D] each.
-      linear: (W [D, F],) or (W, b [F]), float32.
-      dtype: of the returned kernel; the returned bias is float32.
-    """
-    (scale, shift), (kernel, *bias) = norm, linear
-    return (scale[:, None] * kernel).astype(dtype), sum(bias) + _dot(shift, kernel)
-
-
-class Linear(nn.Module):
-    """The float32 parameters of a linear layer: (kernel [in, out], bias [out]), or (kernel,)."""
-
-    inputs: int
-    outputs: int
-    use_bias: bool = True
-
-    @nn.compact
-    def __call__(self):
-        kernel = self.param("kernel", _kernel_init, (self.inputs, self.outputs))
-        if not self.use_bias:
-            return (kernel,)
-        return kernel, self.param("bias", nn.initializers.zeros, (self.outputs,))
-
-
-class Affine(nn.Module):
-    """The float32 parameters of a LayerNorm: (scale [D], bias [D])."""
-
-    width: int
-
-    @nn.compact
-    def __call__(self):
-        scale = self.param("scale", nn.initializers.ones, (self.width,))
-        return scale, self.param("bias", nn.initializers.zeros, (self.width,))
-
-
-def _dot(x, kernel):
-    # Exact float32 costs nothing for a vector; by default GPUs and TPUs would round the factors.
-    return jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
-
-
-def _uniform(bound):
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init

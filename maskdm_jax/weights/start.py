@@ -5,6 +5,8 @@ Weights that are missing, unexpected or of another shape are an error, except th
 and weights that fit but mean something else: they were trained with another prediction, noise
 schedule, number of timesteps, number of heads or patch grid, and `config.init.allow` does not list
 that field. A `.pt` file does not hold its number of heads.
+
+Parameters of pooled tokens have no place in a model without such tokens: they are left out.
 """
 
 import re
@@ -21,6 +23,7 @@ from maskdm_jax.run import faults, files
 from maskdm_jax.weights import torch_io
 
 _GRID = ("data.image_size", "model.patch_size")
+_POOLED = "pooled/"  # the parameters of `model.pooling`
 
 
 def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray], str]):
@@ -46,6 +49,10 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
     expected = jax.eval_shape(make_fresh)
     ours = _flatten(expected)
     theirs = _flatten(loaded)
+    pooled = [] if any(map(_is_pooled, ours)) else [n for n in theirs if _is_pooled(n)]
+    if pooled:
+        theirs = {n: x for n, x in theirs.items() if n not in pooled}
+        stored.mask.hidden = config.mask.hidden
 
     patterns = [re.compile(pattern) for pattern in init.ignore]
 
@@ -77,7 +84,11 @@ def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray]
     leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     note = f"loaded {len(ours) - len(left)} weights from {source}"
-    return params, note + (f"; fresh because of init.ignore: {', '.join(left)}" if left else "")
+    if left:
+        note += f"; fresh because of init.ignore: {', '.join(left)}"
+    if pooled:
+        note += f"; left out its {len(pooled)} weights of pooled tokens, which this model lacks"
+    return params, note
 
 
 def _read(config, schedule_of):
@@ -102,6 +113,7 @@ def _read(config, schedule_of):
         stored.model.width = params["position"].shape[-1]
         stored.model.depth = sum(name.startswith("in_block_") for name in params) * 2 + 1
         stored.diffusion.prediction = "eps"
+        stored.mask.hidden = "drop"
         if betas is not None:
             stored.diffusion.num_timesteps = len(betas)
             stored.diffusion.schedule = schedule_of(betas)
@@ -165,6 +177,10 @@ def _check_meaning(config, stored, source, left):
         f"{described(config, stored, names)}; type {use}"
         f'--config.init.allow="({listed},)" to start from them anyway'
     )
+
+
+def _is_pooled(name):
+    return name.startswith(_POOLED)
 
 
 def _flatten(tree):
