@@ -74,7 +74,7 @@ def _evaluate(config, workdir, step, mesh, scorer):
     if not distributed.is_main():
         return {}
     shape = (*config.data.image_size, config.data.channels)
-    drawn = reference.ImageSet(
+    drawn = reference.Images(
         "the samples",
         shape,
         config.sample.num,

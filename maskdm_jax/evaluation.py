@@ -80,7 +80,7 @@ class Evaluation:
             for name, opened in sets.items()
         }
 
-    def image_scores(self, samples: reference.ImageSet) -> dict:
+    def image_scores(self, samples: reference.Images) -> dict:
         """Scores of drawn images; call it on process 0 alone.
 
         Returns:
@@ -182,7 +182,7 @@ class Evaluation:
         loss = self.heldout_loss(ema)
         if not distributed.is_main():
             return {}
-        samples = reference.ImageSet("the samples", drawn.shape[1:], num, drawn.__getitem__)
+        samples = reference.Images("the samples", drawn.shape[1:], num, drawn.__getitem__)
         return {
             "step": step,
             "key": f"{telemetry.TRAINING}{step}",
@@ -202,7 +202,7 @@ class Evaluation:
     def _check(self, sets):
         config, num = self._config, self._config.sample.num
         shape = (*config.data.image_size, config.data.channels)
-        samples = reference.ImageSet("the samples", shape, num, None)
+        samples = reference.Images("the samples", shape, num, None)
         for opened in (samples, *sets.values()):
             if not isinstance(opened, frechet.Statistics):
                 reference.check_comparable(samples, opened)
@@ -233,7 +233,7 @@ def _reference(config):
 
 def _as_set(config, source):
     name = f"{config.data.name}, split {source.split}"
-    return reference.ImageSet(
+    return reference.Images(
         name, source.image_shape, len(source), lambda index: source[index]["image"]
     )
 

@@ -28,7 +28,7 @@ _THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSet:
+class Images:
     """Images of one size, in the order of their names.
 
     Fields:
@@ -70,7 +70,7 @@ class ContentHash:
         return hashlib.sha256(b"".join(sorted(self._hashes))).hexdigest()
 
 
-def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet.Statistics:
+def open_set(path: str, flag: str, num: int | None = None) -> Images | frechet.Statistics:
     """The set at `path`, checked from the images' headers.
 
     Args:
@@ -114,10 +114,10 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
         with _explained(flag, path, names[index]), open_file(names[index]) as file:
             return pixels.decode(file.read(), shape[2])
 
-    return ImageSet(path, shape, len(names), decode)
+    return Images(path, shape, len(names), decode)
 
 
-def check_comparable(images: ImageSet, reference: ImageSet) -> None:
+def check_comparable(images: Images, reference: Images) -> None:
     """Refuses two sets whose images differ in size or colour.
 
     Raises:
@@ -237,4 +237,4 @@ def _prepared_set(path, flag, versions, split, num):
         )
     source = sources.Source(opened.splits[split](), opened.image_shape, 0, opened.cache_dir, split)
     count = len(_first(range(len(source)), num, path, flag))
-    return ImageSet(path, source.image_shape, count, lambda index: source[index]["image"])
+    return Images(path, source.image_shape, count, lambda index: source[index]["image"])
