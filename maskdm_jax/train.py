@@ -189,7 +189,9 @@ def _draw_preview(config, preview, ema, workdir, step):
 def _make_scorer(config, mesh):
     from maskdm_jax import evaluation  # imports slowly, and few runs need it
 
-    return evaluation.Evaluation(evaluation.for_training(config), mesh)
+    scorer = evaluation.Evaluation(evaluation.for_training(config), mesh)
+    scorer.measure_sets()
+    return scorer
 
 
 def _score(scorer, ema, workdir, step):

@@ -61,13 +61,16 @@ class FakeWeights:
 class FakeExtractor:
     """Six random projections of the pixels in place of the network's features."""
 
-    def __init__(self, weights, layers, batch_size):
+    def __init__(self, weights, layers, batch_size, devices):
         self._layers = layers
         self.matrix = np.random.default_rng(0).normal(size=(64, 6))
 
     def __call__(self, image_BHWC):
         features = image_BHWC.reshape(len(image_BHWC), -1) / 255 @ self.matrix
         return {layer: features.astype(np.float32) for layer in self._layers}
+
+    def seconds_per_image(self, shape):
+        return 1.0
 
 
 @pytest.fixture
@@ -174,6 +177,11 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
         measure.check_same_definition([first[1], other])
     assert compare.main(["--runs", str(tmp_path)]) == 2
     assert compare.main(["--runs", str(tmp_path), "--num=12"]) == 0
+    only = compare.compare([str(tmp_path)], step=2)
+    assert only.count("\n| ") == 2 and f"| {first[0]['scores']['fid64']:.4g} |" in only
+    assert "n 30" in only and compare.main(["--runs", str(tmp_path), "--step=4"]) == 2
+    with pytest.raises(ConfigError, match="--ema_std is 0.1, but the scores are of 0; type --ema"):
+        compare.compare([str(tmp_path)], ema_std=0.1)
     assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2
 
 
@@ -268,7 +276,8 @@ def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(confi
 def test_a_held_out_split_without_labels_is_refused_for_a_model_with_classes(config, monkeypatch):
     config.model.num_classes, config.eval.metrics = 10, ("swd",)
     scorer = evaluation.Evaluation(config, mesh_of(config))
-    unlabelled = [e | {"label": np.int32(-1)} for e in (scorer._heldout[i] for i in range(20))]
-    monkeypatch.setattr(type(scorer._heldout), "__getitem__", lambda _, i: unlabelled[i])
+    source = scorer._heldout._source
+    unlabelled = [e | {"label": np.int32(-1)} for e in (source[i] for i in range(20))]
+    monkeypatch.setattr(type(source), "__getitem__", lambda _, i: unlabelled[i])
     with pytest.raises(ConfigError, match="has no labels, .* type --config.eval.heldout_split"):
         scorer.heldout_loss(state.fresh_params(config, mesh_of(config)))

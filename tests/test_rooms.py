@@ -27,8 +27,8 @@ ALLOWED = {
     "run": set(),
     "weights": {"averages", "checkpoint", "config", "run.faults"},
     "quality": {
-        "data.archives", "data.folders", "data.image_set", "data.pixels", "data.sources",
-        "data.tfds", "run", "weights.torch_io",
+        "data.archives", "data.folders", "data.image_set", "data.pixels", "data.read_ahead",
+        "data.sources", "data.tfds", "run", "weights.torch_io",
     },
     "checkpoint": {"config", "run"},
     "optim": set(),
@@ -42,7 +42,7 @@ ALLOWED = {
     "sample": {"averages", "checkpoint", "config", "draw", "images", "run"},
     "dry_run": {"step", "run"},
     "averages": {"checkpoint", "optim", "run"},
-    "heldout": {"diffusion", "draw", "model"},
+    "heldout": {"data.read_ahead", "diffusion", "draw", "model"},
     "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
     "compare": {"quality", "run"},
     "evaluate": {
