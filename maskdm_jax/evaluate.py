@@ -78,7 +78,7 @@ def _expected(config, workdir, pairs, mesh, scorer):
         num_to_draw += len(sample.missing(config, folder))
         num_to_score += folder.name not in scored
     num_to_draw, num_to_score = distributed.agreed([num_to_draw, num_to_score])
-    say("compiling, and measuring how long it will take ...")
+    say("compiling, and timing a batch of each kind of work ...")
     params = jax.tree.map(_zeros, draw.abstract_params(config, mesh))
     found, drawing = {}, None
     if num_to_draw:
@@ -90,9 +90,9 @@ def _expected(config, workdir, pairs, mesh, scorer):
         each = (time.perf_counter() - start) / size
         found[f"drawing {num_to_draw:,} images"] = num_to_draw * each
     found |= scorer.seconds(num_to_score, params)
-    parts = [f"{what} {progress.clock(seconds)}" for what, seconds in found.items()]
-    total = progress.clock(sum(found.values()))
-    say(f"about {total} for what is not there yet: {', '.join(parts) or 'all is'}")
+    if found:
+        parts = [f"{what} {progress.clock(seconds)}" for what, seconds in found.items()]
+        say(f"about {progress.clock(sum(found.values()))}: {', '.join(parts)}")
     return drawing
 
 

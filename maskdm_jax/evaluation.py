@@ -117,9 +117,10 @@ class Evaluation:
             ]
             (count,) = distributed.agreed([sum(unmeasured)])
             count += num_records * (config.sample.num + self._num_floor_samples())
-            shape = (*config.data.image_size, config.data.channels)
-            each = self._extract.seconds_per_image(shape)
-            found[f"features of {count:,} images"] = count * each
+            if count:
+                shape = (*config.data.image_size, config.data.channels)
+                each = self._extract.seconds_per_image(shape)
+                found[f"features of {count:,} images"] = count * each
         if self._heldout is not None and num_records:
             count = 2 * num_records * self._sets["heldout"].count  # of two kinds of weights
             each = self._heldout.seconds_per_image(params)
