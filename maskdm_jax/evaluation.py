@@ -110,12 +110,12 @@ class Evaluation:
         """
         found, config = {}, self._config
         if self._extract is not None:
-            unmeasured = [
-                opened.count
+            unmeasured = {  # by path: the training images may be the reference, too
+                self._path(name) or name: opened.count
                 for name, opened in self._sets.items()
                 if isinstance(opened, reference.Images) and not self._is_kept(name)
-            ]
-            (count,) = distributed.agreed([sum(unmeasured)])
+            }
+            (count,) = distributed.agreed([sum(unmeasured.values())])
             count += num_records * (config.sample.num + self._num_floor_samples())
             if count:
                 shape = (*config.data.image_size, config.data.channels)
