@@ -18,6 +18,7 @@ from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.optim import POWER_STDS, power_gamma
 from maskdm_jax.run import distributed, hashes
+from maskdm_jax.run.progress import say
 
 _FOLDER = "ema_snapshots"
 _MAX_MISFIT = 0.1
@@ -39,6 +40,9 @@ class Snapshots:
             for step in checkpoint.steps(self._workdir):
                 place = checkpoint.directory(self._workdir) / str(step)
                 if step > first_step or not hashes.exist(place):
+                    beyond = f"it is beyond step {first_step}, from which the run resumes"
+                    reason = beyond if step > first_step else f"{hashes.NAME} is missing in it"
+                    say(f"removing the snapshot of the averages {place}: {reason}")
                     shutil.rmtree(place)
         distributed.agreed([0])  # the others wait for that
         config = config.copy_and_resolve_references()

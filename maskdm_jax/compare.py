@@ -2,6 +2,8 @@
 
     python -m maskdm_jax.compare --runs W1 W2 --over=step --plot=fid.png
     python -m maskdm_jax.compare --runs W --over=ema_std --plot=ema.png
+    python -m maskdm_jax.compare --runs W1 W2 --over=step --ema_std=0.05
+    python -m maskdm_jax.compare --runs W1 W2 --over=ema_std --step=400000
 
 Reads the scores.jsonl that --mode=evaluate and `eval.every_steps` write. Scores of different
 definitions are refused. The plot needs matplotlib: pip install 'maskdm_jax[demo]'.
@@ -25,7 +27,13 @@ _OVER = {
 
 
 def compare(
-    runs: list[str], over: str = "step", score: str = "", num: int | None = None, plot: str = ""
+    runs: list[str],
+    over: str = "step",
+    score: str = "",
+    num: int | None = None,
+    plot: str = "",
+    step: int | None = None,
+    ema_std: float | None = None,
 ) -> str:
     """A Markdown table of the runs' scores.
 
@@ -36,9 +44,11 @@ def compare(
       score: the score to plot, such as "fid768"; "" for the first.
       num: only records of that many samples; None for the largest number.
       plot: a picture to draw `score` into; "" for none.
+      step: only records of that checkpoint; None for all.
+      ema_std: only records of an average of that length, 0 for the EMA; None for all.
 
     Raises:
-      ConfigError: if a run holds no scores, or they have different definitions.
+      ConfigError: if a run holds no scores, none is left, or they have different definitions.
     """
     records = {run: read_scores(files.local_path(run, "--runs")) for run in runs}
     for run, found in records.items():
@@ -47,8 +57,8 @@ def compare(
                 f"{run} holds no scores.jsonl; expected the --workdir of a run that was scored; "
                 f"type python main.py --config=... --workdir={run} --mode=evaluate first"
             )
-    every = [record for found in records.values() for record in found]
-    num = num or max(record["definition"]["n"] for record in every)
+    records = _selected(records, step, ema_std)
+    num = num or max(r["definition"]["n"] for found in records.values() for r in found)
     records = {
         run: sorted((r for r in found if r["definition"]["n"] == num), key=_OVER[over])
         for run, found in records.items()
@@ -70,6 +80,26 @@ def compare(
     return _table(shown, over, names)
 
 
+def _selected(records, step, ema_std):
+    """{run: its records of that step and that length of the average}; None selects all."""
+    for over, wanted in (("step", step), ("ema_std", ema_std)):
+        there = sorted({_OVER[over](r) for found in records.values() for r in found})
+        if wanted is not None and wanted not in there:
+            raise ConfigError(
+                f"--{over} is {wanted}, but the scores are of {', '.join(map(_shown, there))}; "
+                f"type --{over}={_shown(there[-1])}"
+            )
+        records = {
+            run: [r for r in found if wanted in (None, _OVER[over](r))]
+            for run, found in records.items()
+        }
+    return records
+
+
+def _shown(number):
+    return f"{number:.12g}"  # all digits of a step, and 0.05 for a length
+
+
 def _table(shown, over, names):
     losses = sorted({name for _, record in shown for name in record["heldout_loss"]})
     head = ["run", over, *names, *[f"held-out loss ({name})" for name in losses]]
@@ -78,7 +108,7 @@ def _table(shown, over, names):
         values = [f"{record['scores'][name]:.4g}" for name in names]
         means = [record["heldout_loss"].get(name, {}).get("mean") for name in losses]
         values += ["-" if mean is None else f"{mean:.5f}" for mean in means]
-        rows.append([pathlib.Path(run).name, f"{_OVER[over](record):g}", *values])
+        rows.append([pathlib.Path(run).name, _shown(_OVER[over](record)), *values])
     definition = {k: v for k, v in shown[0][1]["definition"].items() if k != over}
     said = ", ".join(f"{k} {v}" for k, v in definition.items())
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n{said}"
@@ -125,10 +155,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.flag("--score", fields.TEXT, "what to plot; the first score if not given", "")
     parser.flag("--num", fields.whole(2), "only scores of NUM samples; the most if not given")
     parser.flag("--plot", fields.TEXT, "a picture to draw", "")
+    parser.flag("--step", fields.whole(0), "only scores of this checkpoint")
+    parser.flag("--ema_std", fields.number(0, 0.28), "only averages of this length; 0 for the EMA")
 
     def run():
         args = parser.parse(argv)
-        print(compare(args.runs, args.over, args.score, args.num, args.plot))
+        print(
+            compare(args.runs, args.over, args.score, args.num, args.plot, args.step, args.ema_std)
+        )
 
     return command_line.exit_code(run)
 

@@ -12,11 +12,12 @@ import re
 import time
 
 import jax
+import numpy as np
 
 from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
-from maskdm_jax.run import distributed, hashes, telemetry
+from maskdm_jax.run import distributed, hashes, progress, telemetry
 from maskdm_jax.run.progress import say
 
 
@@ -33,62 +34,110 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     config = config.copy_and_resolve_references()
     config.sample.num = config.eval.num
     steps = _steps(config.eval.checkpoints, workdir)
-    phase_of = {
-        step: phases.of_checkpoint(
-            config, checkpoint.load_config(workdir, step), step, str(workdir)
-        )
-        for step in steps
-    }
+    groups = list(_by_network(config, workdir, steps))
     stds = _ema_stds(config)
     mesh = sharding.make_mesh(config)
     say(
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
-    scorer, records = evaluation.Evaluation(phase_of[steps[0]], mesh), []
-    for step, std in itertools.product(steps, stds):
-        config = phase_of[step]
-        config.sample.ema_std = std
-        scorer = scorer.of_phase(config)
-        key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
-        record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
-        (is_scored,) = distributed.agreed([record is not None])
-        if is_scored:
-            say(f"step {step} is scored already, in scores.jsonl")
-            if distributed.is_main():
-                say(telemetry.described_scores(record))
-        else:
-            record = _evaluate(config, workdir, step, mesh, scorer) | {"key": key}
-            if distributed.is_main():
-                telemetry.add_scores(workdir, record)
-        distributed.agreed([0])  # the others wait while process 0 scores
-        records.append(record)
+    scorer, records = None, []
+    for config, steps in groups:
+        scorer = scorer.of_phase(config) if scorer else evaluation.Evaluation(config, mesh)
+        pairs = list(itertools.product(steps, stds))
+        drawing = _expected(config, workdir, pairs, mesh, scorer)
+        scorer.measure_sets()
+        for step, std in pairs:
+            config.sample.ema_std = std
+            key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
+            record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
+            (is_scored,) = distributed.agreed([record is not None])
+            if is_scored:
+                say(f"step {step} is scored already, in scores.jsonl")
+                if distributed.is_main():
+                    say(telemetry.described_scores(record))
+            else:
+                record = _evaluate(config, workdir, step, mesh, scorer, drawing) | {"key": key}
+                if distributed.is_main():
+                    telemetry.add_scores(workdir, record)
+            distributed.agreed([0])  # the others wait while process 0 scores
+            records.append(record)
     return records
 
 
-def _evaluate(config, workdir, step, mesh, scorer):
+def _by_network(config, workdir, steps):
+    """(config, steps) for each phase of the run that some of the checkpoints are from."""
+    stored = {step: checkpoint.load_config(workdir, step) for step in steps}
+    for _, group in itertools.groupby(steps, lambda step: phases.at(stored[step], step).index):
+        group = list(group)
+        step = group[0]
+        yield phases.of_checkpoint(config, stored[step], step, str(workdir)), group
+
+
+def _expected(config, workdir, pairs, mesh, scorer):
+    """Says how long the evaluation will take; returns the compiled drawing, None if all is drawn.
+
+    A record of the same images counts as what will be found scored.
+    """
+    num_to_draw = num_to_score = 0
+    scored = {pathlib.Path(r.get("images", "")).name for r in telemetry.read_scores(workdir)}
+    for step, std in pairs:
+        config.sample.ema_std = std
+        folder = sample.folder_of(config, workdir, step)
+        num_to_draw += len(sample.missing(config, folder))
+        num_to_score += folder.name not in scored
+    num_to_draw, num_to_score = distributed.agreed([num_to_draw, num_to_score])
+    say("compiling, and timing a batch of each kind of work ...")
+    params = jax.tree.map(_zeros, draw.abstract_params(config, mesh))
+    found, drawing = {}, None
+    if num_to_draw:
+        drawing, size = draw.lower_draw(config, mesh).compile(), config.sample.batch_size
+        by_batch = sharding.batch_sharding(mesh)
+        for _ in range(2):  # the first warms up
+            start = time.perf_counter()
+            list(draw.in_batches(drawing, params, range(size), size, by_batch))
+        each = (time.perf_counter() - start) / size
+        found[f"drawing {num_to_draw:,} images"] = num_to_draw * each
+    found |= scorer.seconds(num_to_score, params)
+    if found:
+        parts = [f"{what} {progress.clock(seconds)}" for what, seconds in found.items()]
+        say(f"about {progress.clock(sum(found.values()))}: {', '.join(parts)}")
+    return drawing
+
+
+def _zeros(x):
+    zeros = np.broadcast_to(np.zeros((), x.dtype), x.shape)
+    return jax.make_array_from_callback(x.shape, x.sharding, zeros.__getitem__)
+
+
+def _evaluate(config, workdir, step, mesh, scorer, drawing):
     start = time.perf_counter()
-    folder = sample.write_samples(config, workdir, step)
-    found = {}
-    abstract = draw.abstract_params(config, mesh)
-    ema = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
-    found["ema"] = scorer.heldout_loss(ema)
-    del ema
-    raw = checkpoint.restore_item(workdir, step, "params", abstract)
-    found["raw"] = scorer.heldout_loss(raw)
-    if not distributed.is_main():
-        return {}
+    losses = {}
+    for kind in ("ema", "raw"):
+        draws = kind == config.sample.weights
+        if not draws and not scorer.has_heldout:
+            continue
+        weights = sample.restore(config, workdir, step, mesh, kind)
+        if draws:
+            folder = sample.write_samples(config, workdir, step, weights, drawing)
+        if scorer.has_heldout:
+            losses[kind] = scorer.heldout_loss(weights)
+        del weights  # before the others take its place
+    distributed.check_shared(folder)
     shape = (*config.data.image_size, config.data.channels)
-    drawn = reference.ImageSet(
+    drawn = reference.Images(
         "the samples",
         shape,
         config.sample.num,
         lambda index: images.read_png(sample.image_path(folder, index), shape[-1]),
     )
+    found = scorer.image_scores(drawn)
+    if not distributed.is_main():
+        return {}
     return {
         "step": step,
-        **scorer.image_scores(drawn),
-        "heldout_loss": {k: v for k, v in found.items() if v is not None},
+        **found,
+        "heldout_loss": losses,
         "images": str(folder),
         "checkpoint_sha256": hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
         "config_sha256": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest(),

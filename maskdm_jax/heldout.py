@@ -5,6 +5,8 @@ two models solve the same problems; outputs x0 and v are turned into eps first, 
 be compared with those of eps.
 """
 
+import itertools
+import time
 from collections.abc import Callable
 
 import jax
@@ -13,15 +15,86 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import draw, rng, sharding
+from maskdm_jax.data import read_ahead
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
 from maskdm_jax.diffusion.process import invert
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import patches, uvit
+from maskdm_jax.run import progress
 
 # Of ln(signal^2 / noise^2); the first and the last bin are open.
 EDGES = np.linspace(-10, 10, 11)
 NUM_BINS = len(EDGES) - 1
 NAMES = tuple(f"{low:g} to {high:g}" for low, high in zip(EDGES, EDGES[1:], strict=False))
+
+
+class HeldoutLoss:
+    """The held-out loss of weights on all images of a set; every process calls it alike."""
+
+    def __init__(self, config, mesh: Mesh, source):
+        """
+        Args:
+          config: the run's; batches have `sample.batch_size` images.
+          mesh: the devices.
+          source: the held-out images, a `data.sources.Source`.
+        """
+        self._config, self._mesh, self._source = config, mesh, source
+        self._size, self._by_batch = config.sample.batch_size, sharding.batch_sharding(mesh)
+        self._loss = jit_heldout_loss(config, mesh)
+
+    def of_config(self, config) -> "HeldoutLoss":
+        """The same images' loss for another network."""
+        return HeldoutLoss(config, self._mesh, self._source)
+
+    def __call__(self, params) -> dict:
+        """{"mean", "bins": {bin of ln SNR: loss}, "n", "schedule", "num_timesteps"} of weights.
+
+        Raises:
+          ConfigError: if the model has classes and an image no label.
+        """
+        size, count, config = self._size, len(self._source), self._config
+        rows = sharding.local_rows(self._by_batch, size)
+        firsts = range(0, count, size)
+        # The last batch is padded: one shape is compiled.
+        indices = (int(first + row) % count for first in firsts for row in rows)
+        threads = config.data.num_threads
+        examples = read_ahead.in_order(self._source.__getitem__, indices, threads, 2 * len(rows))
+        total = np.zeros(NUM_BINS)
+        for first in progress.track(firsts, len(firsts), "held-out loss", f"batches of {size}"):
+            share = list(itertools.islice(examples, len(rows)))
+            image, label = (np.stack([e[k] for e in share]) for k in ("image", "label"))
+            if config.model.num_classes and label.min() < 0:
+                raise ConfigError(
+                    f"eval.heldout_split {self._source.split} of {config.data.name} has no "
+                    "labels, which this model needs; type --config.eval.heldout_split=validation, "
+                    "or ='' for none"
+                )
+            values = self._of_batch(params, image, label, (first + rows).astype(np.int32))
+            total += values[: count - first].sum(0)
+        bins = total / count
+        return {
+            "n": count,
+            "schedule": config.diffusion.schedule,
+            "num_timesteps": config.diffusion.num_timesteps,
+            "mean": float(np.nanmean(bins)),
+            "bins": dict(zip(NAMES, bins.tolist(), strict=True)),
+        }
+
+    def seconds_per_image(self, params) -> float:
+        """Compiles, and measures a warm batch."""
+        rows = sharding.local_rows(self._by_batch, self._size)
+        image = np.zeros((len(rows), *self._source.image_shape), np.uint8)
+        none = np.zeros(len(rows), np.int32)
+        self._of_batch(params, image, none, none)
+        start = time.perf_counter()
+        self._of_batch(params, image, none, none)
+        return (time.perf_counter() - start) / self._size
+
+    def _of_batch(self, params, *local):
+        """float64 [B, NUM_BINS] of all images of a batch, of which `local` are this process's."""
+        arrays = [jax.make_array_from_process_local_data(self._by_batch, x) for x in local]
+        return np.asarray(self._loss(params, *arrays), np.float64)
 
 
 def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:

@@ -11,6 +11,7 @@ import pathlib
 import tempfile
 
 import numpy as np
+from jax.sharding import Mesh
 
 from maskdm_jax import averages, checkpoint, draw, images, phases, sharding
 from maskdm_jax.config import FIELDS, get
@@ -22,11 +23,20 @@ from maskdm_jax.run.progress import say
 _FREE = ("sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps")
 
 
-def write_samples(config, workdir: str | pathlib.Path, step: int | None = None) -> pathlib.Path:
+def write_samples(
+    config, workdir: str | pathlib.Path, step: int | None = None, params=None, drawing=None
+) -> pathlib.Path:
     """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
     settings.json. Existing images are kept.
+
+    Args:
+      config: the run's.
+      workdir: the run's folder.
+      step: of the checkpoint.
+      params: its weights, as `restore` returns them, if the caller has them already.
+      drawing: `draw.lower_draw` of this config, compiled, likewise.
 
     Returns:
       The folder.
@@ -44,27 +54,50 @@ def write_samples(config, workdir: str | pathlib.Path, step: int | None = None) 
     stored = checkpoint.load_config(workdir, step)
     config = phases.of_checkpoint(config, stored, step, str(workdir))
     settings = config.sample
-    folder = workdir / "samples" / _folder_name(config, workdir, step)
+    folder = folder_of(config, workdir, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
     with _writing(config, folder):
         if distributed.is_main():
             files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")
-        todo = distributed.agreed(_missing(config, folder))
+        todo = distributed.agreed(missing(config, folder))
         if len(todo) < settings.num:
             say(f"{settings.num - len(todo)} of {settings.num} images are already in {folder}")
         if todo:
-            try:
-                _draw_missing(config, workdir, step, folder, todo)
-            except (FileNotFoundError, ValueError) as error:
-                if step in checkpoint.steps(workdir):
-                    raise
-                raise RunError(
-                    f"checkpoint {step} of {workdir} was retired meanwhile by the run that trains "
-                    "there; the same command draws from the newest"
-                ) from error
+            mesh = sharding.make_mesh(config)
+            if params is None:
+                params = restore(config, workdir, step, mesh, settings.weights)
+            other = "ema" if settings.weights == "raw" else "raw"
+            faults.check_finite(
+                params,
+                f"checkpoint {step} of {workdir} ({settings.weights})",
+                f"another --workdir, or --config.sample.weights={other}",
+            )
+            drawing = drawing or draw.jit_draw(config, mesh, sharding.batch_sharding(mesh))
+            _draw_missing(config, folder, todo, params, drawing, mesh)
         if distributed.is_main():
             _draw_grid(config, folder)
     return folder
+
+
+def restore(config, workdir: pathlib.Path, step: int, mesh: Mesh, weights: str):
+    """The weights of a checkpoint: "raw", or "ema" for the average of `sample.ema_std`.
+
+    Raises:
+      ConfigError: for an average that this run cannot give.
+      RunError: if the run that trains there has removed the checkpoint meanwhile.
+    """
+    abstract = draw.abstract_params(config, mesh)
+    try:
+        if weights == "raw":
+            return checkpoint.restore_item(workdir, step, "params", abstract)
+        return averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    except (FileNotFoundError, ValueError) as error:
+        if step in checkpoint.steps(workdir):
+            raise
+        raise RunError(
+            f"checkpoint {step} of {workdir} was retired meanwhile by the run that trains there; "
+            "the same command takes the newest"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -73,7 +106,7 @@ def _writing(config, folder):
 
     def needed_bytes():  # about that of the images as PNGs
         image_bytes = math.prod(config.data.image_size) * config.data.channels
-        return len(_missing(config, folder)) * image_bytes
+        return len(missing(config, folder)) * image_bytes
 
     remedy = "make room, then the same command draws the rest"
     with contextlib.ExitStack() as stack:
@@ -93,8 +126,8 @@ def _writing(config, folder):
         yield
 
 
-def _missing(config, folder):
-    """Numbers of the images that are not there, or not whole."""
+def missing(config, folder: pathlib.Path) -> list[int]:
+    """Numbers of the images of `config.sample.num` that are not there, or not whole."""
     height, width = config.data.image_size
     if config.data.channels not in (1, 3):
         width *= config.data.channels  # see `images.save_png`
@@ -111,25 +144,10 @@ def _draw_grid(config, folder):
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
 
 
-def _draw_missing(config, workdir, step, folder, todo):
-    mesh = sharding.make_mesh(config)
-    abstract = draw.abstract_params(config, mesh)
-    if config.sample.weights == "raw":
-        params = checkpoint.restore_item(workdir, step, "params", abstract)
-    else:
-        params = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
-    other = "ema" if config.sample.weights == "raw" else "raw"
-    faults.check_finite(
-        params,
-        f"checkpoint {step} of {workdir} ({config.sample.weights})",
-        f"another --workdir, or --config.sample.weights={other}",
-    )
-    by_batch = sharding.batch_sharding(mesh)
-    jitted = draw.jit_draw(config, mesh, by_batch)
-
+def _draw_missing(config, folder, todo, params, drawing, mesh):
     size = config.sample.batch_size
     say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
-    batches = draw.in_batches(jitted, params, todo, size, by_batch)
+    batches = draw.in_batches(drawing, params, todo, size, sharding.batch_sharding(mesh))
     num_batches = -(-len(todo) // size)
     for batch, drawn in progress.track(batches, num_batches, "sampling", f"batches of {size}"):
         if distributed.is_main():
@@ -137,8 +155,9 @@ def _draw_missing(config, workdir, step, folder, todo):
                 images.save_png(image_path(folder, i), image)
 
 
-def _folder_name(config, workdir, step):
-    """Images that differ in more than their index go to different folders.
+def folder_of(config, workdir: pathlib.Path, step: int) -> pathlib.Path:
+    """The folder of a checkpoint's samples: images that differ in more than their index go to
+    different folders.
 
     What most people vary is in words. The hash at the end covers the checkpoint's bytes and every
     field that the images may depend on.
@@ -157,7 +176,7 @@ def _folder_name(config, workdir, step):
     fields = {n: get(config, n) for n in FIELDS if n.startswith(groups) and n not in _FREE}
     checkpoint_hash = hashes.fingerprint(checkpoint.directory(workdir) / str(step))
     content = hashlib.sha256(json.dumps([checkpoint_hash, fields]).encode()).hexdigest()
-    return f"{name}_seed{s.seed}_{content[:8]}"
+    return workdir / "samples" / f"{name}_seed{s.seed}_{content[:8]}"
 
 
 def image_path(folder: pathlib.Path, index: int) -> pathlib.Path:

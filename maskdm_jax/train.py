@@ -224,7 +224,11 @@ def _make_scorer(config, mesh, earlier):
     from maskdm_jax import evaluation  # imports slowly, and few runs need it
 
     config = evaluation.for_training(config)
-    return earlier.of_phase(config) if earlier else evaluation.Evaluation(config, mesh)
+    if earlier:
+        return earlier.of_phase(config)
+    scorer = evaluation.Evaluation(config, mesh)
+    scorer.measure_sets()
+    return scorer
 
 
 def _score(scorer, ema, workdir, step):

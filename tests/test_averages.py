@@ -93,6 +93,9 @@ def test_a_run_keeps_snapshots_and_samples_with_any_length(tiny_config, tmp_path
     shutil.copytree(place / "6", place / "10")
     config.train.num_steps = 12
     train.train(config, tmp_path)
+    told = capsys.readouterr().out
+    assert f"averages {place / '8'}: sha256.json is missing in it" in told
+    assert f"averages {place / '10'}: it is beyond step 8, from which the run resumes" in told
     assert checkpoint.steps(averages.folder(tmp_path)) == [2, 4, 6, 10, 12]
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -8,13 +9,24 @@ import pytest
 from conftest import TINY
 
 from configs import finetune_digits
-from maskdm_jax import compare, evaluate, evaluation, heldout, images, sharding, state, train
+from maskdm_jax import (
+    checkpoint,
+    compare,
+    evaluate,
+    evaluation,
+    heldout,
+    images,
+    sharding,
+    state,
+    train,
+)
 from maskdm_jax.config import validate_devices
 from maskdm_jax.data import digits, writer
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
 from maskdm_jax.quality import inception, measure, score
+from maskdm_jax.run import distributed
 from maskdm_jax.run.telemetry import described_scores, read_scores
 
 
@@ -61,13 +73,20 @@ class FakeWeights:
 class FakeExtractor:
     """Six random projections of the pixels in place of the network's features."""
 
-    def __init__(self, weights, layers, batch_size):
+    num_images = 0
+
+    def __init__(self, weights, layers, batch_size, devices):
         self._layers = layers
         self.matrix = np.random.default_rng(0).normal(size=(64, 6))
 
     def __call__(self, image_BHWC):
+        FakeExtractor.num_images += len(image_BHWC)
         features = image_BHWC.reshape(len(image_BHWC), -1) / 255 @ self.matrix
         return {layer: features.astype(np.float32) for layer in self._layers}
+
+    def seconds_per_image(self, shape):
+        assert shape == (8, 8, 1)
+        return 1.0
 
 
 @pytest.fixture
@@ -133,7 +152,9 @@ def test_every_level_falls_into_its_bin_and_bins_without_levels_are_empty(config
     np.testing.assert_array_equal(np.isnan(loss), np.broadcast_to(count == 0, (8, 10)))
 
 
-def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_path, fake_network):
+def test_training_and_evaluate_write_scores_with_their_definition(
+    config, tmp_path, fake_network, monkeypatch, capsys
+):
     config.eval.every_steps = 2
     train.train(config, tmp_path)
     records = read_scores(tmp_path)
@@ -141,9 +162,21 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
     assert all(record["definition"]["n"] == 12 for record in records)
     assert list((tmp_path / "tensorboard" / "scores").iterdir())
 
+    restored, restore_item = [], checkpoint.restore_item
+    monkeypatch.setattr(
+        checkpoint, "restore_item", lambda *args: restored.append(args[1:3]) or restore_item(*args)
+    )
     config.eval.checkpoints = "all"
     first = evaluate.evaluate(config, tmp_path)
     assert [record["step"] for record in first] == [2, 4]
+    assert restored == [(2, "ema"), (2, "params"), (4, "ema"), (4, "params")]
+    # Training has measured and kept the sets. The floor takes 20 of 30 samples once more.
+    told = capsys.readouterr().out
+    expected = (
+        r"about 0:01:4\d: drawing 60 images 0:00:0\d, features of 100 images 0:01:40, "
+        r"held-out losses of 80 images 0:00:0\d\ndrawing 30 images"
+    )
+    assert re.search(expected, told), told
     for record in first:
         assert {"fid64", "kid64", "precision64", "coverage64", "swd"} <= record["scores"].keys()
         assert "memorisation_ratio64" in record["scores"]
@@ -156,8 +189,10 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
     measure.check_same_definition(first)
 
     # What is scored already is not scored again; other settings are.
+    num_images = FakeExtractor.num_images
     (tmp_path / "samples").rename(tmp_path / "elsewhere")
     assert evaluate.evaluate(config, tmp_path) == first
+    assert FakeExtractor.num_images == num_images
 
     plot = tmp_path / "swd.png"
     table = compare.compare([str(tmp_path)], score="swd", plot=str(plot))
@@ -174,6 +209,11 @@ def test_training_and_evaluate_write_scores_with_their_definition(config, tmp_pa
         measure.check_same_definition([first[1], other])
     assert compare.main(["--runs", str(tmp_path)]) == 2
     assert compare.main(["--runs", str(tmp_path), "--num=12"]) == 0
+    only = compare.compare([str(tmp_path)], step=2)
+    assert only.count("\n| ") == 2 and f"| {first[0]['scores']['fid64']:.4g} |" in only
+    assert "n 30" in only and compare.main(["--runs", str(tmp_path), "--step=4"]) == 2
+    with pytest.raises(ConfigError, match="--ema_std is 0.1, but the scores are of 0; type --ema"):
+        compare.compare([str(tmp_path)], ema_std=0.1)
     assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2
 
 
@@ -268,7 +308,14 @@ def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(confi
 def test_a_held_out_split_without_labels_is_refused_for_a_model_with_classes(config, monkeypatch):
     config.model.num_classes, config.eval.metrics = 10, ("swd",)
     scorer = evaluation.Evaluation(config, mesh_of(config))
-    unlabelled = [e | {"label": np.int32(-1)} for e in (scorer._heldout[i] for i in range(20))]
-    monkeypatch.setattr(type(scorer._heldout), "__getitem__", lambda _, i: unlabelled[i])
+    source = scorer._heldout._source
+    unlabelled = [e | {"label": np.int32(-1)} for e in (source[i] for i in range(20))]
+    monkeypatch.setattr(type(source), "__getitem__", lambda _, i: unlabelled[i])
     with pytest.raises(ConfigError, match="has no labels, .* type --config.eval.heldout_split"):
         scorer.heldout_loss(state.fresh_params(config, mesh_of(config)))
+
+
+def test_hosts_that_would_score_with_other_sets_are_refused(config, fake_network, monkeypatch):
+    monkeypatch.setattr(distributed, "agreed", lambda numbers: [n + 1 for n in numbers])
+    with pytest.raises(ConfigError, match="are not those of process 0; .* type paths on a file"):
+        evaluation.Evaluation(config, mesh_of(config))

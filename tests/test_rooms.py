@@ -28,8 +28,8 @@ ALLOWED = {
     "run": set(),
     "weights": {"averages", "checkpoint", "config", "phases", "run.faults"},
     "quality": {
-        "data.archives", "data.folders", "data.image_set", "data.pixels", "data.sources",
-        "data.tfds", "run", "weights.torch_io",
+        "data.archives", "data.folders", "data.image_set", "data.pixels", "data.read_ahead",
+        "data.sources", "data.tfds", "run", "weights.torch_io",
     },
     "checkpoint": {"config", "run"},
     "optim": set(),
@@ -44,7 +44,7 @@ ALLOWED = {
     "sample": {"averages", "checkpoint", "config", "draw", "images", "phases", "run"},
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},
-    "heldout": {"diffusion", "draw", "model"},
+    "heldout": {"data.read_ahead", "diffusion", "draw", "model"},
     "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
     "compare": {"quality", "run"},
     "evaluate": {

@@ -79,16 +79,16 @@ def test_other_settings_have_other_folders(tiny_config, trained, fields, name):
 
 
 def test_the_folder_depends_on_every_setting_that_an_image_may_depend_on(tiny_config, trained):
-    name = sample._folder_name(tiny_config, trained, 2)
+    name = sample.folder_of(tiny_config, trained, 2)
     for field, value in (
         ("sample.spacing", "log_snr"), ("sample.guidance_scale", 1.5), ("model.dtype", "bfloat16"),
         ("model.attention", "xla"), ("diffusion.num_timesteps", 500), ("sample.seed", 1),
     ):  # fmt: skip
         other = tiny_config.copy_and_resolve_references()
         other.update_from_flattened_dict({field: value})
-        assert sample._folder_name(other, trained, 2) != name, field
+        assert sample.folder_of(other, trained, 2) != name, field
     tiny_config.sample.update(num=7, batch_size=24, preview_num=3)
-    assert sample._folder_name(tiny_config, trained, 2) == name
+    assert sample.folder_of(tiny_config, trained, 2) == name
 
 
 def test_replaced_checkpoints_get_a_folder_of_their_own(tiny_config, trained, tmp_path):

@@ -15,7 +15,7 @@ from PIL import Image
 from configs import pretrain_digits
 from maskdm_jax import sharding
 from maskdm_jax.config import default_config
-from maskdm_jax.data import archives, loader, pixels, prepare, sources, toy
+from maskdm_jax.data import archives, encode, loader, pixels, prepare, sources, toy
 from maskdm_jax.errors import ConfigError, RunError
 
 
@@ -180,6 +180,14 @@ def test_the_central_crop_starts_at_a_whole_pixel_and_resizes_only_if_it_must():
     np.testing.assert_array_equal(
         half, np.asarray(image.crop(box).resize((12, 6), Image.Resampling.LANCZOS))
     )
+
+
+@pytest.mark.parametrize("size", [(10, 25), (25, 10), (23, 31), (20, 1)])
+def test_prepare_and_the_central_crop_give_the_same_pixels(tmp_path, size):
+    (tmp_path / "a.png").write_bytes(encoded(picture(32, 32).crop((0, 0, *size))))
+    stored = encode.encode(tmp_path / "a.png", encode.Target((24, 8))).data
+    read = pixels.decode((tmp_path / "a.png").read_bytes(), 3, "center", (24, 8))
+    np.testing.assert_array_equal(pixels.decode(stored, 3), read)
 
 
 def test_the_crop_of_celeba_is_the_fields():

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from configs import pretrain_digits
 from maskdm_jax import sharding
 from maskdm_jax.data import batch, loader, sources
+from maskdm_jax.quality import inception, measure, reference
 from maskdm_jax.run import distributed
 
 STEP = 3
@@ -23,6 +24,10 @@ class Watched(sources.Source):
     def __getitem__(self, index):
         asked.append(int(index))
         return super().__getitem__(index)
+
+
+def cosines(shape):
+    return np.cos(np.arange(shape.size, dtype=np.float32)).reshape(shape.shape)
 
 
 asked = []
@@ -51,6 +56,20 @@ for cache in ("none", "host", "device"):
         np.save(f"{out}/rows{process_id}.npy", rows)
 if distributed.is_main():
     np.save(f"{out}/images.npy", seen)
+
+# Scores: each process decodes the rows of its own devices, and all get the features of all images.
+pictures = np.random.default_rng(0).integers(0, 256, (11, 8, 8, 1), np.uint8)
+by_batch, asked = sharding.batch_sharding(mesh), []
+opened = reference.Images("", (8, 8, 1), 11, lambda i: asked.append(i) or pictures[i])
+weights = inception.Weights(jax.tree.map(cosines, inception.expected_params(64)), 64, "")
+extract = inception.Extractor(weights, (64,), 8, list(mesh.devices.flat))
+measured = measure.measure(opened.batches(8, by_batch, 2), extract, ("kid", "swd"), "")
+np.testing.assert_array_equal(measured.images, pictures)
+rows = set(sharding.local_rows(by_batch, 8).tolist())
+assert len(rows) == 4 and set(asked) == {i for i in range(11) if i % 8 in rows} | {10}, asked
+alone = inception.Extractor(weights, (64,), 8)
+features = np.concatenate([alone(pictures[:8])[64], alone(pictures[8:])[64]])
+np.testing.assert_allclose(measured.features[64], features, rtol=1e-5)
 
 distributed._SHARED_S = 1
 distributed.check_shared(pathlib.Path(out))

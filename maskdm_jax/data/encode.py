@@ -123,7 +123,7 @@ def encode(path: str | pathlib.Path, target: Target) -> Encoded:
             num_frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             ImageOps.exif_transpose(image, in_place=True)
             image = pixels.to_8_bits(image, target.channels, target.background)
-            image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+            image = pixels.cropped(image, "center", target.size)
         out = io.BytesIO()
         if target.encoding == "jpeg":
             image.save(out, "JPEG", quality=target.quality, subsampling=0)

@@ -8,7 +8,6 @@ of each batch. Images go to the devices as uint8.
 """
 
 import contextlib
-import hashlib
 import math
 import os
 import shutil
@@ -178,9 +177,7 @@ def _open_cache(config, source) -> dict[str, np.ndarray]:
     """The decoded set as memory maps; decodes it first if no process has done so yet."""
     folder = source.cache_dir
     # A set that is prepared again has other files under the same names.
-    stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in source.files]
-    key = hashlib.sha256(f"{source.fingerprint} {stamps}".encode()).hexdigest()[:12]
-    paths = {k: folder / f"{source.variant}-{k}-{key}.npy" for k in ("image", "label")}
+    paths = {k: folder / f"{source.variant}-{k}-{source.version}.npy" for k in ("image", "label")}
     cache = _mapped(source, paths)
     if cache is not None:
         return cache

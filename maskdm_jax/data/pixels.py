@@ -85,7 +85,7 @@ def cropped(image: Image.Image, crop: str, size: tuple[int, int]) -> Image.Image
         box, resample = (25, 57, 153, 185), Image.Resampling.BILINEAR
     else:
         scale = min(image.width / width, image.height / height)
-        wide, high = round(width * scale), round(height * scale)
+        wide, high = max(1, round(width * scale)), max(1, round(height * scale))
         left, top = (image.width - wide) // 2, (image.height - high) // 2
         box, resample = (left, top, left + wide, top + high), Image.Resampling.LANCZOS
     return image.crop(box).resize((width, height), resample)

@@ -81,6 +81,15 @@ class Source:
             sha.update(f"{index} {label} {len(data)}\n".encode() + data)
         return sha.hexdigest()
 
+    @functools.cached_property
+    def version(self) -> str:
+        """A short hash that differs after the set was prepared again, or its files were changed.
+
+        What is derived from the set, such as decoded images, is kept under this name.
+        """
+        stamps = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in self.files]
+        return hashlib.sha256(f"{self.fingerprint} {stamps}".encode()).hexdigest()[:12]
+
     @property
     def variant(self) -> str:
         """What distinguishes this source's decoded images from others in `cache_dir`."""

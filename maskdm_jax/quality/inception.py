@@ -176,16 +176,16 @@ class Weights:
 
 
 class Extractor:
-    """Computes features of uint8 images on all devices of this process.
+    """Computes features of uint8 images on this process's devices, or on those of all processes.
 
-    The last batch is padded to the compiled size, and the padding's features are dropped. Several
-    processes each extract their own images.
+    The last batch is padded to the compiled size, and the padding's features are dropped.
 
     Args:
       weights: of the network; must reach the deepest of `layers`.
       layers: some of LAYERS.
       batch_size: images at a time, over all devices; rounded up to a multiple of their number.
-      devices: default: this process's.
+      devices: default: this process's. With those of several processes, all of them make the
+        extractor and call it, with the same images; each computes its share, and gets all features.
     """
 
     def __init__(self, weights: Weights, layers: tuple, batch_size: int, devices=None):
@@ -196,7 +196,11 @@ class Extractor:
         self._rows = NamedSharding(mesh, PartitionSpec("batch"))
         everywhere = NamedSharding(mesh, PartitionSpec())
         used = expected_params(self.layers[-1])
-        self._params = jax.device_put({k: weights.params[k] for k in used}, everywhere)
+        # From callbacks: `device_put` would compare the bytes across processes.
+        self._params = jax.tree.map(
+            lambda x: jax.make_array_from_callback(x.shape, everywhere, x.__getitem__),
+            {k: weights.params[k] for k in used},
+        )
         self._apply = jax.jit(self._features, out_shardings=everywhere)
 
     def _features(self, params, image_BHWC):
@@ -209,7 +213,8 @@ class Extractor:
         """{layer: float32 [B, D]} of uint8 images [B, H, W, 1 or 3], at most `batch_size`."""
         count = len(image_BHWC)
         padding = [(0, self.batch_size - count)] + [(0, 0)] * 3
-        batch = jax.device_put(np.pad(image_BHWC, padding), self._rows)
+        padded = np.pad(image_BHWC, padding)
+        batch = jax.make_array_from_callback(padded.shape, self._rows, padded.__getitem__)
         found = self._apply(self._params, batch)
         return {k: np.asarray(v)[:count] for k, v in zip(self.layers, found, strict=True)}
 

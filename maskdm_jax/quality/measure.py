@@ -95,7 +95,7 @@ def measure(
             if layer != "logits":
                 before = moments.get(layer) or frechet.no_moments(x_BD.shape[1])
                 moments[layer] = frechet.add(before, x_BD)
-            if layer == "logits" or metrics & _COMPARES_FEATURES:
+            if layer == "logits" or keeps_features(metrics):
                 features.setdefault(layer, []).append(x_BD)
         if "swd" in metrics and count < swd.MAX_IMAGES:
             kept.append(batch)
@@ -126,7 +126,7 @@ def scores(
         values = {}
         if "fid" in metrics:
             values["fid"] = frechet.distance(samples.statistics[dims], ref.statistics[dims])
-        if _COMPARES_FEATURES & set(metrics):
+        if keeps_features(metrics):
             x_ND, y_MD = samples.features[dims], ref.features[dims]
         if "kid" in metrics:
             values |= kid.kid(x_ND, y_MD)
@@ -144,6 +144,11 @@ def scores(
     if "swd" in metrics:
         found |= swd.swd(samples.images, ref.images)
     return found
+
+
+def keeps_features(metrics: Iterable[str]) -> bool:
+    """Whether a metric compares features one by one, so that all of them are kept."""
+    return bool(_COMPARES_FEATURES & set(metrics))
 
 
 def _equal(*sets):

@@ -5,7 +5,6 @@ A path may go on inside a zip, to one of its folders, and inside a prepared set,
 Pillow, upright, and transparent parts on white; pytorch-fid ignores orientation and transparency.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
 import hashlib
@@ -15,10 +14,14 @@ import pathlib
 import zipfile
 from collections.abc import Callable, Iterator
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
 from PIL import Image
 
-from maskdm_jax.data import archives, folders, pixels
+from maskdm_jax import sharding
+from maskdm_jax.data import archives, folders, pixels, read_ahead
 from maskdm_jax.data.image_set import damage_explained
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet
@@ -28,7 +31,7 @@ _THREADS = min(16, os.cpu_count() or 1)
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageSet:
+class Images:
     """Images of one size, in the order of their names.
 
     Fields:
@@ -36,24 +39,41 @@ class ImageSet:
       shape: (height, width, channels) of each; channels are 3, or 1 if every image is grey.
       count: number of images, at least 2.
       read: index -> uint8 [H, W, C]; safe to call from several threads.
+      keep_as: if what is measured of it may be kept: the beginning of the files' paths, which
+        differs for other images.
     """
 
     path: str
     shape: tuple[int, int, int]
     count: int
     read: Callable[[int], np.ndarray]
+    keep_as: pathlib.Path | None = None
 
-    def batches(self, size: int) -> Iterator[np.ndarray]:
-        """uint8 [B, H, W, C] with B = `size`, and what remains at the end; decoded by threads."""
-        with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-            indices = iter(range(self.count))
-            pending = collections.deque(
-                pool.submit(self.read, i) for i in itertools.islice(indices, 2 * size)
-            )
-            while pending:
-                taken = [pending.popleft() for _ in range(min(size, len(pending)))]
-                pending += [pool.submit(self.read, i) for i in itertools.islice(indices, size)]
-                yield np.stack([future.result() for future in taken])
+    def batches(
+        self, size: int, by_batch: NamedSharding | None = None, num_threads: int = _THREADS
+    ) -> Iterator[np.ndarray]:
+        """uint8 [B, H, W, C] with B = `size`, and what remains at the end.
+
+        Args:
+          size: images at a time.
+          by_batch: how the rows of a batch are split over devices. If these belong to several
+            processes, each decodes its own rows and gets all; then all call this together.
+          num_threads: how many images are decoded at once.
+        """
+        several = by_batch is not None and not by_batch.is_fully_addressable
+        firsts, num_rows, indices = range(0, self.count, size), size, range(self.count)
+        if several:
+            rows = sharding.local_rows(by_batch, size).tolist()
+            num_rows = len(rows)
+            # Beyond the end, the last batch repeats the last image: each process has rows of it.
+            indices = (min(first + row, self.count - 1) for first in firsts for row in rows)
+        decoded = read_ahead.in_order(self.read, indices, num_threads, 2 * num_rows)
+        for first in firsts:
+            batch = np.stack(list(itertools.islice(decoded, num_rows)))
+            if several:
+                array = jax.make_array_from_process_local_data(by_batch, batch)
+                batch = multihost_utils.process_allgather(array, tiled=True)
+            yield batch[: self.count - first]
 
 
 class ContentHash:
@@ -70,7 +90,7 @@ class ContentHash:
         return hashlib.sha256(b"".join(sorted(self._hashes))).hexdigest()
 
 
-def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet.Statistics:
+def open_set(path: str, flag: str, num: int | None = None) -> Images | frechet.Statistics:
     """The set at `path`, checked from the images' headers.
 
     Args:
@@ -114,10 +134,10 @@ def open_set(path: str, flag: str, num: int | None = None) -> ImageSet | frechet
         with _explained(flag, path, names[index]), open_file(names[index]) as file:
             return pixels.decode(file.read(), shape[2])
 
-    return ImageSet(path, shape, len(names), decode)
+    return Images(path, shape, len(names), decode)
 
 
-def check_comparable(images: ImageSet, reference: ImageSet) -> None:
+def check_comparable(images: Images, reference: Images) -> None:
     """Refuses two sets whose images differ in size or colour.
 
     Raises:
@@ -237,4 +257,4 @@ def _prepared_set(path, flag, versions, split, num):
         )
     source = sources.Source(opened.splits[split](), opened.image_shape, 0, opened.cache_dir, split)
     count = len(_first(range(len(source)), num, path, flag))
-    return ImageSet(path, source.image_shape, count, lambda index: source[index]["image"])
+    return Images(path, source.image_shape, count, lambda index: source[index]["image"])

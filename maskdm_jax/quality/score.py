@@ -134,7 +134,7 @@ def load_weights(path: str, layers: tuple, flag: str = "--inception_weights") ->
 
 def _measure_all(sets, layers, metrics, weights, batch_size):
     """{flag: measure.Measured}."""
-    images = {flag: s for flag, s in sets.items() if isinstance(s, reference.ImageSet)}
+    images = {flag: s for flag, s in sets.items() if isinstance(s, reference.Images)}
     extract, size = None, batch_size
     if layers and images:
         size = min(batch_size, max(s.count for s in images.values()))
