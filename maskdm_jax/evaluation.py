@@ -13,8 +13,8 @@ import time
 import jax
 import numpy as np
 
-from maskdm_jax import draw, heldout, sharding
-from maskdm_jax.config import default_config, differences
+from maskdm_jax import draw, heldout, score_sets, sharding
+from maskdm_jax.config import differences
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
@@ -58,8 +58,8 @@ class Evaluation:
         """
         self._config, self._mesh = config, mesh
         self._by_batch = sharding.batch_sharding(mesh)
-        self._sets = {"reference": _reference(config)}  # its errors first
-        source = _open_heldout(config)
+        self._sets = {"reference": score_sets.reference_set(config)}  # its errors first
+        source = score_sets.open_heldout(config)
         self._heldout = None if source is None else heldout.HeldoutLoss(config, mesh, source)
         self._draw = None
         self._metrics = _metrics(config, source)
@@ -69,9 +69,9 @@ class Evaluation:
             flag = "--config.eval.inception_weights"
             self._weights = score.load_weights(config.eval.inception_weights, self._layers, flag)
         if source is not None:
-            self._sets["heldout"] = _as_set(config, source)
+            self._sets["heldout"] = score_sets.as_set(config, source)
         if "memorisation" in self._metrics:  # of the images that the model has seen
-            self._sets["training"] = _as_set(config, sources.open_source(config))
+            self._sets["training"] = score_sets.as_set(config, sources.open_source(config))
         self._check()
         self._check_alike()
         if self._has_floor() and config.sample.num < self._sets["heldout"].count:
@@ -304,49 +304,6 @@ def _check_side(opened, metrics):
             f"swd compares patches of {swd.PATCH} pixels, but {opened.path} has images of "
             f"{opened.shape[0]}x{opened.shape[1]}; type --config.eval.metrics=\"('fid',)\""
         )
-
-
-def _reference(config):
-    if config.eval.reference:
-        return reference.open_set(config.eval.reference, "eval.reference")
-    whole = config.copy_and_resolve_references()
-    whole.data.fraction = 1.0
-    return _as_set(config, sources.open_source(whole))
-
-
-def _as_set(config, source):
-    return reference.Images(
-        f"{config.data.name}, split {source.split}",
-        source.image_shape,
-        len(source),
-        lambda index: source[index]["image"],
-        source.cache_dir / f"{source.variant}-measured-{source.version}",
-    )
-
-
-def _open_heldout(config):
-    """The held-out split; None, with a remark, if the data set has none."""
-    split = config.eval.heldout_split
-    if not split:
-        return None
-    if split == config.data.split:
-        progress.remark(
-            f"eval.heldout_split {split} is the split of the training images: scores come without "
-            "held-out loss, floor and memorisation"
-        )
-        return None
-    held = config.copy_and_resolve_references()
-    held.data.update(split=split, fraction=1.0)
-    try:
-        return sources.open_source(held)
-    except sources.NoSplitError as error:
-        if split != default_config().eval.heldout_split:
-            raise ConfigError(str(error).replace("data.split", "eval.heldout_split")) from error
-        progress.remark(
-            f"{config.data.name} has no split {split} (eval.heldout_split): scores come without "
-            "held-out loss, floor and memorisation"
-        )
-        return None
 
 
 def _metrics(config, heldout_source):

@@ -45,7 +45,8 @@ ALLOWED = {
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},
     "heldout": {"data.read_ahead", "diffusion", "draw", "model"},
-    "evaluation": {"config", "data", "draw", "heldout", "quality", "run"},
+    "score_sets": {"config", "data", "quality", "run"},
+    "evaluation": {"config", "data", "draw", "heldout", "quality", "run", "score_sets"},
     "compare": {"quality", "run"},
     "evaluate": {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
