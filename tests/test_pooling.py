@@ -144,6 +144,10 @@ def test_noisy_pooled_values_have_the_law_of_averages_of_noisy_pixels(tiny_confi
     others = np.concatenate([both["eps"][:, :4, 0], both["eps"][:, -3:, 0]], axis=1)
     mixed = np.corrcoef(np.concatenate([ours[:, :1], others], 1).T)[0, 1:]
     assert np.abs(mixed).max() < 5 / n**0.5
+    # Nor are they the visible noise of other images.
+    shown, hidden = np.split(np.asarray(examples["eps"]), [num_visible], axis=1)
+    same_place = np.corrcoef(shown.ravel()[: hidden.size], hidden.ravel())[0, 1]
+    assert abs(same_place) < 5 / hidden.size**0.5
 
 
 # --------------------------------------------------------------------------- network and gradients

@@ -149,7 +149,7 @@ FIELDS = [
     setting("--config.mask.kind=blok", "'blok'", "--config.mask.kind=block"),
     setting("--config.mask.kind=block --config.mask.block_size=3", "size is 3", "block_size=2"),
     setting("--config.mask.kind=crop --config.mask.crop_size=9", "size is 9", "crop_size=4"),
-    setting("--config.mask.hidden=pol", "'pol'", "--config.mask.hidden=pool"),
+    setting("--config.mask.kind=block --config.mask.hidden=pol", "'pol'", "mask.hidden=pool"),
     setting("--config.mask.hidden=pool", "mask.hidden is 'pool'", "--config.mask.hidden=drop"),
     setting(
         "--config.mask.kind=block --config.mask.hidden=pool --config.mask.pool_size=3",
