@@ -84,13 +84,14 @@ def _check_effect(config, changes):
 
 
 def _from_file(path):
+    given = path
     path, has_argument, argument = _split(path)
     files.local_path(path, "--config")  # refuses what is no path
     file = pathlib.Path(path).expanduser()
     if file.suffix != ".py" or not file.is_file():
         raise ConfigError(
-            f"--config is {path!r}, which is {_kind(file)}; expected a Python file, such as those "
-            f"in configs/; type --config={_nearest_file(file)}"
+            f"--config is {given!r}, which is {_kind(file)}; expected a Python file, such as those "
+            f"in configs/; type --config={_nearest_file(file)}{given.removeprefix(path)}"
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,12 @@ from close import assert_close
 from conftest import TINY
 
 from configs import finetune_digits, phases_digits, pretrain_digits
-from maskdm_jax import checkpoint, config_file, flops, phases, sample, sharding, train
+from maskdm_jax import checkpoint, config_file, dry_run, flops, phases, sample, sharding, train
 from maskdm_jax import config as config_lib
 from maskdm_jax.data.loader import Order
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
+from maskdm_jax.run import memory
 from maskdm_jax.run.preemption import Preempted
 from maskdm_jax.run.telemetry import read_metrics
 from maskdm_jax.state import init_state
@@ -312,3 +314,19 @@ def test_changed_phases_are_accepted_if_the_stored_state_fits(tiny_config, calm,
     fixed = re.search(r'--config.phases="(.*)" to use it', str(error.value))[1]
     config_file.set_field(config, f"phases={fixed}")
     phases.check_resumes(config, stored, 6, "W")
+
+
+def test_a_dry_run_has_the_figures_of_each_phase(tiny_config, monkeypatch, capsys):
+    compiled = types.SimpleNamespace(compile=lambda: None)
+    monkeypatch.setattr(dry_run, "lower_train_step", lambda phase, mesh, num: compiled)
+    monkeypatch.setattr(dry_run, "bytes_needed", lambda compiled: 2**40)
+    dry_run.dry_run(three_phases(tiny_config), 100)
+    out = capsys.readouterr().out
+    for number, steps, batch in ((1, "1 to 3", 24), (2, "4 to 6", 16), (3, "7 to 9", 8)):
+        assert re.search(rf"phase {number}, steps {steps}\nbatch +{batch}: ", out)
+
+
+def test_a_run_out_of_memory_in_a_phase_is_sent_to_the_dry_run(tiny_config):
+    with pytest.raises(ConfigError, match="one of the phases .* --config.train.dry_run=True"):
+        with memory.explained(three_phases(tiny_config), "train"):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB")
