@@ -81,8 +81,16 @@ def make_train_step(
             )
 
         given = examples["x0"], examples["eps"], examples["t"], config.diffusion.loss
-        options = weight, examples.get("input_eps"), num_pooled, config.mask.pool_weight
-        return jnp.mean(denoising_loss(predict, process, *given, *options))
+        loss_B = denoising_loss(
+            predict,
+            process,
+            *given,
+            weight=weight,
+            input_eps_BVP=examples.get("input_eps"),
+            num_pooled=num_pooled,
+            pool_weight=config.mask.pool_weight,
+        )
+        return jnp.mean(loss_B)
 
     def train_step(state, arrays, batch):
         batch = batch_lib.materialize(config, arrays, batch)

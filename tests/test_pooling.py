@@ -18,6 +18,7 @@ from maskdm_jax import (
     evaluate,
     flops,
     heldout,
+    phases,
     sample,
     sharding,
     state,
@@ -150,6 +151,16 @@ def test_noisy_pooled_values_have_the_law_of_averages_of_noisy_pixels(tiny_confi
     assert abs(same_place) < 5 / hidden.size**0.5
 
 
+def test_a_perturbed_input_has_averages_of_the_perturbation_too(tiny_config):
+    config = pooled_config(tiny_config)
+    config.diffusion.input_perturbation = 0.5
+    _, examples = drawn(config, np.repeat(images(1), 2000, 0))
+    num_pooled = examples["pooled"].shape[1]
+    xi = np.asarray((examples["input_eps"] - examples["eps"]) / 0.5)
+    for values, std in ((xi[:, :-num_pooled], 1), (xi[:, -num_pooled:], 1 / 2)):
+        assert abs(values.std() / std - 1) < 5 / (2 * values.size) ** 0.5
+
+
 # --------------------------------------------------------------------------- network and gradients
 SMALL = dict(num_patches=48, patch_dim=4, width=16, depth=3, num_heads=2, grid=(6, 8), pool_size=2)
 
@@ -218,7 +229,9 @@ def test_a_hidden_block_matters_by_its_averages_alone(tiny_config):
             )  # fmt: skip
 
         given = x0, examples["eps"], examples["t"]
-        return denoising_loss(predict, process, *given, "l2", num_pooled, 0.2).mean()
+        return denoising_loss(
+            predict, process, *given, num_pooled=num_pooled, pool_weight=0.2
+        ).mean()
 
     gradient = np.asarray(jax.jit(jax.grad(loss))(jnp.asarray(image, jnp.float32)))[..., 0]
     blocks = gradient.reshape(2, 2, 8, 2, 8).swapaxes(2, 3).reshape(2, 4, 8, 8)
@@ -267,13 +280,16 @@ def test_the_loss_is_that_of_the_visible_patches_plus_the_weighted_one_of_pooled
     error = output - targets[prediction]
     error = error**2 if norm == "l2" else np.abs(error)
     expected = error[:, :5].mean((1, 2)) + 0.3 * (2 / 5) * error[:, 5:].mean((1, 2))
-    loss_B = denoising_loss(predict, process, x0, eps, t, norm, 2, 0.3)
+    loss_B = denoising_loss(predict, process, x0, eps, t, norm, num_pooled=2, pool_weight=0.3)
     assert_close(loss_B, expected, 1e-5)
 
 
 def curve(config, num_devices, steps=3):
     mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
-    run, update = state.init_state(config, mesh), step.jit_train_step(config, mesh)
+    run, update = (
+        state.init_state(config, mesh),
+        step.jit_train_step(phases.phases(config)[0], mesh),
+    )
     losses = []
     for number in range(steps):
         batch = {"image": images(16, seed=number), "label": np.arange(16, dtype=np.int32) % 10}

@@ -20,6 +20,7 @@ def denoising_loss(
     eps_BVP: jax.Array,
     t_B: jax.Array,
     norm: str = "l2",
+    *,
     weight: Callable[[Level], jax.Array] | None = None,
     input_eps_BVP: jax.Array | None = None,
     num_pooled: int = 0,

@@ -1,0 +1,278 @@
+"""Trains the arms of a study for equal device-seconds, scores them, and writes one row each.
+
+    python -m studies.compute_matched --study=studies/faces128.py --piece=tune_scratch --out=DIR
+    python -m studies.compute_matched --study=studies/faces128.py --arms scratch drop60 \
+        --seconds=300 --seeds 0 1 --out=DIR --config.data.dir=DATA
+
+An arm's budget is its seconds of training, times the devices: all its phases and, if it has several
+runs, its pre-training. Each phase's step is timed on this device first, and gets as many steps as
+fit in its share. Compilation, saves and scoring are not part of the budget; rows.csv has them
+apart. Runs whose rows are in DIR/rows.csv already are left out, so the same command goes on after a
+stop; --until is when it starts no further run. The images of DIR/grids come from the same noise.
+
+`studies.page` makes the plots, tables and the page from rows.csv.
+"""
+
+import csv
+import importlib.util
+import itertools
+import json
+import pathlib
+import shutil
+import sys
+import time
+from typing import NamedTuple
+
+import jax
+
+from benchmarks import measure
+from maskdm_jax import config_file, evaluate, flops, phases, sharding, state, step, train
+from maskdm_jax.data import loader, sources
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.field_table import FIELDS
+from maskdm_jax.fields import COUNT, SEED, TEXT, number
+from maskdm_jax.heldout import NAMES as BINS
+from maskdm_jax.run import command_line, files
+from maskdm_jax.run.progress import say
+from maskdm_jax.run.telemetry import read_metrics
+
+ROWS = "rows.csv"
+_TIMED_S = 3.0  # of steps, for each phase
+
+
+class Run(NamedTuple):
+    """One row: an arm, its budget in device-seconds of training, and its seed."""
+
+    arm: str
+    seconds: float
+    seed: int
+
+
+class Phase(NamedTuple):
+    """What a phase of a run cost."""
+
+    tokens: int
+    batch: int
+    steps: int
+    step_ms: float
+    gflop_per_image: float
+
+
+def runs(arms: list[str], seconds: float, seeds: tuple[int, ...] = (0,)) -> list[Run]:
+    """Every arm with every seed; for the PIECES of a study."""
+    return [Run(arm, seconds, seed) for seed, arm in itertools.product(seeds, arms)]
+
+
+def fitted(config, seconds: float, source) -> tuple[object, list[Phase]]:
+    """A config whose phases get as many steps as fit in their shares of `seconds` here.
+
+    Args:
+      config: a run's; its phases have shares of the seconds.
+      seconds: of training, on all devices at once.
+      source: its data set.
+
+    Returns:
+      (the config with `train.num_steps` and the phases' steps set, the phases).
+    """
+    given = config.phases or ((1.0, {}),)
+    shares = [share / sum(share for share, _ in given) for share, _ in given]
+    found = []
+    for share, phase in zip(shares, phases.phases(config), strict=True):
+        step_s = step_seconds(phase, source)
+        steps = max(round(share * seconds / step_s), 1)
+        found.append(
+            Phase(
+                flops.tokens_per_image(phase.config),
+                phase.config.train.batch_size,
+                steps,
+                1e3 * step_s,
+                flops.training_flops(phase.config) / 1e9,
+            )
+        )
+    config = config.copy_and_resolve_references()
+    config.train.num_steps = sum(phase.steps for phase in found)
+    config.phases_by = "steps"
+    if config.phases:
+        changes = [fields for _, fields in given]
+        config.phases = tuple(
+            (phase.steps, fields) for phase, fields in zip(found, changes, strict=True)
+        )
+    return config, found
+
+
+def step_seconds(phase: phases.Phase, source) -> float:
+    """Seconds of one training step of a phase, from images of its data set."""
+    mesh = sharding.make_mesh(phase.config)
+    batches = loader.Loader(phase.config, source, mesh)
+    feed, update = batches.batches(0), step.jit_train_step(phase, mesh)
+    now = [state.init_state(phase.config, mesh)]
+
+    def call(_):
+        now[0], metrics = update(now[0], batches.arrays, next(feed))
+        return metrics["loss"]
+
+    return measure.seconds_per_call(call, _TIMED_S)
+
+
+def trained_seconds(workdir: pathlib.Path) -> float:
+    """Seconds of a run's steps, by metrics.jsonl: without compilation, previews and saves."""
+    records = read_metrics(workdir)
+    steps = [0, *(record["step"] for record in records)]
+    pairs = zip(records, itertools.pairwise(steps), strict=True)
+    return sum(record["step_s"] * (last - first) for record, (first, last) in pairs)
+
+
+def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
+    """Trains and scores one arm.
+
+    Args:
+      study: its module, see `load_study`.
+      run: the arm, budget and seed.
+      changes: "FIELD=VALUE" for every run of the study, such as where its data is.
+      out: for the run's workdirs, which are deleted at the end, and its grid of samples.
+
+    Returns:
+      The row.
+    """
+    start, folder, before = time.perf_counter(), out / "runs", ""
+    shutil.rmtree(folder, ignore_errors=True)
+    cost, trained = [], 0.0
+    for index, (share, fields) in enumerate(study.ARMS[run.arm]):
+        config = study.get_config()
+        for name, value in fields.items():
+            group, _, leaf = name.rpartition(".")
+            (config[group] if group else config)[leaf] = value
+        for change in changes:
+            config_file.set_field(config, change)
+        config.seed, config.init.path = run.seed, before
+        phases.validate(config)
+        phases.validate_devices(config, jax.device_count(), "train")
+        wall = share * run.seconds / jax.device_count()
+        config, found = fitted(config, wall, sources.open_source(config))
+        workdir = folder / str(index)
+        train.train(config, workdir)
+        cost, trained, before = cost + found, trained + trained_seconds(workdir), str(workdir)
+    trained_at = time.perf_counter()
+    (record,) = evaluate.evaluate(config, workdir)
+    (out / "grids").mkdir(exist_ok=True)
+    name = f"{run.arm}_{run.seconds:g}s_seed{run.seed}.png"
+    shutil.copyfile(pathlib.Path(record["images"]) / "grid.png", out / "grids" / name)
+    shutil.rmtree(folder)
+    ema, definition = record["heldout_loss"].get("ema"), record["definition"]
+    return {
+        "arm": run.arm,
+        "seconds": run.seconds,
+        "seed": run.seed,
+        **record["scores"],
+        "floor": next(iter(record["floor"]["heldout"].values())) if "floor" in record else "",
+        "heldout_loss": ema["mean"] if ema else "",
+        "heldout_loss_raw": record["heldout_loss"]["raw"]["mean"] if ema else "",
+        **{f"loss {name}": ema["bins"][name] if ema else "" for name in BINS},
+        "trained_s": round(trained * jax.device_count(), 1),
+        "updates": sum(phase.steps for phase in cost),
+        "images": sum(phase.steps * phase.batch for phase in cost),
+        "pflop": round(sum(p.steps * p.batch * p.gflop_per_image for p in cost) / 1e6, 1),
+        "set_up_s": round(trained_at - start - trained, 1),
+        "scoring_s": round(time.perf_counter() - trained_at, 1),
+        "phases": json.dumps([phase._asdict() for phase in cost]),
+        "fields": json.dumps(study.ARMS[run.arm]),
+        "n": definition["n"],
+        "steps": definition["steps"],
+        "reference_sha256": definition["reference_sha256"],
+        "network_sha256": definition.get("network_sha256", ""),
+        "device": record["device"],
+        "date": measure.today(),
+        **measure.versions(),
+    }
+
+
+def load_study(path: str):
+    """The module of a study: `get_config()`, ARMS and PIECES, see studies/faces128.py."""
+    file = files.local_path(path, "--study")
+    if file.suffix != ".py" or not file.is_file():
+        raise ConfigError(
+            f"--study is {path!r}, which is no Python file; expected one with get_config(), ARMS "
+            "and PIECES; type --study=studies/faces128.py"
+        )
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def chosen(study, piece: str, arms: list[str], seconds: float, seeds: list[int]) -> list[Run]:
+    """The runs that the command line asks for."""
+    if piece and piece not in study.PIECES:
+        raise ConfigError(
+            f"--piece is {piece!r}; expected one of {', '.join(study.PIECES)}; "
+            f"type --piece={next(iter(study.PIECES))}"
+        )
+    unknown = [arm for arm in arms if arm not in study.ARMS]
+    if unknown or not (piece or arms):
+        given = f"--arms has {unknown[0]!r}" if unknown else "neither --piece nor --arms is given"
+        raise ConfigError(
+            f"{given}; expected arms of the study: {', '.join(study.ARMS)}; "
+            f"type --arms {next(iter(study.ARMS))}"
+        )
+    return study.PIECES[piece] if piece else runs(arms, seconds, tuple(seeds))
+
+
+def read_rows(path: pathlib.Path) -> list[dict]:
+    """The rows of a study, as text."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def add_row(path: pathlib.Path, row: dict) -> None:
+    """Appends a row; one with other columns is refused."""
+    rows = read_rows(path)
+    if rows and list(rows[0]) != list(row):
+        raise ConfigError(
+            f"{path} has the columns {', '.join(rows[0])}, but this run gives {', '.join(row)}; "
+            "type --out=FOLDER with a new one"
+        )
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if not rows:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main(argv: list[str] | None = None) -> None:
+    start = time.perf_counter()
+    example = "python -m studies.compute_matched --study=studies/faces128.py --arms scratch"
+    parser = command_line.Parser(__doc__, example, FIELDS)
+    parser.flag("--study", TEXT, "the study's Python file", required=True)
+    parser.flag("--out", TEXT, "folder for rows.csv, grids and the runs", required=True)
+    parser.flag("--piece", TEXT, "a list of runs of the study", "")
+    parser.flag("--arms", TEXT, "or these arms", [], many=True)
+    parser.flag("--seconds", number(1), "their device-seconds of training", 120.0)
+    parser.flag("--seeds", SEED, "their seeds", [0], many=True)
+    parser.flag("--until", COUNT, "seconds after which no run is started", 10**9)
+    args = parser.parse(argv)
+    study, out = load_study(args.study), files.local_path(args.out, "--out")
+    wanted = chosen(study, args.piece, args.arms, args.seconds, args.seeds)
+    out.mkdir(parents=True, exist_ok=True)
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
+    rows = read_rows(out / ROWS)
+    done = {(row["arm"], float(row["seconds"]), int(row["seed"])) for row in rows}
+    todo = [run for run in wanted if (run.arm, float(run.seconds), run.seed) not in done]
+    say(f"{len(wanted)} runs, of which {len(todo)} are not in {out / ROWS} yet")
+    last = 0.0
+    for index, run in enumerate(todo):
+        begun = time.perf_counter()
+        if begun - start + last > args.until:
+            say(f"no time for {', '.join(f'{r.arm} (seed {r.seed})' for r in todo[index:])}")
+            return
+        row = run_arm(study, run, args.changes, out)
+        add_row(out / ROWS, row)
+        last = time.perf_counter() - begun
+        scores = ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith("fid"))
+        say(f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {scores} ({last:.0f} s in all)")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.exit_code(main))

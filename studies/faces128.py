@@ -1,0 +1,81 @@
+"""Does masking pay at equal total cost? Faces of 128x128 pixels, 1,024 patches.
+
+`get_config` is what all arms share; an arm lists its runs, each (share of the seconds, changed
+fields), of which the next starts from the weights of the one before. PIECES are the lists of runs
+that answer one question each. Data: Labeled Faces in the Wild, aligned, with a train and a test
+split by person. A run:
+
+    python -m studies.compute_matched --study=studies/faces128.py --piece=tune_scratch --out=DIR \
+        --config.data.name=lfw128.zip --config.data.dir=DATA --config.eval.inception_weights=FILE
+"""
+
+from maskdm_jax.config import default_config
+from studies.compute_matched import runs
+
+
+def get_config():
+    config = default_config()
+    config.data.name = "lfw128.zip"
+    config.data.image_size = (128, 128)
+    config.data.cache = "device"
+    config.data.flip = True
+    config.model.size = "S"
+    config.mask.ratio = 0.9
+    config.diffusion.schedule = "shifted_cosine"
+    config.diffusion.prediction = "v"
+    config.optim.lr_peak = 1.2e-3
+    config.optim.lr_schedule = "cosine"
+    config.optim.warmup_steps = 100
+    config.optim.b1 = 0.9
+    config.optim.clip_norm = 1.0
+    config.train.batch_size = 64
+    config.train.log_every_steps = 20
+    config.train.sample_every_steps = 0
+    config.checkpoint.every_steps = 10**9  # at the end alone
+    config.sample.steps = 50
+    config.sample.eta = 0.0
+    config.sample.batch_size = 250
+    config.eval.num = 5_000
+    config.eval.metrics = ("fid", "memorisation")
+    config.eval.features = 768
+    return config
+
+
+def whole(**fields) -> list:
+    """An arm that sees whole images from the start."""
+    return [(1.0, {name.replace("__", "."): value for name, value in fields.items()})]
+
+
+def cheap_first(share: float, first: dict, last: dict | None = None, **fields) -> list:
+    """An arm with a cheap first phase, then whole images."""
+    fields = {name.replace("__", "."): value for name, value in fields.items()}
+    return [(1.0, fields | {"phases": ((share, first), (1 - share, last or {}))})]
+
+
+DROP = {"mask.kind": "block", "train.batch_size": 256, "optim.lr_end": 0.3}
+POOL = DROP | {"mask.hidden": "pool"}
+PATCH8 = {"model.patch_size": 8, "train.batch_size": 256, "optim.lr_end": 0.3}
+
+# The first word of a name is its family.
+ARMS = {
+    "scratch": whole(),
+    "scratch_lr8": whole(optim__lr_peak=8e-4),
+    "scratch_lr20": whole(optim__lr_peak=2e-3),
+    "scratch_b32": whole(train__batch_size=32),
+    "scratch_p8": whole(model__patch_size=8),
+    "scratch_logit_normal": whole(diffusion__draw="logit_normal"),
+    "scratch_perturbed": whole(diffusion__input_perturbation=0.1),
+    "scratch_muon": whole(optim__name="muon"),
+} | {
+    f"{name}_{share}": cheap_first(share / 100, first)
+    for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
+    for share in (30, 50, 60, 75, 80, 90)
+}
+
+PIECES = {
+    "tune_scratch": runs([name for name in ARMS if name.startswith("scratch")], 120),
+    "shares": runs(
+        [f"{name}_{share}" for share in (60, 75, 30, 90) for name in ("drop", "pool")], 120
+    ),
+    "patch8": runs(["patch8_80", "patch8_50"], 120),
+}

@@ -1,0 +1,313 @@
+"""Plots, tables and one HTML page from the rows of `studies.compute_matched`.
+
+    python -m studies.page --rows=studies/faces128.csv --out=DIR [--grids=GRIDS]
+
+Writes DIR/page.html, which needs no other file, and its pictures. An arm's family is the first word
+of its name; "scratch" is what the others are compared with. Needs matplotlib: pip install
+'maskdm_jax[demo]'.
+"""
+
+import base64
+import html
+import io
+import json
+import math
+import pathlib
+import statistics
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import TEXT
+from maskdm_jax.heldout import NAMES as BINS
+from maskdm_jax.run import command_line, files
+from studies.compute_matched import read_rows
+
+_BASELINE = "scratch"
+_COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"}
+
+
+class Point(NamedTuple):
+    """An arm at one budget: what its seeds have in common, and their scores."""
+
+    arm: str
+    seconds: float
+    scores: list[float]  # by seed
+    heldout: float  # means over the seeds
+    bins: list[float]
+    memorised: float
+    images: float
+    pflop: float
+    trained_s: float
+    set_up_s: float
+    scoring_s: float
+    phases: list[dict]
+
+    @property
+    def family(self) -> str:
+        return self.arm.partition("_")[0]
+
+    @property
+    def score(self) -> float:
+        return statistics.mean(self.scores)
+
+
+def main_score(rows: list[dict]) -> str:
+    """The score that arms are ranked by: FID if there is one, else the first."""
+    names = list(rows[0])
+    return next((name for name in names if name.startswith("fid")), names[names.index("seed") + 1])
+
+
+def points(rows: list[dict], score: str) -> list[Point]:
+    """The rows by arm and budget, best score first."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["arm"], float(row["seconds"])), []).append(row)
+
+    def mean(group, name):
+        values = [float(row[name]) for row in group if row.get(name)]
+        return statistics.mean(values) if values else math.nan
+
+    share = f"memorisation_share{score.removeprefix('fid')}"
+    found = [
+        Point(
+            arm,
+            seconds,
+            [float(row[score]) for row in group],
+            mean(group, "heldout_loss"),
+            [mean(group, f"loss {name}") for name in BINS],
+            mean(group, share),
+            mean(group, "images"),
+            mean(group, "pflop"),
+            mean(group, "trained_s"),
+            mean(group, "set_up_s"),
+            mean(group, "scoring_s"),
+            json.loads(group[0]["phases"]),
+        )
+        for (arm, seconds), group in groups.items()
+    ]
+    return sorted(found, key=lambda point: point.score)
+
+
+def seconds_to(arm: list[Point], score: float) -> tuple[float, bool] | None:
+    """When an arm reaches a score: (seconds, whether it is an upper bound); None if it does not.
+
+    Between two budgets, log(score) is interpolated over log(seconds). Each budget is a run of its
+    own, with its own decay of the learning rate; a long run's beginning does not count.
+    """
+    arm = sorted(arm, key=lambda point: point.seconds)
+    reached = next((i for i, point in enumerate(arm) if point.score <= score), None)
+    if reached is None:
+        return None
+    if reached == 0:
+        return arm[0].seconds, True
+    before, after = arm[reached - 1], arm[reached]
+    share = math.log(before.score / score) / math.log(before.score / after.score)
+    return before.seconds * (after.seconds / before.seconds) ** share, False
+
+
+def factors(found: list[Point]) -> list[list[str]]:
+    """Rows of the table: seconds until the best scratch run's final score, for every other arm."""
+    arms = {}
+    for point in found:
+        arms.setdefault(point.arm, []).append(point)
+    rows = []
+    for budget in sorted({point.seconds for point in found if point.family == _BASELINE}):
+        best = next(p for p in found if p.family == _BASELINE and p.seconds == budget)
+        for arm, of_arm in arms.items():
+            if of_arm[0].family == _BASELINE:
+                continue
+            if when := seconds_to(of_arm, best.score):
+                seconds, bound = when
+                sign = "at most " if bound else ""
+                factor = f"{'at least ' if bound else ''}{budget / seconds:.2f}"
+                target = f"{best.score:.3f} ({best.arm}, {budget:g} s)"
+                rows.append([target, arm, f"{sign}{seconds:.0f} s", factor])
+    return rows
+
+
+def best_of_families(found: list[Point], seconds: float) -> list[Point]:
+    """The best arm of each family at a budget."""
+    best = {}
+    for point in found:  # best score first
+        if point.seconds == seconds:
+            best.setdefault(point.family, point)
+    return list(best.values())
+
+
+def plot_scores(found: list[Point], floor: float, score: str):
+    """Score against each cost; one line per arm, one colour per family."""
+    figure, axes = _subplots(len(_COSTS))
+    families = list(dict.fromkeys(point.family for point in found))
+    for axis, (cost, label) in zip(axes, _COSTS.items(), strict=True):
+        for number, family in enumerate(families):
+            arms = {}
+            for point in found:
+                if point.family == family:
+                    arms.setdefault(point.arm, []).append(point)
+            for index, of_arm in enumerate(arms.values()):
+                of_arm = sorted(of_arm, key=lambda point: point.seconds)
+                costs = [getattr(point, cost) for point in of_arm]
+                scores = [point.score for point in of_arm]
+                spread = [
+                    [point.score - min(point.scores) for point in of_arm],
+                    [max(point.scores) - point.score for point in of_arm],
+                ]
+                axis.errorbar(
+                    costs, scores, spread, fmt="o-", markersize=4, color=f"C{number}",
+                    alpha=0.8, label=None if index else family,
+                )  # fmt: skip
+        axis.set(xscale="log", yscale="log", xlabel=label)
+        if math.isfinite(floor):
+            axis.axhline(floor, color="grey", linestyle=":", label="floor")
+        axis.grid(alpha=0.3, which="both")
+    axes[0].set_ylabel(score)
+    axes[0].legend()
+    return figure
+
+
+def plot_bins(best: list[Point]):
+    """Held-out loss by noise level over that of the best scratch run, at one budget."""
+    baseline = next((point for point in best if point.family == _BASELINE), None)
+    if baseline is None:
+        return None
+    figure, (axis,) = _subplots(1)
+    for point in best:
+        axis.plot(range(len(BINS)), np.divide(point.bins, baseline.bins), "o-", label=point.arm)
+    axis.set_xticks(range(len(BINS)), BINS, rotation=45, ha="right")
+    axis.set(xlabel="ln(signal² / noise²)", ylabel=f"held-out loss / that of {baseline.arm}")
+    axis.set_title(f"{baseline.seconds:g} s")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None = None) -> None:
+    """Writes page.html and its plots to `out`.
+
+    Args:
+      rows: of `studies.compute_matched`; at least one.
+      out: a folder.
+      grids: where that left its pictures of samples; None for none.
+    """
+    score = main_score(rows)
+    found = points(rows, score)
+    floor = next((float(row["floor"]) for row in rows if row["floor"]), math.nan)
+    out.mkdir(parents=True, exist_ok=True)
+    longest = max(point.seconds for point in found)
+    best = best_of_families(found, longest)
+    figures = {"scores.png": plot_scores(found, floor, score), "noise_levels.png": plot_bins(best)}
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(out / name, dpi=110)
+    drawn = {name for name, figure in figures.items() if figure is not None}
+    first = rows[0]
+    parts = [
+        f"<h1>Score at equal cost</h1><p>{score} of {first['n']} samples, {first['steps']} sampler "
+        f"steps; floor {floor:.4g}; reference {first['reference_sha256'][:8]}, network "
+        f"{first['network_sha256'][:8]}; {', '.join(sorted({row['device'] for row in rows}))}.</p>",
+        *(_picture((out / name).read_bytes(), "png") for name in figures if name in drawn),
+        "<h2>Seconds until scratch's final score</h2>",
+        _table(["scratch's score", "arm", "reached in", "factor"], factors(found)),
+        "<h2>Runs</h2>",
+        _table(["family", "arms", "runs"], _counts(found)),
+    ]
+    for seconds in sorted({point.seconds for point in found}):
+        shown = [point for point in found if point.seconds == seconds]
+        parts += [f"<h2>{seconds:g} device-seconds</h2>", _table(_HEADINGS, map(_cells, shown))]
+    for point in best if grids else ():
+        for path in sorted(grids.glob(f"{point.arm}_{longest:g}s_seed*.png"))[:1]:
+            parts += [f"<h2>{point.arm}, {longest:g} s</h2>", _picture(_small(path), "jpeg")]
+    style = (
+        "body{font:16px sans-serif;max-width:70rem;margin:auto;padding:1rem}"
+        "table{border-collapse:collapse;display:block;overflow-x:auto}"
+        "td,th{border:1px solid #8888;padding:.2rem .5rem;text-align:left}img{max-width:100%}"
+        ":root{color-scheme:light dark}"
+    )
+    head = (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>Score at equal cost</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{style}</style>'
+    )
+    files.write_text(out / "page.html", f"{head}{''.join(parts)}</html>\n")
+
+
+_HEADINGS = [
+    "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
+    "set-up, s", "scoring, s", "phases",
+]  # fmt: skip
+
+
+def _cells(point):
+    spread = f" ± {statistics.stdev(point.scores):.3f}" if len(point.scores) > 1 else ""
+    phases = "; ".join(
+        f"{p['steps']:,} x {p['batch']} at {p['tokens']} tokens, {p['step_ms']:.1f} ms"
+        for p in point.phases
+    )
+    return [
+        point.arm, f"{point.score:.3f}{spread}", len(point.scores), f"{point.heldout:.5f}",
+        f"{point.memorised:.2%}", f"{point.images / 1e6:.3f}", f"{point.pflop:,.0f}",
+        f"{point.trained_s:.0f}", f"{point.set_up_s:.0f}", f"{point.scoring_s:.0f}", phases,
+    ]  # fmt: skip
+
+
+def _counts(found):
+    for family in dict.fromkeys(point.family for point in found):
+        of_family = [point for point in found if point.family == family]
+        arms = {point.arm for point in of_family}
+        yield [family, len(arms), sum(len(point.scores) for point in of_family)]
+
+
+def _table(headings, rows):
+    lines = ["".join(f"<th>{html.escape(text)}</th>" for text in headings)]
+    lines += ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+def _picture(content, kind):
+    return (
+        f'<p><img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}"></p>'
+    )
+
+
+def _small(path):
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+        image.convert("RGB").save(buffer, "jpeg", quality=85)
+    return buffer.getvalue()
+
+
+def _subplots(count):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, count, figsize=(5.2 * count, 4.2), layout="constrained", squeeze=False, sharey=True
+    )
+    return figure, axes[0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    example = "python -m studies.page --rows=studies/faces128.csv --out=DIR"
+    parser = command_line.Parser(__doc__, example)
+    parser.flag("--rows", TEXT, "CSV of studies.compute_matched", required=True)
+    parser.flag("--out", TEXT, "folder for the page and its plots", required=True)
+    parser.flag("--grids", TEXT, "its folder of samples", "")
+    args = parser.parse(argv)
+    path = files.local_path(args.rows, "--rows")
+    rows = read_rows(path)
+    if not rows:
+        raise ConfigError(
+            f"--rows {path} holds no rows; expected the rows.csv of studies.compute_matched; type "
+            "--rows=studies/faces128.csv"
+        )
+    grids = files.local_path(args.grids, "--grids") if args.grids else None
+    write_page(rows, files.local_path(args.out, "--out"), grids)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.exit_code(main))

@@ -1,0 +1,121 @@
+"""The study's runner and its page: equal seconds in, one row each out."""
+
+import json
+import textwrap
+
+import pytest
+
+from maskdm_jax.errors import ConfigError
+from studies import compute_matched, page
+
+
+def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
+    phase = compute_matched.Phase(17, 64, 100, 10.0, 2.5)
+    return {
+        "arm": arm, "seconds": seconds, "seed": seed, "fid768": fid, "memorisation_share768": 0.01,
+        "floor": 0.07, "heldout_loss": 0.05, **{f"loss {n}": 0.1 for n in page.BINS},
+        "trained_s": seconds, "images": 6400, "pflop": 1.5, "set_up_s": 30, "scoring_s": 60,
+        "phases": json.dumps([phase._asdict()]), "n": 5000, "steps": 50, "device": "1 x H100",
+        "reference_sha256": "a" * 64, "network_sha256": "b" * 64,
+    } | more  # fmt: skip
+
+
+def as_points(*rows):
+    return page.points([{k: str(v) for k, v in r.items()} for r in rows], "fid768")
+
+
+def test_seeds_are_averaged_and_the_best_arm_comes_first():
+    found = as_points(row(fid=2.0), row(seed=1, fid=4.0), row("drop_60", fid=1.0))
+    assert [(p.arm, p.family, p.score) for p in found] == [
+        ("drop_60", "drop", 1.0), ("scratch", "scratch", 3.0)
+    ]  # fmt: skip
+
+
+def test_the_time_to_a_score_follows_the_line_through_two_budgets():
+    arm = as_points(*(row("drop_60", s, fid=(s / 600) ** -0.5) for s in (120.0, 300.0, 600.0)))
+    seconds, bound = page.seconds_to(arm, (450 / 600) ** -0.5)
+    assert seconds == pytest.approx(450) and not bound
+    assert page.seconds_to(arm, arm[-1].score * 3) == (120.0, True)  # met by the shortest run
+    assert page.seconds_to(arm, 0.99) is None
+
+
+def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
+    found = as_points(
+        row("scratch_b32", fid=3.0), row(fid=2.0), row(seconds=480.0, fid=1.0),
+        row("drop_60", fid=1.0),
+    )  # fmt: skip
+    rows = page.factors(found)
+    assert rows == [
+        ["2.000 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
+        ["1.000 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
+    ]
+
+
+def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
+    rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
+    page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
+    text = (tmp_path / "page.html").read_text()
+    assert "http" not in text and text.count("data:image/png") == 2
+    assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
+
+
+def test_rows_with_other_columns_are_not_mixed(tmp_path):
+    compute_matched.add_row(tmp_path / "rows.csv", {"arm": "a", "fid768": 1.0})
+    compute_matched.add_row(tmp_path / "rows.csv", {"arm": "b", "fid768": 2.0})
+    rows = compute_matched.read_rows(tmp_path / "rows.csv")
+    assert rows == [{"arm": "a", "fid768": "1.0"}, {"arm": "b", "fid768": "2.0"}]
+    with pytest.raises(ConfigError, match="type --out=FOLDER"):
+        compute_matched.add_row(tmp_path / "rows.csv", {"arm": "c", "fid192": 1.0})
+
+
+def test_only_the_steps_count_as_training(tmp_path):
+    records = [{"step": s, "loss": 1.0, "step_s": t} for s, t in ((1, 5.0), (20, 0.1), (30, 0.2))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert compute_matched.trained_seconds(tmp_path) == pytest.approx(5.0 + 19 * 0.1 + 10 * 0.2)
+
+
+STUDY = """
+    from configs import pretrain_digits
+    from studies import compute_matched
+
+    def get_config():
+        config = pretrain_digits.get_config()
+        config.model.width, config.model.depth, config.model.num_heads = 32, 3, 2
+        config.mask.kind, config.optim.warmup_steps = "none", 0
+        config.eval.metrics, config.eval.num, config.sample.steps = ("swd",), 16, 2
+        config.sample.batch_size, config.train.batch_size = 16, 16
+        config.checkpoint.every_steps = 10**6
+        return config
+
+    pooled = {"mask.kind": "block", "mask.block_size": 2, "mask.pool_size": 2,
+              "mask.hidden": "pool", "train.batch_size": 32}
+    ARMS = {"pool_75": [(1.0, {"phases": ((0.75, pooled), (0.25, {}))})]}
+    PIECES = {"all": [compute_matched.Run("pool_75", 16.0, 1)]}
+"""
+
+
+def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
+    (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
+    times = {32: 0.5, 16: 0.25}  # seconds of a step, by batch
+    monkeypatch.setattr(
+        compute_matched, "step_seconds", lambda phase, _: times[phase.config.train.batch_size]
+    )
+    monkeypatch.setattr(compute_matched, "trained_seconds", lambda workdir: 2.0)
+    out = tmp_path / "out"
+    argv = [f"--study={tmp_path / 'study.py'}", f"--out={out}", "--piece=all"]
+    compute_matched.main(argv)
+    (found,) = compute_matched.read_rows(out / "rows.csv")
+    first, last = json.loads(found["phases"])
+    # 16 device-seconds on 8 devices, of which three quarters for the first phase
+    assert (first["steps"], first["batch"], first["tokens"]) == (3, 32, 12)
+    assert (last["steps"], last["batch"], last["tokens"]) == (2, 16, 18)
+    assert (found["updates"], found["images"], found["seed"]) == ("5", "128", "1")
+    assert float(found["trained_s"]) == 16 and float(found["swd"]) > 0
+    assert found["heldout_loss"] == found["floor"] == ""  # digits have no test split
+    assert [path.name for path in (out / "grids").iterdir()] == ["pool_75_16s_seed1.png"]
+    assert not (out / "runs").exists()
+    page.main([f"--rows={out / 'rows.csv'}", f"--out={out}", f"--grids={out / 'grids'}"])
+    assert "pool_75, 16 s" in (out / "page.html").read_text()
+    capsys.readouterr()
+    compute_matched.main(argv)  # goes on with what is missing: nothing
+    assert "of which 0 are not in" in capsys.readouterr().out
