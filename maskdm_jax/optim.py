@@ -128,9 +128,8 @@ def with_moments(opt_state, old):
 
     The count that the learning rate depends on stays that of `opt_state`.
     """
-    known = {
-        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)
-    }
+    known = jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_schedule)
+    known = {jax.tree_util.keystr(path): leaf for path, leaf in known}
 
     def chosen(path, fresh):
         before = known.get(jax.tree_util.keystr(path))

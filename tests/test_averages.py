@@ -51,15 +51,16 @@ def test_both_averages_follow_their_definition():
         np.testing.assert_allclose(ema[name]["a"], averaged(path, std), atol=2e-4)
 
 
+@pytest.mark.parametrize("begun", [0, 700])
 @pytest.mark.parametrize("std", [0.03, 0.05, 0.08, 0.15, 0.2])
-def test_an_average_of_another_length_is_made_from_snapshots(std):
+def test_an_average_of_another_length_is_made_from_the_snapshots_of_its_phase(std, begun):
     path, taken = walk(2000), range(125, 2001, 125)
-    stored = [(None, step, None) for step in taken]
+    stored = [(None, begun + step, None) for step in taken]
 
     def load(_, step, item):
-        return {k: {"a": averaged(path[:step], s)} for k, s in optim.POWER_STDS.items()}
+        return {k: {"a": averaged(path[: step - begun], s)} for k, s in optim.POWER_STDS.items()}
 
-    made = averages._combined(stored, load, 2000, std)["a"]
+    made = averages._combined(stored, load, begun + 2000, std, begun)["a"]
     truth = averaged(path, std)
     scale = np.abs(averaged(path, 0.05) - averaged(path, 0.1)).max()
     assert np.abs(made - truth).max() < 0.05 * scale
