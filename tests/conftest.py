@@ -34,6 +34,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import pretrain_digits  # noqa: E402
+from maskdm_jax import train  # noqa: E402
 from maskdm_jax.data import digits  # noqa: E402
 from maskdm_jax.model import uvit  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
@@ -65,6 +66,18 @@ def tiny_config(data_dir):
     config.sample.batch_size = 8
     config.sample.steps = 4
     return config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, data_dir):
+    """The workdir of a tiny model after two steps. Copy it before anything writes into it."""
+    config = pretrain_digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    config.data.dir = str(data_dir)
+    config.train.update(num_steps=2, sample_every_steps=0)
+    workdir = tmp_path_factory.mktemp("trained")
+    train.train(config, workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -68,6 +68,7 @@ def test_an_average_of_another_length_is_made_from_the_snapshots_of_its_phase(st
 
 def test_a_run_keeps_snapshots_and_samples_with_any_length(tiny_config, tmp_path, capsys):
     config = tiny_config
+    config.model.depth = 1
     config.optim.update(ema="power", ema_snapshot_steps=2)
     config.train.num_steps, config.checkpoint.every_steps = 9, 4
     config.sample.num = 4
@@ -100,15 +101,13 @@ def test_a_run_keeps_snapshots_and_samples_with_any_length(tiny_config, tmp_path
     assert checkpoint.steps(averages.folder(tmp_path)) == [2, 4, 6, 10, 12]
 
 
-def test_lengths_that_a_run_cannot_give_are_refused(tiny_config, tmp_path):
-    tiny_config.train.num_steps = 1
-    train.train(tiny_config, tmp_path)
+def test_lengths_that_a_run_cannot_give_are_refused(tiny_config, trained):
     tiny_config.sample.ema_std = 0.1
     with pytest.raises(ConfigError, match="type --config.sample.ema_std=0"):
-        sample.write_samples(tiny_config, tmp_path)
+        sample.write_samples(tiny_config, trained)
     tiny_config.optim.ema = "power"
     with pytest.raises(ConfigError, match="optim.ema .decay there, power here"):
-        sample.write_samples(tiny_config, tmp_path)
+        sample.write_samples(tiny_config, trained)
 
 
 def test_a_length_that_the_snapshots_cannot_give_is_refused():

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pathlib
@@ -24,11 +25,14 @@ def tiny_state(seed=0, optimizer="adamw"):
     return init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
 
 
+made = functools.cache(tiny_state)
+
+
 def saved(workdir, steps, seed=0, **fields):
     config = default_config()
     config.checkpoint.update(fields)
     checkpoints = checkpoint.Checkpoints(workdir, config)
-    state = tiny_state(seed)
+    state = made(seed)
     for step in steps:
         checkpoints.save(step, state.replace(step=jnp.int32(step)), force=step == steps[-1])
     checkpoints.close()

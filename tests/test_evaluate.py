@@ -54,7 +54,7 @@ def split_dir(tmp_path_factory):
 @pytest.fixture
 def config(split_dir):
     config = finetune_digits.get_config()
-    config.update_from_flattened_dict(TINY)
+    config.update_from_flattened_dict(TINY | {"model.depth": 1})
     config.data.update(name="few_digits", dir=str(split_dir))
     config.train.update(num_steps=4, sample_every_steps=0)
     config.optim.warmup_steps = 1
@@ -217,12 +217,13 @@ def test_training_and_evaluate_write_scores_with_their_definition(
     assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2
 
 
-def test_a_set_without_held_out_images_is_scored_without_them(tiny_config, tmp_path, capsys):
-    tiny_config.train.num_steps = 1
+def test_a_set_without_held_out_images_is_scored_without_them(
+    tiny_config, trained, tmp_path, capsys
+):
+    workdir = shutil.copytree(trained, tmp_path / "copy")
     tiny_config.eval.metrics = ("swd",)
     tiny_config.eval.num = 8
-    train.train(tiny_config, tmp_path)
-    (record,) = evaluate.evaluate(tiny_config, tmp_path)
+    (record,) = evaluate.evaluate(tiny_config, workdir)
     assert "swd" in record["scores"] and record["heldout_loss"] == {} and "floor" not in record
     assert "digits has no split test (eval.heldout_split)" in capsys.readouterr().err
     assert "network" not in record["definition"]

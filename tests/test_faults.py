@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskdm_jax import checkpoint, flops, train
+from maskdm_jax import checkpoint, dry_run, flops, train
 from maskdm_jax.config import default_config, validate
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.data import loader
@@ -43,6 +43,7 @@ def run_with_nan_at(monkeypatch, config, workdir, bad_steps):
 
 
 def test_skipped_steps_are_counted_and_a_run_continues(tiny_config, tmp_path, monkeypatch, capsys):
+    tiny_config.model.depth = 1
     tiny_config.train.num_steps = 8
     tiny_config.train.log_every_steps = 100
     tiny_config.train.max_skipped_steps = 3
@@ -61,6 +62,7 @@ def test_skipped_steps_are_counted_and_a_run_continues(tiny_config, tmp_path, mo
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tiny_config, tmp_path, monkeypatch):
+    tiny_config.model.depth = 1
     tiny_config.train.num_steps = 50
     tiny_config.checkpoint.every_steps = 2
     tiny_config.train.max_skipped_steps = 3
@@ -174,7 +176,11 @@ def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):
     assert checkpoint.find_step(small_disk) == kept[-1]
 
 
-def test_a_dry_run_moves_no_checkpoint_that_a_run_beside_it_is_saving(tiny_config, tmp_path):
+def test_a_dry_run_moves_no_checkpoint_that_a_run_beside_it_is_saving(
+    tiny_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dry_run, "_MAX_BATCH", 16)  # test_memory.py covers the search
+    tiny_config.model.depth = 1
     tiny_config.train.num_steps = 4
     tiny_config.checkpoint.every_steps = 2
     train.train(tiny_config, tmp_path)

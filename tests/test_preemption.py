@@ -3,6 +3,7 @@
 import pathlib
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from maskdm_jax.run import hashes, preemption
 from maskdm_jax.run.command_line import TRY_AGAIN
 from maskdm_jax.run.telemetry import read_metrics
 
-STEPS = ["--config.train.num_steps=1000", "--config.train.log_every_steps=1"]
-FLAGS = [*STEPS, "--config.checkpoint.every_steps=100000"]
+SMALL = "--config.model.depth=1"  # the number of layers does not matter here
+STEPS = ["--config.train.num_steps=400", "--config.train.log_every_steps=1"]
+FLAGS = [SMALL, *STEPS, "--config.checkpoint.every_steps=100000"]
 
 
 def wait_for(process, happened, seconds=120):
@@ -56,12 +58,12 @@ def newest(workdir):
 
 
 def terminated(run_main, workdir, num_signals):
-    """The step at which a run of 1,000 steps saved and ended after `num_signals` SIGTERMs."""
+    """The step at which a run of 400 steps saved and ended after `num_signals` SIGTERMs."""
     process = run_main("pretrain_digits", workdir, *FLAGS, wait=False)
     under_way = lambda: len(read_metrics(workdir)) >= 20  # noqa: E731
     code, out, err = send_in_mid_run(process, under_way, *[signal.SIGTERM] * num_signals)
     assert code == TRY_AGAIN == 75, err
-    stopped = int(re.search(r"asked to stop at step (\d+) of 1000", out)[1])
+    stopped = int(re.search(r"asked to stop at step (\d+) of 400", out)[1])
     assert checkpoint.steps(workdir) == [checkpoint.find_step(workdir)] == [stopped]
     assert read_metrics(workdir)[-1]["step"] == stopped
     assert not complaints(err)
@@ -69,7 +71,7 @@ def terminated(run_main, workdir, num_signals):
 
 
 def test_sigterm_saves_that_very_step(run_main, tmp_path):
-    assert terminated(run_main, tmp_path, 1) < 1000
+    assert terminated(run_main, tmp_path, 1) < 400
 
 
 def test_a_run_that_gets_sigterms_to_its_end_resumes_like_an_undisturbed_one(run_main, tmp_path):
@@ -83,7 +85,7 @@ def test_a_run_that_gets_sigterms_to_its_end_resumes_like_an_undisturbed_one(run
 
 
 def test_ctrl_c_is_one_line_and_exit_code_130(run_main, tmp_path):
-    flags = ["--config.train.num_steps=100000", "--config.checkpoint.every_steps=15"]
+    flags = [SMALL, "--config.train.num_steps=100000", "--config.checkpoint.every_steps=15"]
     process = run_main("pretrain_digits", tmp_path, *flags, wait=False)
     has_saved = lambda: checkpoint.steps(tmp_path)  # noqa: E731
     code, out, err = send_in_mid_run(process, has_saved, signal.SIGINT, signal.SIGINT)
@@ -119,21 +121,23 @@ def test_sigterm_before_the_first_step_asks_for_another_start(run_main, tmp_path
     assert (code, err) == (TRY_AGAIN, "stopped; the same command resumes\n"), out
 
 
-def test_sigterm_while_sampling_keeps_the_images_and_asks_for_another_start(run_main, tmp_path):
-    flags = ["--config.train.num_steps=2", "--config.train.sample_every_steps=0"]
-    assert run_main("pretrain_digits", tmp_path, *flags).returncode == 0
-    flags += ["--mode=sample", "--config.sample.steps=20", "--config.sample.batch_size=1"]
-    process = run_main("pretrain_digits", tmp_path, *flags, "--config.sample.num=500", wait=False)
-    images = lambda: sorted(tmp_path.glob("samples/*/0*.png"))  # noqa: E731
+def test_sigterm_while_sampling_keeps_the_images_and_asks_for_another_start(
+    run_main, trained, tmp_path
+):
+    workdir = shutil.copytree(trained, tmp_path / "copy")
+    flags = ["--mode=sample", "--config.sample.steps=20", "--config.sample.batch_size=1"]
+    process = run_main("pretrain_digits", workdir, *flags, "--config.sample.num=500", wait=False)
+    images = lambda: sorted(workdir.glob("samples/*/0*.png"))  # noqa: E731
     code, out, err = send_in_mid_run(process, lambda: len(images()) > 3, signal.SIGTERM)
     assert code == TRY_AGAIN and "stopped; the same command resumes" in err
     before = {path: path.stat().st_mtime_ns for path in images()}
-    result = run_main("pretrain_digits", tmp_path, *flags, f"--config.sample.num={len(before) + 2}")
+    result = run_main("pretrain_digits", workdir, *flags, f"--config.sample.num={len(before) + 2}")
     assert result.returncode == 0 and f"{len(before)} of {len(before) + 2} images" in result.stdout
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
 
 
 def test_a_run_that_must_stop_saves_once_and_resumes(tiny_config, tmp_path):
+    tiny_config.model.depth = 1
     tiny_config.train.num_steps = 6
     tiny_config.train.sample_every_steps = 0
     with pytest.raises(preemption.Preempted, match="at step 4 of 6; the newest checkpoint is 4"):

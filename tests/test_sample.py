@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 import textbook
 from close import assert_close
-from conftest import TINY
 
-from configs import pretrain_digits
-from maskdm_jax import checkpoint, draw, images, sample, sharding, state, train
+from maskdm_jax import checkpoint, draw, images, sample, sharding, state
 from maskdm_jax.errors import ConfigError, RunError
 
 # (means, standard deviations) of images 3 and 8.
@@ -21,16 +19,10 @@ PINNED_DRAWS = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, data_dir):
-    """A workdir with a model that was trained for two steps."""
-    config = pretrain_digits.get_config()
-    config.update_from_flattened_dict(TINY)
-    config.data.dir = str(data_dir)
-    config.train.num_steps = 2
-    workdir = tmp_path_factory.mktemp("trained")
-    train.train(config, workdir)
-    return workdir
+@pytest.fixture
+def trained(trained, tmp_path):
+    """A copy of that workdir, to draw into."""
+    return shutil.copytree(trained, tmp_path / "trained")
 
 
 def drawn(folder, channels=1):
@@ -91,13 +83,15 @@ def test_the_folder_depends_on_every_setting_that_an_image_may_depend_on(tiny_co
     assert sample.folder_of(tiny_config, trained, 2) == name
 
 
-def test_replaced_checkpoints_get_a_folder_of_their_own(tiny_config, trained, tmp_path):
-    tiny_config.train.num_steps = 2
-    tiny_config.sample.num = 2
+def test_replaced_checkpoints_get_a_folder_of_their_own(tiny_config, tmp_path):
+    tiny_config.sample.update(num=2, steps=1)
     for seed in (0, 1):
         tiny_config.seed = seed
         shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
-        train.train(tiny_config, tmp_path)
+        checkpoints = checkpoint.Checkpoints(tmp_path, tiny_config)
+        fresh = state.init_state(tiny_config, sharding.make_mesh(tiny_config))
+        checkpoints.save(2, fresh, force=True)
+        checkpoints.close()
         sample.write_samples(tiny_config, tmp_path)
     assert len(list((tmp_path / "samples").iterdir())) == 2
 
@@ -157,8 +151,6 @@ def test_image_i_has_class_i_unless_a_class_is_chosen(tiny_config):
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(
     tiny_config, trained, tmp_path, monkeypatch
 ):
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
     tiny_config.sample.num = 12
     saved, save_png = [], images.save_png
 
@@ -170,26 +162,24 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(
 
     monkeypatch.setattr(images, "save_png", full)
     with pytest.raises(RunError, match="No space left .* about 0.0 MiB are needed.* draws the res"):
-        sample.write_samples(tiny_config, workdir)
+        sample.write_samples(tiny_config, trained)
     assert len(saved) == 3 and all(path.exists() for path in saved)
-    (folder,) = (workdir / "samples").iterdir()
+    (folder,) = (trained / "samples").iterdir()
     left = folder / ".000007.png.host-1"  # of a process that was killed
     left.write_bytes(b"half")
     monkeypatch.setattr(images, "save_png", save_png)
-    sample.write_samples(tiny_config, workdir)
+    sample.write_samples(tiny_config, trained)
     assert len(drawn(folder)) == 12 and not left.exists()
 
 
 def test_an_image_that_is_not_whole_is_drawn_again(tiny_config, trained, tmp_path):
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
     tiny_config.sample.num = 4
-    folder = sample.write_samples(tiny_config, workdir)
+    folder = sample.write_samples(tiny_config, trained)
     first = drawn(folder)
     (folder / "000001.png").write_bytes(b"")
     (folder / "000002.png").write_bytes((folder / "000002.png").read_bytes()[:-20])
     images.save_png(folder / "000003.png", np.zeros((5, 5, 1), np.uint8))
-    sample.write_samples(tiny_config, workdir)
+    sample.write_samples(tiny_config, trained)
     for name, image in drawn(folder).items():
         assert np.abs(image.astype(int) - first[name].astype(int)).max() <= 1, name
 
@@ -197,15 +187,13 @@ def test_an_image_that_is_not_whole_is_drawn_again(tiny_config, trained, tmp_pat
 def test_a_checkpoint_that_is_retired_while_sampling_waits_is_one_sentence(
     tiny_config, trained, tmp_path, monkeypatch
 ):
-    workdir = tmp_path / "copy"
-    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("samples"))
     tiny_config.sample.num = 4
     restore = sample.checkpoint.restore_item
 
     def retired(*args):
-        shutil.rmtree(workdir / "checkpoints" / "2")
+        shutil.rmtree(trained / "checkpoints" / "2")
         return restore(*args)
 
     monkeypatch.setattr(sample.checkpoint, "restore_item", retired)
     with pytest.raises(RunError, match="checkpoint 2 .* was retired meanwhile"):
-        sample.write_samples(tiny_config, workdir)
+        sample.write_samples(tiny_config, trained)

@@ -51,14 +51,12 @@ def reference(request):
 @pytest.mark.parametrize(
     "num_devices, fields",
     [
-        (2, {}),
-        (2, {"mesh.fsdp": 2}),
         (8, {}),
         (8, {"mesh.fsdp": 2}),
         (8, {"mesh.fsdp": 8}),
         (1, {"optim.accumulate_steps": 4}),
     ],
-    ids=["2-devices", "fsdp-2", "8-devices", "data-4-fsdp-2", "fsdp-8", "accumulate-4"],
+    ids=["8-devices", "data-4-fsdp-2", "fsdp-8", "accumulate-4"],
 )
 def test_loss_curve_is_that_of_one_device(tiny_config, reference, num_devices, fields):
     if not reference:
@@ -194,9 +192,10 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
 def test_an_update_that_is_not_finite_changes_nothing_but_the_step(
-    tiny_config, one_update, num_devices, fsdp
+    tiny_config, one_update, monkeypatch, num_devices, fsdp
 ):
     tiny_config.mesh.fsdp = fsdp
+    tiny_config.optim.ema_ramp = False  # with it, the EMA is a copy at first
     update, state, batch = one_update(tiny_config, num_devices)
     after, metrics = update(state, {}, batch(9))
     assert not np.isfinite(metrics["loss"]) and float(metrics["skipped"]) == 1
@@ -209,6 +208,14 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_step(
     assert np.isfinite(metrics["loss"]) and float(metrics["skipped"]) == 0
     kernels = [s.params["mid_block"]["qkv"]["kernel"] for s in (after, again)]
     assert (np.asarray(kernels[0]) != np.asarray(kernels[1])).any()
+
+    # The check changes a good update by rounding at most: the compiler fuses the update with the
+    # choice, and may then skip one rounding.
+    checked, _ = update(state, {}, batch(2))
+    monkeypatch.setattr(step, "is_finite", lambda loss, norm: jnp.bool_(True))  # compiled away
+    update, state, batch = one_update(tiny_config, num_devices)
+    unchecked, _ = update(state, {}, batch(2))
+    assert_close(checked, unchecked, 1e-6)
 
 
 def test_muon_and_a_weighted_loss_train_alike_on_8_devices_and_skip_what_is_not_finite(
@@ -231,21 +238,6 @@ def test_muon_and_a_weighted_loss_train_alike_on_8_devices_and_skip_what_is_not_
     after, metrics = update(state, {}, batch(9))
     assert float(metrics["skipped"]) == 1
     assert_same_bits((after.params, after.opt_state), (state.params, state.opt_state))
-
-
-@pytest.mark.parametrize("num_devices, fsdp", [(1, 1), (8, 4)])
-def test_the_check_for_bad_numbers_changes_a_good_update_by_rounding_at_most(
-    tiny_config, one_update, monkeypatch, num_devices, fsdp
-):
-    # Rounding: the compiler fuses the update with the choice, and may then skip one rounding.
-    tiny_config.mesh.fsdp = fsdp
-    tiny_config.optim.ema_ramp = False  # with it, the EMA is a copy at first
-    update, state, batch = one_update(tiny_config, num_devices)
-    checked, _ = update(state, {}, batch(2))
-    monkeypatch.setattr(step, "is_finite", lambda loss, norm: jnp.bool_(True))  # compiled away
-    update, again, batch = one_update(tiny_config, num_devices)
-    unchecked, _ = update(again, {}, batch(2))
-    assert_close(checked, unchecked, 1e-6)
 
 
 def test_a_run_of_three_steps_gives_these_numbers(tiny_config):
