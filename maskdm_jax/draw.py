@@ -52,14 +52,26 @@ def in_batches(
       sharding: of a batch.
 
     Yields:
-      (some of `ids`, their uint8 images [B, H, W, C]).
+      (some of `ids`, their uint8 images [B, H, W, C]). The devices draw the next batch meanwhile.
     """
-    for first in range(0, len(ids), size):
+
+    def begun(first):
         batch = ids[first : first + size]
         index_B = np.asarray([*batch, *[batch[-1]] * (size - len(batch))], np.int32)
         index_B = jax.make_array_from_callback((size,), sharding, index_B.__getitem__)
-        drawn = multihost_utils.process_allgather(jitted(params, index_B), tiled=True)
-        yield batch, np.asarray(drawn)[: len(batch)]
+        return batch, jitted(params, index_B)
+
+    def finished(batch, drawn):
+        return batch, np.asarray(multihost_utils.process_allgather(drawn, tiled=True))[: len(batch)]
+
+    before = None
+    for first in range(0, len(ids), size):
+        current = begun(first)
+        if before is not None:
+            yield finished(*before)
+        before = current
+    if before is not None:
+        yield finished(*before)
 
 
 def make_draw(config, mesh: Mesh, steps: int | None = None):

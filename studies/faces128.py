@@ -23,9 +23,9 @@ def get_config():
     config.mask.ratio = 0.9
     config.diffusion.schedule = "shifted_cosine"
     config.diffusion.prediction = "v"
-    config.optim.lr_peak = 1.2e-3
+    config.optim.lr_peak = 8e-4
     config.optim.lr_schedule = "cosine"
-    config.optim.warmup_steps = 100
+    config.optim.warmup_steps = 200
     config.optim.b1 = 0.9
     config.optim.clip_norm = 1.0
     config.train.batch_size = 64
@@ -59,8 +59,8 @@ PATCH8 = {"model.patch_size": 8, "train.batch_size": 256, "optim.lr_end": 0.3}
 # The first word of a name is its family.
 ARMS = {
     "scratch": whole(),
-    "scratch_lr8": whole(optim__lr_peak=8e-4),
-    "scratch_lr20": whole(optim__lr_peak=2e-3),
+    "scratch_lr4": whole(optim__lr_peak=4e-4),
+    "scratch_lr12": whole(optim__lr_peak=1.2e-3, optim__warmup_steps=100),  # diverges
     "scratch_b32": whole(train__batch_size=32),
     "scratch_p8": whole(model__patch_size=8),
     "scratch_logit_normal": whole(diffusion__draw="logit_normal"),
