@@ -38,7 +38,7 @@ ALLOWED = {
     "state": {"model", "optim"},
     "step": {"model", "diffusion", "optim", "state", "data.batch"},
     "draw": {"model", "diffusion"},
-    "report": {"config", "flops", "run"},
+    "report": {"config", "config_file", "flops", "quality", "run"},
     "sample": {"averages", "checkpoint", "config", "draw", "images", "run"},
     "dry_run": {"step", "run"},
     "averages": {"checkpoint", "optim", "run"},
