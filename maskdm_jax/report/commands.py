@@ -58,9 +58,9 @@ def with_previews(run: runs.Run, configs: dict) -> str:
     """The command that trains with previews: from here on, or again if the run is finished."""
     config = run.config.copy_and_resolve_references()
     config.train.sample_every_steps = max(config.train.num_steps // 8, 1)
-    done = run.metrics[-1]["step"] if run.metrics else 0
+    finished = runs.steps(run) >= config.train.num_steps
     again = run.workdir.rstrip("/") + "_again"
-    return command(config, again if done >= config.train.num_steps else run.workdir, configs)
+    return command(config, again if finished else run.workdir, configs)
 
 
 def mode(run: runs.Run, configs: dict, name: str) -> str:

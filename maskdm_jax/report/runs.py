@@ -164,6 +164,11 @@ def devices(run: Run) -> str:
     return ", then ".join(dict.fromkeys(r["device"] for r in run.metrics if r.get("device")))
 
 
+def steps(run: Run) -> int:
+    """The updates that a run has made, by its records."""
+    return run.metrics[-1]["step"] if run.metrics else 0
+
+
 def cost(run: Run) -> Cost:
     """What a run has cost up to its last record, without the runs that it starts from."""
     if not run.metrics:

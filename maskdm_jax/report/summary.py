@@ -44,14 +44,13 @@ def _described(run, found):
     width, depth, heads = dimensions(config.model)
     size = "x".join(map(str, config.data.image_size))
     classes = f", {config.model.num_classes} classes" if config.model.num_classes else ""
-    done = f"{run.metrics[-1]['step']:,}" if run.metrics else "0"
     return [
         _stage(run, found),
         f"{config.data.name}, {size}{classes}",
         f"U-ViT, width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads, patches of "
         f"{config.model.patch_size}",
         str(flops.tokens_per_image(config)),
-        f"{done} of {config.train.num_steps:,}",
+        f"{runs.steps(run):,} of {config.train.num_steps:,}",
     ]
 
 
