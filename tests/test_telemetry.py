@@ -1,5 +1,7 @@
 import json
 
+import jax
+
 from maskdm_jax.config import default_config
 from maskdm_jax.run.telemetry import Telemetry, read_metrics
 
@@ -19,6 +21,7 @@ def test_records_have_rates_and_mfu_if_the_peak_is_known(tmp_path):
     assert (first["step"], second["step"]) == (1, 2)
     assert second["model_tflops"] == second["images_per_s"] * 1e9 / 1e12
     assert second["mfu"] == second["model_tflops"] / 10
+    assert second["device"] == f"{jax.device_count()} x cpu"
     assert list((tmp_path / "tensorboard").iterdir())
 
 
