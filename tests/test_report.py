@@ -225,7 +225,7 @@ def test_the_command_line_gives_the_config_of_the_run(tmp_path, monkeypatch, in_
     config.update_from_flattened_dict(
         {"data.image_size": (16, 24), "init.path": "a b", "init.ignore": ("x", "y/.*")}
     )
-    workdir = fake_run(tmp_path / "run", config)
+    workdir = fake_run(tmp_path / "finetune", config)
     if not in_checkout:
         monkeypatch.chdir(tmp_path)
         (tmp_path / commands.DEFAULTS).write_text(commands.MAKE_DEFAULTS.split("'")[1])
@@ -235,6 +235,12 @@ def test_the_command_line_gives_the_config_of_the_run(tmp_path, monkeypatch, in_
     file = next(flag for flag in flags if flag.startswith("config=")).removeprefix("config=")
     changes = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
     assert config_file.load(file, changes) == config
+
+
+def test_of_equal_config_files_the_one_named_like_the_workdir_is_typed(stages):
+    for run, name in zip(runs.read(stages), ("pretrain", "finetune", "scratch"), strict=True):
+        typed = commands.train(run, commands.shipped())
+        assert f"--config=configs/{name}_digits.py" in typed
 
 
 def test_samples_are_drawn_again_with_their_own_settings(stages, tmp_path):

@@ -1,5 +1,6 @@
 """The command lines that reproduce, resume, sample and score a run."""
 
+import difflib
 import pathlib
 from collections.abc import Iterable
 from xml.etree import ElementTree
@@ -33,14 +34,19 @@ def command(config, workdir: str, configs: dict, flags: Iterable[str] = ()) -> s
     Args:
       config: a run's.
       workdir: the run's, or another for a copy of it.
-      configs: {file: its config}, of which the nearest is named; what differs becomes flags.
+      configs: {file: its config}, of which the nearest is named; what differs becomes flags. Among
+        equally near files, that with the name most like the workdir's is named.
       flags: more of them.
     """
     choices = {**configs, DEFAULTS: default_config()}
     changed = {file: differences(config, other) for file, other in choices.items()}
-    file = min(changed, key=lambda name: len(changed[name]))
+    file = min(changed, key=lambda name: (len(changed[name]), -_likeness(name, workdir)))
     first = f"python main.py --config={file} --workdir={quoted(workdir)}"
     return " \\\n  ".join([first, *[as_flags(config, [name]) for name in changed[file]], *flags])
+
+
+def _likeness(*paths):
+    return difflib.SequenceMatcher(None, *(pathlib.Path(path).stem for path in paths)).ratio()
 
 
 MASKED = (
