@@ -1,16 +1,15 @@
-"""The baseline: whole digits with no pre-training, in as many steps as fine-tuning.
+"""The baseline: whole digits with no pre-training.
 
-Compare at equal total cost, pre-training included: as set here, this run costs less.
+Compare at equal total cost, pre-training included: `make demo` sets train.num_steps so that its
+training takes as long as both stages together. As set here, this run costs less.
 
 Command:  python main.py --config=configs/scratch_digits.py --workdir=W
-Device:   2 CPU cores, about 3 minutes
-Expected: loss: not measured yet
+Device:   2 CPU cores
+Expected: loss about 0.19 at the end, swd about 44, in 2,753 steps (one run of `make demo`)
 """
 
 from configs import finetune_digits
 
 
 def get_config():
-    config = finetune_digits.get_config()
-    config.optim.lr_peak = 2e-3
-    return config
+    return finetune_digits.get_config()

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The whole path on scikit-learn's digits: pre-train masked, fine-tune, sample, report.
+# The whole path on scikit-learn's digits: pre-train masked, fine-tune, draw and score, and the same
+# from scratch in the training time of both stages together; then a page on the three runs.
 #
 #   launch/demo.sh [OUTPUT_FOLDER]
 #
@@ -19,15 +20,33 @@ out=${1:-demo_output}
 
 stage() { printf '\n== %s\n' "$*"; }
 
-stage "1/4 masked pre-training: half of each digit is hidden"
-python main.py --config=configs/pretrain_digits.py --workdir="$out/pretrain" \
-  --config.data.dir="$out/data"
-stage "2/4 fine-tuning on whole digits, from those weights"
-python main.py --config=configs/finetune_digits.py --workdir="$out/finetune" \
-  --config.data.dir="$out/data" --config.init.path="$out/pretrain"
-stage "3/4 sampling 64 digits"
-python main.py --config=configs/finetune_digits.py --workdir="$out/finetune" \
-  --config.data.dir="$out/data" --config.init.path="$out/pretrain" --mode=sample
-stage "4/4 report"
-python -m maskdm_jax.report --pretrain="$out/pretrain" --finetune="$out/finetune" --out="$out"
-printf 'samples: %s\nloss curves: %s\nreport: %s\n' "$out/samples.png" "$out/loss.png" "$out/report.md"
+# run NAME CONFIG [FLAG...]
+run() {
+  python main.py --config="configs/$2.py" --workdir="$out/$1" --config.data.dir="$out/data" "${@:3}"
+}
+
+stage "1/6 masked pre-training: half of each digit is hidden"
+run pretrain pretrain_digits
+stage "2/6 fine-tuning on whole digits, from those weights"
+run finetune finetune_digits --config.init.path="$out/pretrain"
+stage "3/6 drawing and scoring digits of the two stages"
+run finetune finetune_digits --config.init.path="$out/pretrain" --mode=evaluate
+
+# A step from scratch takes as long as one of fine-tuning: same network, same images.
+steps=$(python - "$out/pretrain" "$out/finetune" <<'EOF'
+import sys
+
+from maskdm_jax.report import runs
+
+first, second = runs.read(sys.argv[1:])
+step_s = runs.cost(second).seconds / runs.steps(second)
+print(round((runs.cost(first).seconds + runs.cost(second).seconds) / step_s))
+EOF
+)
+stage "4/6 the baseline from scratch: $steps steps, as long as both stages together"
+run scratch scratch_digits --config.train.num_steps="$steps"
+stage "5/6 drawing and scoring its digits"
+run scratch scratch_digits --config.train.num_steps="$steps" --mode=evaluate
+
+stage "6/6 a page on the three runs"
+python -m maskdm_jax.report "$out/pretrain" "$out/finetune" "$out/scratch" --out="$out/report.html"

@@ -20,7 +20,7 @@ from maskdm_jax import (
     state,
     train,
 )
-from maskdm_jax.config import validate_devices
+from maskdm_jax.config import default_config, validate_devices
 from maskdm_jax.data import digits, writer
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
@@ -61,6 +61,7 @@ def config(split_dir):
     config.init.path = ""
     config.checkpoint.every_steps = 2
     config.sample.update(batch_size=8, steps=3, preview_steps=3)
+    config.eval = default_config().eval  # the digits' own is for 8x8 pixels
     config.eval.update(num=30, num_in_training=12, features=64)
     return config
 

@@ -40,7 +40,7 @@ ALLOWED = {
     "step": {"model", "diffusion", "optim", "phases", "state", "data.batch"},
     "transition": {"optim", "phases", "state", "weights"},
     "draw": {"model", "diffusion"},
-    "report": {"config", "flops", "phases", "run"},
+    "report": {"config", "config_file", "flops", "phases", "quality", "run"},
     "sample": {"averages", "checkpoint", "config", "draw", "images", "phases", "run"},
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},

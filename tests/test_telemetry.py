@@ -1,5 +1,6 @@
 import json
 
+import jax
 import pytest
 
 from maskdm_jax import flops
@@ -30,6 +31,7 @@ def test_records_have_rates_and_mfu_if_the_peak_is_known(tmp_path):
     assert (second["images"], second["tokens"], second["model_flops"]) == (110, 550, 110e9)
     assert second["model_tflops"] == pytest.approx(second["images_per_s"] * 1e9 / 1e12)
     assert second["mfu"] == second["model_tflops"] / 10
+    assert second["device"] == f"{jax.device_count()} x cpu"
     assert list((tmp_path / "tensorboard").iterdir())
 
 

@@ -505,14 +505,17 @@ RUNS = [
     Wrong("maskdm_jax.checkpoint digest {tmp}/run --stp=1", ("--stp", "--step")),
     Wrong("maskdm_jax.checkpoint digest {tmp}/broken", ("{tmp}/broken", "type"), lines=1),
     Wrong("maskdm_jax.checkpoint digest {tmp}/broken --step=1", ("is damaged", "type"), lines=1),
-    Wrong("maskdm_jax.report", ("--pretrain", "--pretrain=W1 --finetune=W2 --out=DIR")),
-    Wrong("maskdm_jax.report --pretrain=/nowhere --finetune={tmp}/run --out={tmp}/o", (
-        "/nowhere", "type")),
-    Wrong("maskdm_jax.report --pretrain={tmp}/run --finetune={tmp}/run --out={tmp}/o", (
-        "{tmp}/run", "--mode=sample")),
-    Wrong("maskdm_jax.report --pretrian=a --finetune=b --out=c", ("--pretrian", "--pretrain")),
-    Wrong("maskdm_jax.report --pretrain={tmp}/sampled --finetune={tmp}/sampled "
-          "--out={tmp}/a_file", ("{tmp}/a_file", "--out=")),
+    Wrong("maskdm_jax.report", ("workdirs", "W1 W2 --out=report.html")),
+    Wrong("maskdm_jax.report {tmp}/run", ("--out", "--out=report.html")),
+    Wrong("maskdm_jax.report /nowhere --out={tmp}/o", ("/nowhere", "type")),
+    Wrong("maskdm_jax.report gs://bucket/run --out={tmp}/o", ("gs://bucket/run", "type")),
+    Wrong("maskdm_jax.report {tmp}/run {tmp}/an_empty_folder --out={tmp}/o", (
+        "{tmp}/an_empty_folder", "config.json", "type")),
+    Wrong("maskdm_jax.report {tmp}/sampled --out={tmp}/o", ("settings.json", "type")),
+    Wrong("maskdm_jax.report --otu=a {tmp}/run", ("--otu", "--out")),
+    Wrong("maskdm_jax.report {tmp}/run --out={tmp}/an_empty_folder", (
+        "{tmp}/an_empty_folder", "--out={tmp}/an_empty_folder/report.html")),
+    Wrong("maskdm_jax.report {tmp}/run --out={tmp}/a_file/o", ("{tmp}/a_file", "--out=")),
 ]  # fmt: skip
 
 DEVICES = [
@@ -659,7 +662,7 @@ HELP = [
     ),
     ("launch/compile_check.py", ("--topology", "--config.mask.ratio=0.9", "Exit status")),
     ("maskdm_jax.checkpoint", ("digest", "--step")),
-    ("maskdm_jax.report", ("--pretrain", "--out")),
+    ("maskdm_jax.report", ("WORKDIRS", "--out")),
     ("maskdm_jax.data.prepare", ("--images", "--size")),
     ("maskdm_jax.quality.score", ("--reference", "--features")),
     ("maskdm_jax.compare", ("--runs", "--plot")),
@@ -878,7 +881,7 @@ def prepared() -> None:
     warnings.filterwarnings("ignore", category=RuntimeWarning, module="runpy")
     import importlib
 
-    for name in ("sample", "train", "data.prepare", "report"):
+    for name in ("sample", "train", "data.prepare", "report.page"):
         importlib.import_module(f"maskdm_jax.{name}")
 
 

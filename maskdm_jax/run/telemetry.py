@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
@@ -47,6 +48,7 @@ class Telemetry:
         self._config = config
         self._work = work
         self._peak_tflops = peak_tflops
+        self._device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self._file = self._board = self._bar = None
         self.start_clock(first_step)
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
@@ -90,6 +92,7 @@ class Telemetry:
             "step_s": seconds / (step - since),
             "images_per_s": (done.images - before.images) / seconds,
             "model_tflops": tflops,
+            "device": self._device,
         }
         if self._peak_tflops is not None:
             record["mfu"] = tflops / self._peak_tflops
@@ -97,7 +100,7 @@ class Telemetry:
             line = (_to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            values = {name: value for name, value in record.items() if name != "step"}
+            values = {k: v for k, v in record.items() if k not in ("step", "device")}
             self._write_event(step=step, summary=_summary(values))
         self._show(record)
 
@@ -225,19 +228,31 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
 
 def described_scores(record: dict) -> str:
     """A record's scores in one line, never without their definition."""
-    d = record["definition"]
-    std = f" of std {d['ema_std']:g}" if d.get("ema_std") else ""
     parts = [f"{name} {value:.4g}" for name, value in record["scores"].items()]
     for name, loss in record["heldout_loss"].items():
         parts.append(f"held-out loss ({name}) {loss['mean']:.5f}")
-    if floor := record.get("floor"):
-        pairs = zip(floor["heldout"].items(), floor["samples"].values(), strict=True)
-        parts += [
-            f"at n {floor['n']}: {k} {ours:.4g}, floor {held:.4g}" for (k, held), ours in pairs
-        ]
+    if floor := described_floor(record):
+        parts.append(floor)
+    said = described_definition(record["definition"])
+    return f"step {record['step']}: {'; '.join(parts)} ({said})"
+
+
+def described_floor(record: dict) -> str:
+    """The scores of held-out images beside those of as many samples; empty without them."""
+    floor = record.get("floor")
+    if not floor:
+        return ""
+    pairs = zip(floor["heldout"].items(), floor["samples"].values(), strict=True)
+    return "; ".join(
+        f"at n {floor['n']}: {k} {ours:.4g}, floor {held:.4g}" for (k, held), ours in pairs
+    )
+
+
+def described_definition(d: dict) -> str:
+    """The entries of a definition that readers ask for first, in one line."""
+    std = f" of std {d['ema_std']:g}" if d.get("ema_std") else ""
     return (
-        f"step {record['step']}: {'; '.join(parts)} (n {d['n']:,}; {d['weights']}{std}, "
-        f"{d['sampler']} {d['steps']} {d['spacing']}, eta {d['eta']:g}, guidance "
-        f"{d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; network "
-        f"{d.get('network_sha256', 'none')[:8]})"
+        f"n {d['n']:,}; {d['weights']}{std}, {d['sampler']} {d['steps']} {d['spacing']}, eta "
+        f"{d['eta']:g}, guidance {d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; "
+        f"network {d.get('network_sha256', 'none')[:8]}"
     )
