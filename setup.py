@@ -11,6 +11,7 @@ setup(
     description="Masked diffusion models in JAX: masked pre-training, fine-tuning, sampling",
     license="Apache-2.0",
     packages=find_packages(include=["maskdm_jax", "maskdm_jax.*"]),
+    package_data={"maskdm_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "array_record>=0.8",

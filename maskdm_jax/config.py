@@ -34,10 +34,8 @@ def default_config() -> config_dict.ConfigDict:
 
 def validate(config) -> None:
     """Raises ConfigError for the first value that cannot work; needs no device and no data."""
-    for name, field in FIELDS.items():
-        value = get(config, name)
-        if not field.kind.accepts(value):
-            _fail(config, name, field.kind.expected, field.kind.nearest(value, field.default))
+    for name in FIELDS:
+        check_field(name, get(config, name))
     _validate_geometry(config)
     _validate_mask(config)
     _validate_allowed(config)
@@ -54,6 +52,13 @@ def validate(config) -> None:
     if config.sample.guidance_scale != 1 and not classes:
         expected = "1 for a model without classes (model.num_classes is 0)"
         _fail(config, "sample.guidance_scale", expected, 1)
+
+
+def check_field(name: str, value) -> None:
+    """Raises ConfigError if the field `name` does not take `value`."""
+    kind, default = FIELDS[name].kind, FIELDS[name].default
+    if not kind.accepts(value):
+        _refuse(name, value, kind.expected, kind.nearest(value, default))
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:
@@ -184,9 +189,12 @@ def _validate_allowed(config):
 
 
 def _fail(config, name, expected, suggestion):
+    _refuse(name, get(config, name), expected, suggestion)
+
+
+def _refuse(name, value, expected, suggestion):
     raise ConfigError(
-        f"{name} is {get(config, name)!r}; expected {expected}; "
-        f"type --config.{name}={quoted(suggestion)}"
+        f"{name} is {value!r}; expected {expected}; type --config.{name}={quoted(suggestion)}"
     )
 
 

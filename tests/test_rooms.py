@@ -49,6 +49,14 @@ ALLOWED = {
         "averages", "checkpoint", "config", "draw", "evaluation", "images", "quality", "run",
         "sample",
     },
+    "arguments": {"config"},
+    "trained": {
+        "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "run",
+        "weights.torch_io",
+    },
+    "api": {
+        "arguments", "config", "diffusion", "draw", "evaluation", "model", "quality", "trained",
+    },
     "train": {
         "averages", "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "evaluation",
         "flops", "images", "provenance", "run", "state", "step", "weights",
