@@ -40,6 +40,7 @@ setup(
         # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
+        "notebook": ["ipykernel>=7", "nbclient>=0.10", "nbformat>=5.10"],  # to run notebooks/
         "test": [
             "lmdb>=1.4",
             "matplotlib>=3.8",
