@@ -1,6 +1,7 @@
 # make demo: the whole path on real digits, in minutes on a CPU.
 # make test: the test suite, two tests at a time; EXTRAS=peer adds the tests that need PyTorch.
 # make test-kernels: the Hopper kernels in JAX's interpreter; KERNEL_PYTHON is Python 3.12 or newer.
+# make test-notebooks: both notebooks from top to bottom on the CPU, a few steps each.
 # make test-slow: the tests that take minutes each, such as killing a run 30 times.
 # make test-gpu: the numbers of kernels that only a GPU runs, with the JAX installed there.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check -c constraints.tx
 EXTRAS ?=
 INSTALLED := .venv/.installed-$(EXTRAS)
 
-.PHONY: demo test test-kernels test-slow test-gpu tpu-table lint clean
+.PHONY: demo test test-notebooks test-kernels test-slow test-gpu tpu-table lint clean
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -30,6 +31,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations=10
+
+test-notebooks:
+	@$(MAKE) --no-print-directory EXTRAS=notebook .venv/.installed-notebook
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python notebooks/run.py --small
 
 test-kernels: .venv-kernels/.installed
 	.venv-kernels/bin/python -m pytest -n 2 --dist worksteal tests/test_hopper_attention.py

@@ -50,10 +50,14 @@ def main():
 
 
 def _run(config, mode, workdir):
-    from maskdm_jax import checkpoint, evaluate, sample, train
-    from maskdm_jax.run import distributed, faults, lock, memory, preemption
+    import jax
+
+    from maskdm_jax import checkpoint, evaluate, sample, sharding, train
+    from maskdm_jax.run import distributed, faults, lock, memory, preemption, progress
 
     faults.mute_late_tracebacks()
+    if advice := sharding.bfloat16_advice(jax.devices()[0], config.model.dtype):
+        progress.remark(f"{advice}; --config.model.dtype=float32 saves that")
     try:
         with memory.explained(config, mode):
             if mode == "sample":

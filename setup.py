@@ -11,6 +11,7 @@ setup(
     description="Masked diffusion models in JAX: masked pre-training, fine-tuning, sampling",
     license="Apache-2.0",
     packages=find_packages(include=["maskdm_jax", "maskdm_jax.*"]),
+    package_data={"maskdm_jax": ["py.typed"]},
     python_requires=">=3.11",
     install_requires=[
         "array_record>=0.8",
@@ -39,6 +40,7 @@ setup(
         # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
+        "notebook": ["ipykernel>=7", "nbclient>=0.10", "nbformat>=5.10"],  # to run notebooks/
         "test": [
             "lmdb>=1.4",
             "matplotlib>=3.8",

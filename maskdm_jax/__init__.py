@@ -1,10 +1,28 @@
-"""Masked diffusion models in JAX: pre-train on the visible patches, fine-tune on whole images."""
+"""Masked diffusion models in JAX: pre-train on the visible patches, fine-tune on whole images.
+
+import maskdm_jax
+model = maskdm_jax.load("W2")  # see maskdm_jax.api
+"""
 
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from maskdm_jax.api import Model, load
 
 __version__ = "0.1.0"
+__all__ = ["Model", "load"]
+
+
+def __getattr__(name):
+    # On first use: the programs import this package, and answer a wrong flag without JAX.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from maskdm_jax import api
+
+    return getattr(api, name)
 
 
 def stop_at_once(*_) -> None:

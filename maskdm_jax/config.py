@@ -75,10 +75,16 @@ def validate(config) -> None:
 
 def validate_values(config) -> None:
     """Raises FieldError for the first value that its field does not take."""
-    for name, field in FIELDS.items():
-        value = get(config, name)
-        if not field.kind.accepts(value):
-            _fail(config, name, field.kind.expected, field.kind.nearest(value, field.default))
+    for name in FIELDS:
+        check_field(name, get(config, name))
+
+
+def check_field(name: str, value) -> None:
+    """Raises FieldError if the field `name` does not take `value`."""
+    kind, default = FIELDS[name].kind, FIELDS[name].default
+    if not kind.accepts(value):
+        problem = f"{name} is {value!r}; expected {kind.expected}"
+        raise FieldError(name, problem, kind.nearest(value, default))
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:

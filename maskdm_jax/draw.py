@@ -77,6 +77,9 @@ def in_batches(
 def make_draw(config, mesh: Mesh, steps: int | None = None):
     """Makes (params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
 
+    The result also takes `seed` and `label` in place of `config.sample`'s, so that one compiled
+    program serves all of them.
+
     Args:
       config: the run's; its `sample`, `diffusion`, `model` and `data` fields are read.
       mesh: the devices that the batch is split over.
@@ -88,8 +91,8 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
     levels = process.ladder(steps or settings.steps, settings.spacing)
     image_size, patch_size = config.data.image_size, config.model.patch_size
 
-    def draw(params, index_B):
-        keys = jax.vmap(lambda i: rng.stream(settings.seed, "sample", i))(index_B)
+    def draw(params, index_B, seed=settings.seed, label=settings.label):
+        keys = jax.vmap(lambda i: rng.stream(seed, "sample", i))(index_B)
 
         def normal(i):  # normal(0) is x_T, normal(i + 1) the noise of step i
             shape = (*image_size, config.data.channels)
@@ -100,9 +103,7 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
             return uvit.apply(model, params, x_BNP, time_B, label_B=label_B)
 
         if num_classes:
-            label_B = index_B % num_classes
-            if settings.label >= 0:
-                label_B = jnp.full_like(index_B, settings.label)
+            label_B = jnp.where(label >= 0, label, index_B % num_classes)
             predict = samplers.guided(predict_label, label_B, num_classes, settings.guidance_scale)
         else:
             predict = lambda x, time: predict_label(x, time, None)  # noqa: E731

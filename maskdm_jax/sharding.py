@@ -43,13 +43,26 @@ def compiler_options(mesh: Mesh) -> dict:
     return _COMPILER_OPTIONS.get(first_device(mesh).platform, {})
 
 
+def compute_capability(device: jax.Device) -> float | None:
+    """That of an NVIDIA GPU, such as 7.5 for a T4; None for any other device."""
+    found = getattr(device, "compute_capability", None)  # AMD's are names such as gfx90a
+    is_nvidia = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", str(found))
+    return float(found) if is_nvidia else None
+
+
 def unfit_for_gpu_kernels(device: jax.Device) -> str:
     """Why kernels for NVIDIA GPUs since Ampere cannot run on `device`; "" if they can."""
-    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+    capability = compute_capability(device)
+    if capability is None:
         return f"the device is {device.device_kind}, not an NVIDIA GPU"
-    if float(device.compute_capability) < 8.0:
-        return f"{device.device_kind} is older than Ampere"
-    return ""
+    return f"{device.device_kind} is older than Ampere" if capability < 8.0 else ""
+
+
+def bfloat16_advice(device: jax.Device, dtype: str) -> str:
+    """Why `device` gains nothing from `model.dtype` bfloat16; "" if it does, or for float32."""
+    if dtype != "bfloat16" or (compute_capability(device) or 8.0) >= 8.0:
+        return ""
+    return f"{device.device_kind} has no bfloat16 arithmetic: XLA converts to float32 and back"
 
 
 def on_each_device(

@@ -10,6 +10,7 @@ import pytest
 from close import assert_close
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from maskdm_jax import sharding
 from maskdm_jax.model import attention, uvit
 from maskdm_jax.model.attention import Plan, attend, plan
 from maskdm_jax.model.kernels import short_attention, splash_attention
@@ -181,6 +182,58 @@ def test_on_a_gpu_the_length_decides_the_kernel_and_its_padding():
         assert planned("auto", length, 64, a100) == ("cudnn", length % 2, False)
     for gpu in (a100, h200):
         assert planned("auto", 86, 64, gpu) == ("pallas", 0, True)
+
+
+# What Colab and clouds rent: (device_kind as JAX names it, compute capability).
+T4, A100, A10, L4, RTX_4090 = (
+    mesh_of(platform="gpu", device_kind=kind, compute_capability=capability)
+    for kind, capability in (
+        ("Tesla T4", "7.5"),
+        ("NVIDIA A100-SXM4-40GB", "8.0"),
+        ("NVIDIA A10G", "8.6"),
+        ("NVIDIA L4", "8.9"),
+        ("NVIDIA GeForce RTX 4090", "8.9"),
+    )
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_each_gpu_older_than_hopper_has_a_kernel_for_every_recipe(dtype):
+    for length in (10, 18, 29, 65, 257, 417, 4097):
+        assert plan("auto", length, 64, dtype, T4)[:3] == ("xla", length, length)
+        for gpu in (A100, A10, L4, RTX_4090):
+            found = plan("auto", length, 64, dtype, gpu)
+            fused = ("pallas", length) if length < 128 else ("cudnn", length + length % 2)
+            assert found[:2] == (("xla", length) if dtype == jnp.float32 else fused)
+
+
+def test_cards_with_little_shared_memory_leave_wide_heads_to_xla():
+    for gpu in (A10, L4, RTX_4090):
+        assert plan("auto", 104, 128, jnp.bfloat16, gpu).kernel == "xla"
+        assert plan("auto", 64, 128, jnp.bfloat16, gpu).kernel == "pallas"
+        assert plan("auto", 127, 64, jnp.bfloat16, gpu).kernel == "pallas"
+    assert plan("auto", 104, 128, jnp.bfloat16, A100).kernel == "pallas"
+
+
+def test_a_gpu_without_bfloat16_attends_in_float32():
+    x = jnp.asarray(qkv(9)[0], jnp.bfloat16)
+    for gpu in (T4, A100):
+        traced = str(jax.make_jaxpr(lambda x, gpu=gpu: attend(x, x, x, Plan("xla", 9, 9, gpu)))(x))
+        assert ("BF16_BF16_F32" in traced) == (gpu is A100)
+        assert attend(x, x, x, Plan("xla", 9, 9, gpu)).dtype == jnp.bfloat16
+
+
+def test_only_gpus_older_than_ampere_are_told_that_bfloat16_gains_nothing():
+    v100, amd = (
+        mesh_of(platform="gpu", device_kind=kind, compute_capability=capability)
+        for kind, capability in (("Tesla V100-SXM2-16GB", "7.0"), ("AMD MI300X", "gfx942"))
+    )
+    for mesh in (T4, v100):
+        advice = sharding.bfloat16_advice(sharding.first_device(mesh), "bfloat16")
+        assert advice.startswith(f"{mesh.devices[0].device_kind} has no bfloat16 arithmetic")
+        assert not sharding.bfloat16_advice(sharding.first_device(mesh), "float32")
+    for mesh in (A100, L4, amd, mesh_of(platform="tpu", device_kind="TPU v5 lite"), None):
+        assert not sharding.bfloat16_advice(sharding.first_device(mesh), "bfloat16")
 
 
 def test_on_a_tpu_the_length_decides_the_kernel_and_only_little_padding_is_carried():

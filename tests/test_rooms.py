@@ -52,6 +52,14 @@ ALLOWED = {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
         "sample",
     },
+    "arguments": {"config"},
+    "trained": {
+        "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "run",
+        "weights.torch_io",
+    },
+    "api": {
+        "arguments", "config", "diffusion", "draw", "evaluation", "model", "quality", "trained",
+    },
     "train": {
         "averages", "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "evaluation",
         "flops", "images", "phases", "provenance", "run", "state", "step", "transition", "weights",

@@ -30,6 +30,11 @@ _PACKED = ("pallas", "hopper")
 _CUDNN_MULTIPLE = 2
 # NVIDIA GPUs: the kernel for short sequences runs below this many tokens.
 _LONG_FROM = 128
+# NVIDIA GPUs with 99 KiB of shared memory per block, not 163 or more, by compute capability: A10,
+# L4 and GeForce cards. There the short kernel's backward pass fits if a head has at most this many
+# values: 128 tokens of 64 channels, or 64 of 128; 104 of 128 need 128 KiB.
+_SMALL_SHARED_MEMORY = (8.6, 8.9, 12.0)
+_SMALL_TILE = 128 * 64
 # TPUs: the splash kernel runs from this many tokens on, XLA's attention below. XLA's keeps K L^2
 # scores of 4 bytes per image and block: 5 times all other memory of a U-ViT-B step at 4097 tokens,
 # as much as all other memory at 417, half of it at 257 with U-ViT-S (launch/compile_check.py with
@@ -110,7 +115,10 @@ def attend(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, plan: Plan) 
         )
         run = sharding.on_each_device(kernel, plan.mesh, q_BLKH.shape[0])
         return run(q_BLKH, k_BLKH, v_BLKH)
-    padded = plan.num_valid < plan.length
+    dtype, padded = q_BLKH.dtype, plan.num_valid < plan.length
+    if sharding.bfloat16_advice(sharding.first_device(plan.mesh), dtype.name):
+        # JAX names the algorithm of XLA's attention, and XLA has none of bfloat16 for such a GPU.
+        q_BLKH, k_BLKH, v_BLKH = (x.astype(jnp.float32) for x in (q_BLKH, k_BLKH, v_BLKH))
     if plan.kernel == "cudnn":
         batch = q_BLKH.shape[0]
         lengths = jnp.full((batch,), plan.num_valid, jnp.int32) if padded else None
@@ -120,7 +128,7 @@ def attend(q_BLKH: jax.Array, k_BLKH: jax.Array, v_BLKH: jax.Array, plan: Plan) 
         masked = dict(mask=is_real_L[None, None, None] if padded else None)
     return jax.nn.dot_product_attention(
         q_BLKH, k_BLKH, v_BLKH, implementation=plan.kernel, **masked
-    )
+    ).astype(dtype)
 
 
 def attend_packed(qkv_BLTKH: jax.Array, plan: Plan) -> jax.Array:
@@ -176,6 +184,9 @@ def _misses(device, kernel, num_tokens, head_dim, dtype) -> str:
         return "" if device.platform == "tpu" else f"the device is {device.device_kind}, not a TPU"
     if unfit := sharding.unfit_for_gpu_kernels(device):
         return unfit
+    small = sharding.compute_capability(device) in _SMALL_SHARED_MEMORY
+    if kernel == "pallas" and small and num_tokens * head_dim > _SMALL_TILE:
+        return f"{device.device_kind} has too little shared memory for its tiles"
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"model.dtype is {dtype.name}, not bfloat16"
     if kernel == "cudnn":

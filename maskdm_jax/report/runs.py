@@ -54,7 +54,7 @@ class Run:
 
     @property
     def is_masked(self) -> bool:
-        """Whether training hides patches to the end: such a run is to be fine-tuned, not sampled."""
+        """Whether training hides patches to the end: it is to be fine-tuned, not sampled."""
         return phases.phases(self.config)[-1].config.mask.kind != "none"
 
 

@@ -103,7 +103,7 @@ def _read(config, schedule_of):
         raise ConfigError(f"init.path {init.path} does not exist; {expected}")
     if path.is_file():
         try:
-            params, betas = torch_io.load_official(str(path), init.weights)
+            params, betas, *_ = torch_io.load_official(str(path), init.weights)
         except ValueError as error:
             raise ConfigError(f"init.path: {error}; {expected}") from error
         except ImportError as error:

@@ -7,6 +7,7 @@ An official `.pt` file holds `model` (the weights, under `model.*`) and `ema` (t
 import pickle
 import re
 import zipfile
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,24 @@ _DENSE = {
 _NORMS = {"norm_attention": "norm1", "norm_mlp": "norm2"}
 # How files of PyTorch before 1.6 start: a pickle of a magic number.
 _OLD_FORMAT = bytes.fromhex("80028a0a6cfc9c46f9206aa85019")
+_PATCH_EMBED = "encoder.patch_embed.proj.weight"
 _PREFIX = {"raw": "model.", "ema": "ema_model.model."}
+
+
+class Official(NamedTuple):
+    """What an official `.pt` file holds of a network.
+
+    Fields:
+      params: this U-ViT's parameters, float32.
+      betas: of its noise schedule, [T]; None if the file has none.
+      patch_size: side of a patch in pixels.
+      channels: of its images.
+    """
+
+    params: dict
+    betas: np.ndarray | None
+    patch_size: int
+    channels: int
 
 
 def load_tensors(path: str):
@@ -48,8 +66,8 @@ def load_tensors(path: str):
         raise ValueError(f"{path} cannot be read ({reason})") from error
 
 
-def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | None]:
-    """(parameters, betas [T]) of an official `.pt` file; None if it holds no betas.
+def load_official(path: str, weights: str = "ema") -> Official:
+    """Reads an official `.pt` file.
 
     Args:
       path: the file.
@@ -66,7 +84,9 @@ def load_official(path: str, weights: str = "ema") -> tuple[dict, np.ndarray | N
     tensors = {k: v for k, v in dict(checkpoint[group]).items() if hasattr(v, "numpy")}
     params = from_official({k: v.float().numpy() for k, v in tensors.items()}, weights)
     betas = dict(checkpoint.get("model", {})).get("betas")
-    return params, betas.numpy() if hasattr(betas, "numpy") else None
+    betas = betas.numpy() if hasattr(betas, "numpy") else None
+    _, channels, patch_size, _ = tensors[f"{_PREFIX[weights]}{_PATCH_EMBED}"].shape
+    return Official(params, betas, patch_size, channels)
 
 
 def _check_format(path):
@@ -129,7 +149,7 @@ def from_official(state_dict: dict[str, np.ndarray], weights: str = "raw") -> di
         return block
 
     # [D, C, p, p] -> [(p p C), D]: the convolution of stride p as a matmul over patches.
-    kernel = take("encoder.patch_embed.proj.weight").transpose(2, 3, 1, 0)
+    kernel = take(_PATCH_EMBED).transpose(2, 3, 1, 0)
     params = {
         "position": take("encoder.encoder_pos_embed")[0],
         "patch_embed": {

@@ -1,0 +1,312 @@
+"""The Python interface: a trained model from a checkpoint, its predictions, samples and scores.
+
+    model = maskdm_jax.load("W2")
+    x0, eps = model.predict(x_t, t)
+    images = model.sample(64)
+
+It is for one process, such as a notebook, and uses all of its devices. docs/api.md has examples.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import time
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from maskdm_jax import arguments, draw, evaluation, sharding, trained
+from maskdm_jax.config import validate
+from maskdm_jax.diffusion import make_process
+from maskdm_jax.diffusion.process import invert, network_input, noised, to_device, x0_and_eps
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.model import patches, uvit
+from maskdm_jax.model.sizes import grid_shape
+from maskdm_jax.quality import reference as reference_lib
+
+
+class Model:
+    """A trained model; `load` makes it.
+
+    Attributes:
+      config: of the training, with the fields that `load` was given; do not change it.
+      params: the network's parameters, a tree of float32 arrays.
+      step: updates of the checkpoint; None for an official file.
+      image_shape: (height, width, channels).
+      num_timesteps: T.
+      num_classes: 0 for an unconditional model.
+      num_patches: N, patches of an image, numbered row by row.
+    """
+
+    def __init__(self, network: trained.Trained):
+        """Compiles nothing yet; the first call of each method does."""
+        config, self.params, self.step, self._sha256 = network
+        self.config = config
+        self.image_shape = (*config.data.image_size, config.data.channels)
+        self.num_timesteps: int = config.diffusion.num_timesteps
+        self.num_classes: int = config.model.num_classes
+        self.num_patches = math.prod(grid_shape(config.data.image_size, config.model.patch_size))
+        self._mesh = sharding.make_mesh(config)
+        self._process = make_process(config.diffusion, config.data.image_size)
+        self._predict = jax.jit(
+            _make_predict(config, self._mesh, self._process),
+            compiler_options=sharding.compiler_options(self._mesh),
+        )
+        self._draws = {}  # compiled samplers, by what they were compiled for
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.image_shape))
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        classes = f"{self.num_classes} classes" if self.num_classes else "no classes"
+        return f"<maskdm_jax.Model: {shape}, {classes}, {count:,} parameters, step {self.step}>"
+
+    def predict(
+        self,
+        x_t: ArrayLike,
+        t: ArrayLike,
+        label: ArrayLike | None = None,
+        visible_ids: ArrayLike | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """The model's estimates of the clean image and of the noise in `x_t`.
+
+        Args:
+          x_t: noisy images, float [B, H, W, C], such as `add_noise` makes from images in [-1, 1];
+            with `visible_ids`, noisy patches [B, V, P] of (row, column, channel) values.
+          t: timesteps, ints of 0 .. T - 1, one for all images or [B].
+          label: classes, ints of 0 .. num_classes - 1, one for all images or [B]; num_classes, or
+            None for all images, means "no class".
+          visible_ids: patch numbers, ints of 0 .. N - 1, [B, V], for `x_t` in the same order.
+
+        Returns:
+          (x0, eps), float32 of `x_t`'s shape: x_t = signal x0 + noise eps at t. x0 is not clipped.
+
+        Raises:
+          ConfigError: for arguments of another shape, dtype or range.
+        """
+        x_t = arguments.floats("x_t", x_t)
+        if visible_ids is None:
+            arguments.check_shape("x_t", x_t, ("B", *self.image_shape))
+        else:
+            arguments.check_shape("visible_ids", visible_ids, ("B", "V"))
+            values = patches.patch_dim(self.config.model.patch_size, self.image_shape[2])
+            arguments.check_shape("x_t", x_t, (*np.shape(visible_ids), values))
+            visible_ids = arguments.ids(
+                "visible_ids", visible_ids, self.num_patches, np.shape(visible_ids)
+            )
+        batch = x_t.shape[0]
+        t_B = arguments.ids("t", t, self.num_timesteps, (batch,))
+        label_B = self._labels(label, batch)
+        return self._predict(self.params, *self._placed(x_t, t_B, label_B, visible_ids))
+
+    def add_noise(self, x0: ArrayLike, eps: ArrayLike, t: ArrayLike) -> jax.Array:
+        """x_t = signal x0 + noise eps, float32 of x0's shape.
+
+        Args:
+          x0: clean images in [-1, 1], or their patches: float [B, ...].
+          eps: unit normal noise of x0's shape.
+          t: timesteps, ints of 0 .. T - 1, one for all images or [B].
+        """
+        x0, eps = arguments.floats("x0", x0), arguments.floats("eps", eps)
+        arguments.check_shape("eps", eps, x0.shape)
+        level = self._process.at(
+            jnp.asarray(arguments.ids("t", t, self.num_timesteps, x0.shape[:1]))
+        )
+        return noised(level, x0, eps)
+
+    def sample(
+        self,
+        num: int,
+        sampler: str = "ddim",
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance_scale: float = 1.0,
+        label: int | None = None,
+        seed: int = 0,
+    ) -> np.ndarray:
+        """Draws images; as `--mode=sample`, image i depends on (seed, i) and the settings alone.
+
+        Args:
+          num: images. `config.sample.batch_size` of them are drawn at a time.
+          sampler: "ddim" or "ddpm".
+          steps: network evaluations per image, 1 to T.
+          eta: DDIM's noise: 0 is deterministic, 1 adds as much as DDPM.
+          guidance_scale: 1 is the plain model; any other needs a model with classes.
+          label: the class of all images; None: image i has class i mod num_classes.
+          seed: of the noise.
+
+        Returns:
+          uint8 [num, H, W, C].
+
+        Raises:
+          ConfigError: for a value that cannot work.
+        """
+        return self._drawn(self._sampling(num, sampler, steps, eta, guidance_scale, label, seed))
+
+    def score(
+        self,
+        num: int,
+        reference: str | pathlib.Path | None,
+        features: int = 768,
+        *,
+        metrics: tuple[str, ...] = ("fid",),
+        sampler: str = "ddim",
+        steps: int = 50,
+        eta: float = 0.0,
+        guidance_scale: float = 1.0,
+        label: int | None = None,
+        seed: int = 0,
+        inception_weights: str | pathlib.Path = "",
+    ) -> dict:
+        """Draws images and scores them against a set of real ones; see docs/scores.md.
+
+        Args:
+          num: images to draw, at least 2; thousands for a score that means something.
+          reference: a folder, a zip, a prepared set, or an .npz of statistics; None for the
+            training images of `config.data`.
+          features: 2048, 768, 192 or 64.
+          metrics: names in `quality.measure.METRICS`, except "memorisation".
+          sampler, steps, eta, guidance_scale, label, seed: as for `sample`.
+          inception_weights: file of the feature network; empty: downloaded once, if it is needed.
+
+        Returns:
+          A record as in scores.jsonl, without a held-out loss: "step", "scores" {name: value},
+          "definition", "warnings", the hashes of checkpoint and config, "seconds" and "device".
+
+        Raises:
+          ConfigError: for a value that cannot work, or sets or weights that give no such score.
+        """
+        start = time.perf_counter()
+        config = self._sampling(num, sampler, steps, eta, guidance_scale, label, seed)
+        given = {
+            "eval.num": num,
+            "eval.reference": str(reference or ""),
+            "eval.features": features,
+            "eval.metrics": metrics,
+            "eval.inception_weights": str(inception_weights),
+            "eval.heldout_split": "",
+        }
+        with arguments.said_in_python(self.score):
+            arguments.change(config, given)
+            if "memorisation" in config.eval.metrics:
+                raise ConfigError(
+                    "memorisation needs held-out images, which --mode=evaluate reads; type "
+                    "metrics=('fid',)"
+                )
+            scorer = evaluation.Evaluation(config, self._mesh)
+            drawn = self._drawn(config)
+            samples = reference_lib.ImageSet("the samples", drawn.shape[1:], num, drawn.__getitem__)
+            found = scorer.image_scores(samples)
+        return {
+            "step": self.step,
+            **found,
+            "heldout_loss": {},
+            "checkpoint_sha256": self._sha256,
+            "config_sha256": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest(),
+            "seconds": round(time.perf_counter() - start, 1),
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        }
+
+    def _sampling(self, num, sampler, steps, eta, guidance_scale, label, seed):
+        """The model's config with these settings, checked."""
+        config = self.config.copy_and_resolve_references()
+        given = {
+            "sample.num": num,
+            "sample.sampler": sampler,
+            "sample.steps": steps,
+            "sample.eta": eta,
+            "sample.guidance_scale": guidance_scale,
+            "sample.label": -1 if label is None else label,
+            "sample.seed": seed,
+        }
+        with arguments.said_in_python(self.sample):
+            arguments.change(config, given)
+            validate(config)
+        return config
+
+    def _drawn(self, config):
+        settings, num_devices = config.sample, self._mesh.size
+        by_batch = sharding.batch_sharding(self._mesh)
+        size = min(settings.batch_size, -(-settings.num // num_devices) * num_devices)
+        key = (settings.sampler, settings.steps, settings.eta, settings.guidance_scale)
+        if key not in self._draws:
+            self._draws[key] = draw.jit_draw(config, self._mesh, by_batch)
+        jitted = functools.partial(self._draws[key], seed=settings.seed, label=settings.label)
+        batches = draw.in_batches(jitted, self.params, range(settings.num), size, by_batch)
+        return np.concatenate([image_BHWC for _, image_BHWC in batches])
+
+    def _labels(self, label, batch):
+        if not self.num_classes:
+            if label is not None:
+                raise ConfigError(
+                    f"label is {label!r}, but this model has no classes; leave it out"
+                )
+            return None
+        label = self.num_classes if label is None else label
+        return arguments.ids("label", label, self.num_classes + 1, (batch,))
+
+    def _placed(self, *arrays):
+        """The arrays split over the devices, or whole on each if these do not divide the batch."""
+        by_batch = arrays[0].shape[0] % self._mesh.size == 0
+        where = (sharding.batch_sharding if by_batch else sharding.replicated)(self._mesh)
+        return [None if x is None else jax.device_put(x, where) for x in arrays]
+
+
+def load(
+    path: str | pathlib.Path,
+    *,
+    step: int | None = None,
+    weights: str = "ema",
+    fields: Mapping[str, object] | None = None,
+) -> Model:
+    """The model of a run, or of an official PyTorch checkpoint.
+
+    Args:
+      path: a run's workdir, its folder of checkpoints or one of them, or an official .pt file.
+      step: the checkpoint's; None for the newest that is whole.
+      weights: "ema", their average, or "raw".
+      fields: config fields by name that differ from the training's: how to compute
+        (`{"model.dtype": "float32"}`), or what an official file does not hold: "model.num_heads"
+        (if width and depth are not those of a named size), "data.image_size" (if not square), and
+        the noise schedule (if the file has no betas).
+
+    Raises:
+      ConfigError: if there is no such checkpoint, if it is damaged, or for fields that it
+        contradicts.
+    """
+    with arguments.said_in_python(load):
+        return Model(trained.read(path, step, weights, fields or {}))
+
+
+def _make_predict(config, mesh, process):
+    model = uvit.make_model(config, mesh)
+    patch_size, image_size = config.model.patch_size, config.data.image_size
+    num_timesteps = config.diffusion.num_timesteps
+    # In float64 for every t; a walk of T steps begins at T - 1.
+    inverse = jax.tree.map(
+        lambda x: to_device(np.broadcast_to(x, num_timesteps)[::-1]),
+        invert(process.ladder(num_timesteps, "timestep")),
+    )
+
+    def predict(params, x_t, t_B, label_B, visible_BV):
+        x_BVP = patches.patchify(x_t, patch_size) if visible_BV is None else x_t
+        level = process.at(t_B)
+        output = uvit.apply(
+            model,
+            params,
+            network_input(level, x_BVP),
+            level.time,
+            visible_BV=visible_BV,
+            label_B=label_B,
+        )
+        at_t = jax.tree.map(lambda x: x[t_B][:, None, None], inverse)
+        estimates = x0_and_eps(at_t, x_BVP, output)
+        if visible_BV is not None:
+            return estimates
+        return tuple(patches.unpatchify(x, patch_size, image_size) for x in estimates)
+
+    return predict

@@ -1,0 +1,180 @@
+"""A trained network from a run's checkpoint or an official PyTorch file: config and parameters.
+
+An official file holds no config. Its arrays give width, depth, patch size and channels, and its
+betas the noise schedule; `fields` give what is left.
+"""
+
+import hashlib
+import math
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from maskdm_jax import arguments, averages, checkpoint, draw, sharding
+from maskdm_jax.config import (
+    FIELDS,
+    check_field,
+    default_config,
+    described,
+    differences,
+    validate,
+    validate_devices,
+)
+from maskdm_jax.diffusion import ddpm
+from maskdm_jax.errors import ConfigError
+from maskdm_jax.fields import MEANING, SHAPE
+from maskdm_jax.model.sizes import SIZES
+from maskdm_jax.run import faults, files, hashes
+from maskdm_jax.run.progress import remark
+from maskdm_jax.weights import torch_io
+
+# What an official file leaves open; the second line only if it has no betas.
+_NOT_IN_A_FILE = ("model.num_heads", "data.image_size")
+_IN_BETAS = ("diffusion.schedule", "diffusion.num_timesteps")
+
+
+class Trained(NamedTuple):
+    """A trained network.
+
+    Fields:
+      config: of the training, with changed fields, for all devices of this process.
+      params: float32 parameters on the mesh of `config`.
+      step: updates of the checkpoint; None for an official file.
+      sha256: of the checkpoint or file.
+    """
+
+    config: Any
+    params: dict
+    step: int | None
+    sha256: str
+
+
+def read(
+    path: str | pathlib.Path, step: int | None, weights: str, fields: Mapping[str, object]
+) -> Trained:
+    """Reads a trained network; `maskdm_jax.load` documents arguments and errors."""
+    check_field("sample.weights", weights)
+    path = files.local_path(path, "path")
+    return _official(path, weights, fields) if path.is_file() else _run(path, step, weights, fields)
+
+
+def _run(path, step, weights, fields):
+    workdir, step = _find_run(path, step)
+    where = f"checkpoint {step} of {workdir}"
+    stored = checkpoint.load_config(workdir, step)
+    stored.sample.weights = weights
+    config = _configured(stored, fields, where)
+    abstract = draw.abstract_params(config, sharding.make_mesh(config))
+    if weights == "raw":
+        params = checkpoint.restore_item(workdir, step, "params", abstract)
+    else:
+        params = averages.restore(config, workdir, step, abstract, config.sample.ema_std)
+    faults.check_finite(params, where, "load(PATH) of another run")
+    sha256 = hashes.fingerprint(checkpoint.directory(workdir) / str(step))
+    return Trained(config, params, step, sha256)
+
+
+def _find_run(path, step):
+    """(workdir, step) of a workdir, of its checkpoints or of one of them."""
+    if path.name.isdecimal() and path.parent.name == "checkpoints":
+        path, step = path.parents[1], int(path.name)
+    elif path.name == "checkpoints":
+        path = path.parent
+    found = checkpoint.steps(path)
+    if not found:
+        what = "holds no checkpoint" if path.is_dir() else "does not exist"
+        raise ConfigError(
+            f"{path} {what}; expected a run's --workdir, or an official .pt file; type load(PATH)"
+        )
+    return path, checkpoint.find_step(path, step, instead="load(PATH) of another run")
+
+
+def _official(path, weights, fields):
+    try:
+        official = torch_io.load_official(str(path), weights)
+    except ValueError as error:
+        raise ConfigError(
+            f"{error}; expected an official .pt file, or a run's --workdir; type load(PATH)"
+        ) from error
+    except ImportError as error:
+        raise ConfigError(str(error)) from error
+    stored = default_config()
+    stored.update_from_flattened_dict(_official_fields(path, official, fields))
+    stored.sample.weights = weights
+    free = _NOT_IN_A_FILE + (_IN_BETAS if official.betas is None else ())
+    config = _configured(stored, fields, str(path), free)
+    abstract = draw.abstract_params(config, sharding.make_mesh(config))
+    shapes = [jax.tree.map(np.shape, tree) for tree in (official.params, abstract)]
+    if shapes[0] != shapes[1]:
+        raise ConfigError(
+            f"{path} holds weights that do not form the U-ViT of its width and depth for images "
+            f"of {config.data.image_size}; type fields={{'data.image_size': (HEIGHT, WIDTH)}}"
+        )
+    faults.check_finite(official.params, str(path), "load(PATH) of another file")
+    where = jax.tree.map(lambda x: x.sharding, abstract)
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return Trained(config, jax.device_put(official.params, where), None, sha256)
+
+
+def _official_fields(path, official, fields):
+    """The config fields that follow from an official file's arrays, and from `fields`."""
+    params, patch_size = official.params, official.patch_size
+    num_tokens, width = params["position"].shape
+    depth = 2 * sum(name.startswith("in_block_") for name in params) + 1
+    side = math.isqrt(num_tokens - 1)
+    found = {
+        "data.channels": official.channels,
+        "data.image_size": fields.get("data.image_size", (side * patch_size, side * patch_size)),
+        "model.width": width,
+        "model.depth": depth,
+        "model.patch_size": patch_size,
+        "model.mlp_ratio": params["mid_block"]["mlp_in"]["kernel"].shape[1] / width,
+        "model.qkv_bias": "q_bias" in params["mid_block"],
+        "diffusion.prediction": "eps",
+    }
+    known = {(s.width, s.depth): s.num_heads for s in SIZES.values()}
+    heads = fields.get("model.num_heads", known.get((width, depth)))
+    if heads is None:
+        raise ConfigError(
+            f"{path} has width {width} and depth {depth}, which is none of the sizes "
+            f"{', '.join(SIZES)}, and does not hold its number of attention heads; type "
+            "fields={'model.num_heads': HEADS}"
+        )
+    found["model.num_heads"] = heads
+    if official.betas is not None:
+        default = default_config().diffusion
+        schedule = ddpm.schedule_of(official.betas, default, found["data.image_size"])
+        if schedule == "unknown":
+            raise ConfigError(
+                f"{path} was trained with a noise schedule that is none of "
+                f"{FIELDS['diffusion.schedule'].kind.expected.removeprefix('one of ')}; "
+                "expected the betas of one of them; type load(PATH) of another file"
+            )
+        found |= dict(zip(_IN_BETAS, (schedule, len(official.betas)), strict=True))
+    for name, value in found.items():
+        check_field(name, value)
+    return found
+
+
+def _configured(stored, fields, where, free=()):
+    """The config to compute with on this process's devices."""
+    config = stored.copy_and_resolve_references()
+    config.mesh.update(data=-1, fsdp=1)
+    num_devices = jax.device_count()
+    config.sample.batch_size = -(-config.sample.batch_size // num_devices) * num_devices
+    arguments.change(config, fields)
+    names = [n for n in differences(config, stored, (SHAPE, MEANING)) if n not in free]
+    if names:
+        raise ConfigError(
+            f"fields do not fit {where}: {described(config, stored, names)}; leave out "
+            f"{', '.join(names)}"
+        )
+    validate(config)
+    validate_devices(config, num_devices, "sample")
+    if advice := sharding.bfloat16_advice(jax.devices()[0], config.model.dtype):
+        remark(f"{advice}; type fields={{'model.dtype': 'float32'}}")
+    return config
