@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from maskdm_jax import arguments, averages, checkpoint, draw, sharding
+from maskdm_jax import arguments, averages, checkpoint, draw, phases, sharding
 from maskdm_jax.config import (
     FIELDS,
     check_field,
@@ -22,6 +22,7 @@ from maskdm_jax.config import (
     differences,
     validate,
     validate_devices,
+    whole_images,
 )
 from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
@@ -64,7 +65,7 @@ def read(
 def _run(path, step, weights, fields):
     workdir, step = _find_run(path, step)
     where = f"checkpoint {step} of {workdir}"
-    stored = checkpoint.load_config(workdir, step)
+    stored = whole_images(phases.at(checkpoint.load_config(workdir, step), step).config)
     stored.sample.weights = weights
     config = _configured(stored, fields, where)
     abstract = draw.abstract_params(config, sharding.make_mesh(config))

@@ -54,7 +54,7 @@ ALLOWED = {
     },
     "arguments": {"config"},
     "trained": {
-        "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "run",
+        "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "phases", "run",
         "weights.torch_io",
     },
     "api": {
