@@ -12,8 +12,8 @@ from configs import finetune_digits
 
 def get_config():
     config = finetune_digits.get_config()
-    masked = {"mask.kind": "patch", "optim.lr_peak": 2e-3, "optim.lr_schedule": "constant"}
-    config.phases = ((1600, masked), (2600, {}))
-    config.train.num_steps = 1600 + 2600
-    config.train.sample_every_steps = 2100  # once in the second phase, and at its end
+    masked = {"mask.kind": "patch", "optim.lr_schedule": "constant"}
+    config.phases = ((1000, masked), (2200, {}))
+    config.train.num_steps = 1000 + 2200
+    config.train.sample_every_steps = 1600  # once in the second phase, and at its end
     return config

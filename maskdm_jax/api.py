@@ -198,8 +198,9 @@ class Model:
                     "metrics=('fid',)"
                 )
             scorer = evaluation.Evaluation(config, self._mesh)
+            scorer.measure_sets()
             drawn = self._drawn(config)
-            samples = reference_lib.ImageSet("the samples", drawn.shape[1:], num, drawn.__getitem__)
+            samples = reference_lib.Images("the samples", drawn.shape[1:], num, drawn.__getitem__)
             found = scorer.image_scores(samples)
         return {
             "step": self.step,

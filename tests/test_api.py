@@ -18,6 +18,7 @@ from maskdm_jax.diffusion import ddpm, make_process
 from maskdm_jax.diffusion.process import invert, network_input, noised, x0_and_eps
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import patches, uvit
+from maskdm_jax.phases import phases
 from maskdm_jax.run.telemetry import described_scores
 from maskdm_jax.state import abstract_state, init_state
 from maskdm_jax.weights import torch_io
@@ -90,7 +91,7 @@ def test_predictions_on_visible_patches_have_the_loss_that_training_reports(work
     }
     process = make_process(config.diffusion, config.data.image_size)
     drawn = step.draw_examples(config, process, batch, state.step)
-    _, metrics = step.jit_train_step(config, mesh)(state, {}, batch)  # donates the state
+    _, metrics = step.jit_train_step(phases(config)[0], mesh)(state, {}, batch)  # donates the state
 
     model = maskdm_jax.load(workdir, weights="raw")
     x_t = model.add_noise(drawn["x0"], drawn["eps"], drawn["t"])

@@ -47,7 +47,7 @@ def ends(config):
 def test_a_config_without_phases_is_one_phase_with_that_config(tiny_config):
     (phase,) = phases.phases(tiny_config)
     assert phase.config is tiny_config
-    assert (phase.first_step, phase.last_step, phase.first_image) == (0, 1600, 0)
+    assert (phase.first_step, phase.last_step, phase.first_image) == (0, 1000, 0)
 
 
 def test_shares_are_relative_and_divide_the_steps(tiny_config):
@@ -137,6 +137,7 @@ def test_the_phases_of_the_digits_are_the_two_stages():
         assert phase.num_steps == stage.train.num_steps
         different = {"train.num_steps", "train.sample_every_steps", "phases"}
         different |= {f"sample.{name}" for name in ("sampler", "steps", "guidance_scale")}
+        different |= {f"eval.{name}" for name in ("num", "metrics", "heldout_split")}
         assert set(config_lib.differences(phase.config, stage)) <= different
 
 
