@@ -33,8 +33,8 @@ def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     config = _from_file(path)
     for change in {change.partition("=")[0]: change for change in changes}.values():
         set_field(config, change)
-    _check_effect(config, changes)
     phases.validate(config)
+    _check_effect(config, changes)
     return config
 
 

@@ -127,7 +127,9 @@ class Evaluation:
             unmeasured = {  # by path: the training images may be the reference, too
                 self._path(name) or name: opened.count
                 for name, opened in self._sets.items()
-                if isinstance(opened, reference.Images) and not self._is_kept(name)
+                if isinstance(opened, reference.Images)
+                and name not in self._measured
+                and not self._is_kept(name)
             }
             (count,) = distributed.agreed([sum(unmeasured.values())])
             count += num_records * (config.sample.num + self._num_floor_samples())

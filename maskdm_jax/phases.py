@@ -106,10 +106,17 @@ def check_resumes(config, stored, step: int, where: str) -> None:
     """
     here, there = at(config, step), at(stored, step)
     names = config_lib.differences(here.config, there.config, (SHAPE, MEANING))
-    if not names:
-        return
     run = ("phases", "phases_by", "train.num_steps")
     plan = [name for name in run if get(config, name) != get(stored, name)]
+    if not names and config.optim.ema == "power" and here.ema_first_step != there.ema_first_step:
+        raise ConfigError(
+            f"phase {here.index + 1} starts after step {here.first_step} here, but after step "
+            f"{there.first_step} in the checkpoint of step {step} in {where}, whose power averages "
+            f"began there; type {config_lib.as_flags(stored, plan)} to go on with them, or another "
+            "--workdir to start afresh"
+        )
+    if not names:
+        return
     typed = [n for n in names if not can_change(n)] + (plan or [n for n in names if can_change(n)])
     raise ConfigError(
         f"the checkpoint of step {step} in {where} is from a phase with another network: "

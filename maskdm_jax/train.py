@@ -264,17 +264,17 @@ def _own_step(config, workdir):
     step = checkpoint.find_step(workdir, set_aside=not config.train.dry_run)
     stored = checkpoint.load_record(workdir, step)
     before = from_dict(stored["config"])
+    # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
+    kind = phases.at(before, step).config.mask.kind
+    if not config.phases and (config.mask.kind == "none") != (kind == "none"):
+        raise ConfigError(
+            f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with {kind!r}; to start "
+            f"from its weights, type another --workdir and --config.init.path={quoted(workdir)}"
+        )
     if config.phases or before.phases:
         phases.check_resumes(config, before, step, str(workdir))
-        return step, stored
-    # Fine-tuning must not resume pre-training's own workdir, with its optimizer and step count.
-    if (config.mask.kind == "none") != (before.mask.kind == "none"):
-        raise ConfigError(
-            f"mask.kind is {config.mask.kind!r}, but {workdir} holds a run with "
-            f"{before.mask.kind!r}; to start from its weights, type another --workdir and "
-            f"--config.init.path={quoted(workdir)}"
-        )
-    check_same_architecture(config, before, str(workdir))
+    else:
+        check_same_architecture(config, before, str(workdir))
     return step, stored
 
 

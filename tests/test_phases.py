@@ -331,3 +331,35 @@ def test_a_run_out_of_memory_in_a_phase_is_sent_to_the_dry_run(tiny_config):
     with pytest.raises(ConfigError, match="one of the phases .* --config.train.dry_run=True"):
         with memory.explained(three_phases(tiny_config), "train"):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 1 GiB")
+
+
+def test_power_averages_do_not_go_on_from_another_boundary(tiny_config):
+    stored = phased(tiny_config, (1, MASKED), (2, MASKED), train__num_steps=6, optim__ema="power")
+    longer = stored.copy_and_resolve_references()
+    longer.train.num_steps = 12
+    with pytest.raises(ConfigError, match="--config.train.num_steps=6 to go on with them"):
+        phases.check_resumes(longer, stored, 6, "W")
+    longer.phases = ((2, MASKED), (10, MASKED))
+    phases.check_resumes(longer, stored, 6, "W")
+
+
+def test_fine_tuning_does_not_resume_a_masked_run_in_phases(tiny_config, tmp_path):
+    config = phased(tiny_config, (1, {}), (1, {"optim.lr_peak": 1e-3}), train__num_steps=2)
+    config.train.sample_every_steps = 0
+    train.train(config, tmp_path / "W")
+    config.phases, config.mask.kind, config.train.num_steps = (), "none", 4
+    with pytest.raises(ConfigError, match="holds a run with 'patch'"):
+        train.train(config, tmp_path / "W")
+
+
+def test_malformed_phases_of_a_file_are_explained_beside_a_typed_field(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from configs import pretrain_digits\n\n"
+        "def get_config():\n"
+        "    config = pretrain_digits.get_config()\n"
+        "    config.phases = ((3,),)\n"
+        "    return config\n"
+    )
+    with pytest.raises(ConfigError, match="phases is"):
+        config_file.load(str(path), ["seed=1"])

@@ -237,6 +237,17 @@ def test_the_command_line_gives_the_config_of_the_run(tmp_path, monkeypatch, in_
     assert config_file.load(file, changes) == config
 
 
+def test_a_field_that_every_phase_sets_is_not_typed(tmp_path):
+    config = finetune_digits.get_config()
+    config.optim.lr_peak = 5e-4  # without effect, and main.py refuses the flag
+    config.phases = ((1, {"optim.lr_peak": 1e-3}), (1, {"optim.lr_peak": 2e-3}))
+    workdir = fake_run(tmp_path / "finetune", config)
+    typed = commands.train(*runs.read([workdir]), commands.shipped())
+    flags = [part.removeprefix("--config.") for part in shlex.split(typed) if ".phases=" in part]
+    assert "--config.optim.lr_peak" not in typed
+    assert config_file.load("configs/finetune_digits.py", flags).phases == config.phases
+
+
 def test_of_equal_config_files_the_one_named_like_the_workdir_is_typed(stages):
     for run, name in zip(runs.read(stages), ("pretrain", "finetune", "scratch"), strict=True):
         typed = commands.train(run, commands.shipped())

@@ -39,7 +39,13 @@ def command(config, workdir: str, configs: dict, flags: Iterable[str] = ()) -> s
       flags: more of them.
     """
     choices = {**configs, DEFAULTS: default_config()}
-    changed = {file: differences(config, other) for file, other in choices.items()}
+    # What every phase sets itself has no effect, so main.py refuses a flag for it.
+    sets = [changes.keys() for _, changes in config.phases]
+    ignored = set.intersection(*map(set, sets)) if sets else set()
+    changed = {
+        file: [name for name in differences(config, other) if name not in ignored]
+        for file, other in choices.items()
+    }
     file = min(changed, key=lambda name: (len(changed[name]), -_likeness(name, workdir)))
     first = f"python main.py --config={file} --workdir={quoted(workdir)}"
     return " \\\n  ".join([first, *[as_flags(config, [name]) for name in changed[file]], *flags])
