@@ -139,9 +139,7 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
     cost, trained = [], 0.0
     for index, (share, fields) in enumerate(study.ARMS[run.arm]):
         config = study.get_config()
-        for name, value in fields.items():
-            group, _, leaf = name.rpartition(".")
-            (config[group] if group else config)[leaf] = value
+        config.update_from_flattened_dict(fields)
         for change in changes:
             config_file.set_field(config, change)
         config.seed, config.init.path = run.seed, before
