@@ -57,20 +57,40 @@ POOL = DROP | {"mask.hidden": "pool"}
 PATCH8 = {"model.patch_size": 8, "train.batch_size": 256, "optim.lr_end": 0.3}
 
 # The first word of a name is its family.
-ARMS = {
-    "scratch": whole(),
-    "scratch_lr4": whole(optim__lr_peak=4e-4),
-    "scratch_lr12": whole(optim__lr_peak=1.2e-3, optim__warmup_steps=100),  # diverges
-    "scratch_b32": whole(train__batch_size=32),
-    "scratch_p8": whole(model__patch_size=8),
-    "scratch_logit_normal": whole(diffusion__draw="logit_normal"),
-    "scratch_perturbed": whole(diffusion__input_perturbation=0.1),
-    "scratch_muon": whole(optim__name="muon"),
-} | {
-    f"{name}_{share}": cheap_first(share / 100, first)
-    for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
-    for share in (30, 50, 60, 75, 80, 90)
-}
+ARMS = (
+    {
+        "scratch": whole(),
+        "scratch_lr4": whole(optim__lr_peak=4e-4),
+        "scratch_lr12": whole(optim__lr_peak=1.2e-3, optim__warmup_steps=100),  # diverges
+        "scratch_b32": whole(train__batch_size=32),
+        "scratch_b16": whole(train__batch_size=16),
+        "scratch_b32_lr4": whole(train__batch_size=32, optim__lr_peak=4e-4),
+        "scratch_b32_muon": whole(train__batch_size=32, optim__name="muon"),
+        "scratch_b32_muon_logit_normal": whole(
+            train__batch_size=32, optim__name="muon", diffusion__draw="logit_normal"
+        ),
+        "scratch_p8": whole(model__patch_size=8),
+        "scratch_b32_logit_normal": whole(train__batch_size=32, diffusion__draw="logit_normal"),
+        "scratch_b32_perturbed": whole(train__batch_size=32, diffusion__input_perturbation=0.1),
+    }
+    | {
+        f"{name}_{share}": cheap_first(share / 100, first)
+        for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
+        for share in (30, 50, 60, 75, 80, 90)
+    }
+    | {
+        f"{name}_{share}_b32": cheap_first(share / 100, first, {"train.batch_size": 32})
+        for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
+        for share in (60, 75, 80, 90)
+    }
+    | {
+        f"{name}_{share}_b32_muon": cheap_first(
+            share / 100, first, {"train.batch_size": 32}, optim__name="muon"
+        )
+        for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
+        for share in (15, 30, 50, 60, 75, 80)
+    }
+)
 
 PIECES = {
     "tune_scratch": runs([name for name in ARMS if name.startswith("scratch")], 120),
