@@ -17,7 +17,6 @@ import statistics
 import sys
 from typing import NamedTuple
 
-import numpy as np
 from PIL import Image
 
 from maskdm_jax.errors import ConfigError
@@ -25,9 +24,7 @@ from maskdm_jax.fields import TEXT
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files
 from studies.compute_matched import read_rows
-
-_BASELINE = "scratch"
-_COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"}
+from studies.plots import BASELINE, plot_arms, plot_bins, plot_scores
 
 
 class Point(NamedTuple):
@@ -115,10 +112,10 @@ def factors(found: list[Point]) -> list[list[str]]:
     for point in found:
         arms.setdefault(point.arm, []).append(point)
     rows = []
-    for budget in sorted({point.seconds for point in found if point.family == _BASELINE}):
-        best = next(p for p in found if p.family == _BASELINE and p.seconds == budget)
+    for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
+        best = next(p for p in found if p.family == BASELINE and p.seconds == budget)
         for arm, of_arm in arms.items():
-            if of_arm[0].family == _BASELINE:
+            if of_arm[0].family == BASELINE:
                 continue
             if when := seconds_to(of_arm, best.score):
                 seconds, bound = when
@@ -138,51 +135,13 @@ def best_of_families(found: list[Point], seconds: float) -> list[Point]:
     return list(best.values())
 
 
-def plot_scores(found: list[Point], floor: float, score: str):
-    """Score against each cost; one line per arm, one colour per family."""
-    figure, axes = _subplots(len(_COSTS))
-    families = list(dict.fromkeys(point.family for point in found))
-    for axis, (cost, label) in zip(axes, _COSTS.items(), strict=True):
-        for number, family in enumerate(families):
-            arms = {}
-            for point in found:
-                if point.family == family:
-                    arms.setdefault(point.arm, []).append(point)
-            for index, of_arm in enumerate(arms.values()):
-                of_arm = sorted(of_arm, key=lambda point: point.seconds)
-                costs = [getattr(point, cost) for point in of_arm]
-                scores = [point.score for point in of_arm]
-                spread = [
-                    [point.score - min(point.scores) for point in of_arm],
-                    [max(point.scores) - point.score for point in of_arm],
-                ]
-                axis.errorbar(
-                    costs, scores, spread, fmt="o-", markersize=4, color=f"C{number}",
-                    alpha=0.8, label=None if index else family,
-                )  # fmt: skip
-        axis.set(xscale="log", yscale="log", xlabel=label)
-        if math.isfinite(floor):
-            axis.axhline(floor, color="grey", linestyle=":", label="floor")
-        axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel(score)
-    axes[0].legend()
-    return figure
-
-
-def plot_bins(best: list[Point]):
-    """Held-out loss by noise level over that of the best scratch run, at one budget."""
-    baseline = next((point for point in best if point.family == _BASELINE), None)
-    if baseline is None:
-        return None
-    figure, (axis,) = _subplots(1)
-    for point in best:
-        axis.plot(range(len(BINS)), np.divide(point.bins, baseline.bins), "o-", label=point.arm)
-    axis.set_xticks(range(len(BINS)), BINS, rotation=45, ha="right")
-    axis.set(xlabel="ln(signal² / noise²)", ylabel=f"held-out loss / that of {baseline.arm}")
-    axis.set_title(f"{baseline.seconds:g} s")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    return figure
+def compared_budget(found: list[Point]) -> float:
+    """The longest budget at which scratch and another family were run; else the longest."""
+    families = {}
+    for point in found:
+        families.setdefault(point.seconds, set()).add(point.family)
+    shared = [s for s, names in families.items() if len(names) > 1 and BASELINE in names]
+    return max(shared or families)
 
 
 def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None = None) -> None:
@@ -197,9 +156,13 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     found = points(rows, score)
     floor = next((float(row["floor"]) for row in rows if row["floor"]), math.nan)
     out.mkdir(parents=True, exist_ok=True)
-    longest = max(point.seconds for point in found)
-    best = best_of_families(found, longest)
-    figures = {"scores.png": plot_scores(found, floor, score), "noise_levels.png": plot_bins(best)}
+    budget = compared_budget(found)
+    best = best_of_families(found, budget)
+    figures = {
+        "arms.png": plot_arms(found, floor, score, budget),
+        "scores.png": plot_scores(found, floor, score),
+        "noise_levels.png": plot_bins(best),
+    }
     for name, figure in figures.items():
         if figure is not None:
             figure.savefig(out / name, dpi=110)
@@ -219,8 +182,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         shown = [point for point in found if point.seconds == seconds]
         parts += [f"<h2>{seconds:g} device-seconds</h2>", _table(_HEADINGS, map(_cells, shown))]
     for point in best if grids else ():
-        for path in sorted(grids.glob(f"{point.arm}_{longest:g}s_seed*.png"))[:1]:
-            parts += [f"<h2>{point.arm}, {longest:g} s</h2>", _picture(_small(path), "jpeg")]
+        for path in sorted(grids.glob(f"{point.arm}_{budget:g}s_seed*.png"))[:1]:
+            parts += [f"<h2>{point.arm}, {budget:g} s</h2>", _picture(_small(path), "jpeg")]
     style = (
         "body{font:16px sans-serif;max-width:70rem;margin:auto;padding:1rem}"
         "table{border-collapse:collapse;display:block;overflow-x:auto}"
@@ -277,18 +240,6 @@ def _small(path):
     with Image.open(path) as image:
         image.convert("RGB").save(buffer, "jpeg", quality=85)
     return buffer.getvalue()
-
-
-def _subplots(count):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(5.2 * count, 4.2), layout="constrained", squeeze=False, sharey=True
-    )
-    return figure, axes[0]
 
 
 def main(argv: list[str] | None = None) -> None:

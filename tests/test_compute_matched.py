@@ -51,11 +51,17 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
     ]
 
 
+def test_families_are_compared_where_scratch_and_another_were_run():
+    both = [row(), row("drop_60"), row(seconds=300.0), row("drop_60", 600.0)]
+    assert page.compared_budget(as_points(*both)) == 120
+    assert page.compared_budget(as_points(row(), row(seconds=300.0))) == 300
+
+
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
     page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
     text = (tmp_path / "page.html").read_text()
-    assert "http" not in text and text.count("data:image/png") == 2
+    assert "http" not in text and text.count("data:image/png") == 3
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
