@@ -156,7 +156,6 @@ def test_clipping_bounds_the_gradient_and_decay_reaches_every_parameter():
     config.optim.clip_norm = 1.0
     config.optim.lr_peak = 0.1
     config.optim.weight_decay = 0.5
-    optimizer = optim.make_optimizer(config, 110)
     optimizer = optim.make_optimizer(config, 10)
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
     zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros((2,))}
