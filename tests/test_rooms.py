@@ -48,6 +48,9 @@ ALLOWED = {
     "score_sets": {"config", "data", "quality", "run"},
     "evaluation": {"config", "data", "draw", "heldout", "quality", "run", "score_sets"},
     "compare": {"quality", "run"},
+    "main": {
+        "checkpoint", "config", "config_file", "evaluate", "phases", "run", "sample", "train",
+    },
     "evaluate": {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
         "sample",
