@@ -19,22 +19,32 @@ from maskdm_jax.fields import TEXT, one_of, whole
 from maskdm_jax.run import command_line, files
 
 _EXAMPLE = "python main.py --config=configs/pretrain_digits.py --workdir=/tmp/digits"
+MODES = {
+    "train": "Trains a config. The same command resumes.",
+    "sample": "Draws images from the trained model.",
+    "evaluate": "Draws images from the trained model, and scores them.",
+}
 
 
-def main():
-    parser = command_line.Parser(__doc__, _EXAMPLE, FIELDS)
+def main(mode: str | None = None, argv: list[str] | None = None) -> None:
+    """The command line of main.py; or of `maskdm MODE`, which has no flag --mode.
+
+    Args:
+      mode: "train", "sample" or "evaluate"; None for main.py.
+      argv: the arguments; None for this process's.
+    """
+    typed = f"maskdm {mode} --config=pretrain_digits --workdir=/tmp/digits"
+    about, example = (__doc__, _EXAMPLE) if mode is None else (MODES[mode], typed)
+    parser = command_line.Parser(about, example, FIELDS)
     parser.flag("--config", TEXT, "a file in configs/, or FILE:ARGUMENT", required=True)
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
-    parser.flag(
-        "--mode",
-        one_of("train", "sample", "evaluate"),
-        "train, draw samples, or score them",
-        "train",
-    )
+    if mode is None:
+        parser.flag("--mode", one_of(*MODES), "train, draw samples, or score them", "train")
     parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
     parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
     parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")
-    args = parser.parse()
+    args = parser.parse(argv)
+    mode = mode or args.mode
     config = config_file.load(args.config, args.changes)
     workdir = files.local_path(args.workdir, "--workdir")
 
@@ -44,9 +54,9 @@ def main():
     memory.set_gpu_memory_fraction()
     with distributed.errors_end_all_processes(args.process_id):
         distributed.start(args.coordinator, args.num_processes, args.process_id)
-        phases.validate_devices(config, distributed.num_devices(), args.mode)
+        phases.validate_devices(config, distributed.num_devices(), mode)
         _use_compilation_cache(workdir)
-        _run(config, args.mode, workdir)
+        _run(config, mode, workdir)
 
 
 def _run(config, mode, workdir):
