@@ -136,7 +136,7 @@ def test_a_pod_gets_the_code_and_nothing_else_from_the_checkout(tmp_path):
         names = set(archive.getnames())
     assert {"main.py", "configs/pretrain_digits.py", "launch/keep_running.sh"} <= names
     assert {name.split("/")[0] for name in names} == {
-        "main.py", "maskdm_jax", "configs", "launch", "setup.py", "pyproject.toml",
+        "main.py", "maskdm_jax", "configs", "launch", "README.md", "setup.py", "pyproject.toml",
         "constraints.txt",
     }  # fmt: skip
     assert not any("__pycache__" in name for name in names)
