@@ -50,9 +50,10 @@ def test_an_installed_package_finds_its_configs_without_a_checkout(sources, tmp_
     assert len(said.split()) == len(names(ROOT / "configs")) - 1  # all but __init__.py
 
 
-def test_the_version_of_setup_py_is_that_of_the_package(sources):
+def test_setup_py_and_the_citation_name_the_version_of_the_package(sources):
     said = run(sys.executable, "setup.py", "--version", cwd=sources)
     assert said.split()[-1] == maskdm_jax.__version__
+    assert f"\nversion: {maskdm_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 @pytest.mark.slow

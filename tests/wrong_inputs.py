@@ -1,7 +1,7 @@
 """A table of wrong inputs: what each must be answered with. `python tests/wrong_inputs.py [WORD]`.
 
 Every wrong input ends with one sentence on stderr, "error: ...", and an exit code of
-docs/running.md's table. The sentence has the given value, what is expected, and what to type; what
+docs/resume.md's table. The sentence has the given value, what is expected, and what to type; what
 it says to type is itself accepted. This script runs each row (those whose label has WORD in it) and
 prints the answers; test_wrong_inputs.py does the same in `make test-slow`.
 
