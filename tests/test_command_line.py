@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import types
 
 import pytest
 from conftest import ROOT
@@ -196,14 +197,14 @@ def test_a_config_file_imports_its_neighbours_in_configs_and_else_the_shipped(
     for folder in (tmp_path, tmp_path / "configs"):
         (folder / "mine.py").write_text(text)
     neighbour = f"{CONFIG}    c = default_config()\n    c.seed = 7\n    return c\n"
-    before = sys.modules.get("configs")
+    monkeypatch.setitem(sys.modules, "configs", before := types.ModuleType("configs"))
     for folder, seed in ((tmp_path, 0), (tmp_path / "configs", 0)):
         assert config_file.load(str(folder / "mine.py")).seed == seed
     for folder in (tmp_path, tmp_path / "configs"):
         (folder / "pretrain_digits.py").write_text(neighbour)
     for folder, seed in ((tmp_path, 0), (tmp_path / "configs", 7)):
         assert config_file.load(str(folder / "mine.py")).seed == seed
-    assert sys.modules.get("configs") is before
+    assert sys.modules["configs"] is before
 
 
 def test_maskdm_answers_a_wrong_command_with_the_nearest(capsys):
