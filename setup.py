@@ -1,5 +1,7 @@
 """The package and its extras. constraints.txt lists the tested versions."""
 
+import pathlib
+
 from setuptools import find_packages, setup
 
 # JAX requires the matching libtpu, which has wheels for Linux on x86-64 only.
@@ -9,9 +11,23 @@ setup(
     name="maskdm_jax",
     version="0.1.0",
     description="Masked diffusion models in JAX: masked pre-training, fine-tuning, sampling",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["maskdm_jax", "maskdm_jax.*"]),
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    # A wheel has the files of configs/ inside the package; config_file.py finds them there.
+    packages=[*find_packages(include=["maskdm_jax", "maskdm_jax.*"]), "maskdm_jax.configs"],
+    package_dir={"maskdm_jax.configs": "configs"},
     package_data={"maskdm_jax": ["py.typed"]},
+    entry_points={"console_scripts": ["maskdm = maskdm_jax.__main__:main"]},
     python_requires=">=3.11",
     install_requires=[
         "array_record>=0.8",

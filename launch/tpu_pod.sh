@@ -105,7 +105,8 @@ install() {
   local archive=${TMPDIR-/tmp}/maskdm_jax.tar.gz
   # Listed by name, since a checkout may also hold runs and data.
   run tar --create --gzip --file="$archive" --directory="$(realpath "$(dirname "$0")/..")" \
-    --exclude=__pycache__ main.py maskdm_jax configs launch setup.py pyproject.toml constraints.txt
+    --exclude=__pycache__ main.py maskdm_jax configs launch README.md setup.py pyproject.toml \
+    constraints.txt
   run gcloud compute tpus tpu-vm scp "$archive" "$name:maskdm_jax.tar.gz" "${where[@]}" --worker=all
   local steps=(
     # The images' own Python is older than 3.11.

@@ -53,9 +53,10 @@ def compare(
     records = {run: read_scores(files.local_path(run, "--runs")) for run in runs}
     for run, found in records.items():
         if not found:
+            typed = command_line.typed_mode("evaluate", f"--config=... --workdir={run}")
             raise ConfigError(
                 f"{run} holds no scores.jsonl; expected the --workdir of a run that was scored; "
-                f"type python main.py --config=... --workdir={run} --mode=evaluate first"
+                f"type {typed} first"
             )
     records = _selected(records, step, ema_std)
     num = num or max(r["definition"]["n"] for found in records.values() for r in found)

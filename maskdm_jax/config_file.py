@@ -1,13 +1,19 @@
 """The config of a command: a file in configs/, then what --config.FIELD=VALUE changes in it.
 
+The files of configs/ are found from any folder, under their path or their name alone, and any
+config file may import them (`from configs import pretrain_digits`).
+
 A file with variants declares their names, such as ARGUMENTS = ("ours", "paper"), and its
 get_config(argument) makes each. `--config=FILE:paper` chooses one; FILE alone means the first.
 """
 
+import contextlib
 import importlib.util
 import pathlib
+import sys
 import traceback
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Iterator
 
 from ml_collections import config_dict
 
@@ -18,13 +24,17 @@ from maskdm_jax.fields import nearest_word, quoted, typed
 from maskdm_jax.run import files
 
 _EXAMPLE = "configs/pretrain_digits.py"
+_PACKAGE = pathlib.Path(__file__).parent
+# A wheel has configs/ inside the package, a checkout beside it.
+_SHIPPED = next(each for each in (_PACKAGE, _PACKAGE.parent) if (each / "configs").is_dir())
 
 
 def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     """The valid, locked config of a command.
 
     Args:
-      path: a Python file with a function get_config(), or FILE:ARGUMENT.
+      path: a Python file with a function get_config(), or FILE:ARGUMENT; or the name of a file in
+        configs/, without its suffix.
       changes: "FIELD=VALUE" each; the last one of a field counts.
 
     Raises:
@@ -36,6 +46,12 @@ def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     phases.validate(config)
     _check_effect(config, changes)
     return config
+
+
+def shipped() -> list[str]:
+    """The paths of the files in configs/, which `load` takes in any folder."""
+    files = (_SHIPPED / "configs").glob("[a-z]*.py")
+    return sorted(str(path.relative_to(_SHIPPED)) for path in files)
 
 
 def set_field(config: config_dict.ConfigDict, change: str) -> None:
@@ -87,21 +103,24 @@ def _from_file(path):
     given = path
     path, has_argument, argument = _split(path)
     files.local_path(path, "--config")  # refuses what is no path
-    file = pathlib.Path(path).expanduser()
+    file = _found(path)
     if file.suffix != ".py" or not file.is_file():
+        names = ", ".join(pathlib.Path(each).stem for each in shipped())
         raise ConfigError(
-            f"--config is {given!r}, which is {_kind(file)}; expected a Python file, such as those "
-            f"in configs/; type --config={_nearest_file(file)}{given.removeprefix(path)}"
+            f"--config is {given!r}, which is {_kind(file)}; expected a Python file, or a file in "
+            f"configs/ by its name ({names}); type "
+            f"--config={_nearest_file(file)}{given.removeprefix(path)}"
         )
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
         fault = "it has no function get_config()"
-        if hasattr(module, "get_config"):
-            chosen = _argument(path, module, argument if has_argument else None)
-            config = module.get_config(*chosen)
-            fault = _fault(config)
+        with _configs_importable(file):
+            spec.loader.exec_module(module)
+            if hasattr(module, "get_config"):
+                chosen = _argument(path, module, argument if has_argument else None)
+                config = module.get_config(*chosen)
+                fault = _fault(config)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything
@@ -113,6 +132,42 @@ def _from_file(path):
             f"--config={_EXAMPLE}"
         )
     return config.lock()
+
+
+def _found(path):
+    """The file of this path; if there is none, the one in configs/ of this path or name."""
+    file = pathlib.Path(path).expanduser()
+    for each in shipped():
+        if not file.is_file() and path in (each, pathlib.Path(each).stem):
+            return _SHIPPED / each
+    return file
+
+
+@contextlib.contextmanager
+def _configs_importable(file) -> Iterator[None]:
+    """Inside, `from configs import NAME` finds the shipped NAME.py.
+
+    If `file` lies in another folder of that name, its neighbours come first.
+    """
+
+    def loaded():
+        return {
+            name: each for name, each in sys.modules.items() if f"{name}.".startswith("configs.")
+        }
+
+    package = types.ModuleType("configs")
+    own = [str(file.parent)] if file.absolute().parent.name == "configs" else []
+    package.__path__ = [*own, str(_SHIPPED / "configs")]
+    before = loaded()
+    for name in before:
+        del sys.modules[name]
+    sys.modules["configs"] = package
+    try:
+        yield
+    finally:
+        for name in loaded():
+            del sys.modules[name]
+        sys.modules.update(before)
 
 
 def _split(path):
@@ -147,10 +202,11 @@ def _kind(file):
 
 
 def _nearest_file(file):
-    files = [
+    here = [
         *sorted(file.parent.glob("[a-z]*.py")),
         *sorted(pathlib.Path("configs").glob("[a-z]*.py")),
     ]
+    files = [*here, *map(pathlib.Path, shipped())]
     near = nearest_word(file.stem, [each.stem for each in files])
     return next((each for each in files if each.stem == near), _EXAMPLE)
 

@@ -1,9 +1,13 @@
 """The command line in this process: flags, the config's file and its fields."""
 
+import signal
+import sys
+import types
+
 import pytest
 from conftest import ROOT
 
-from maskdm_jax import config_file
+from maskdm_jax import __main__, config_file
 from maskdm_jax.config import FIELDS
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import COUNT, TEXT, one_of
@@ -155,11 +159,76 @@ def test_a_config_file_that_fails_is_named_with_the_line(tmp_path, text, fault):
     assert "type --config=configs/pretrain_digits.py" in said
 
 
-@pytest.mark.parametrize(
-    "path", ["configs", "configs/pretrain_digit.py", "pretrain_digits", "x.md"]
-)
+@pytest.mark.parametrize("path", ["configs", "configs/pretrain_digit.py", "pretrain_digit", "x.md"])
 def test_a_path_that_is_no_config_is_answered_with_one_that_is(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ConfigError, match=f"--config is '{path}'.*type --config=configs/") as error:
         config_file.load(path)
     config_file.load(str(error.value).partition("type --config=")[2])
+
+
+@pytest.mark.parametrize("typed", ["phases_digits", "configs/phases_digits.py"])
+def test_a_shipped_config_is_found_from_any_folder(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    expected = config_file.load("configs/phases_digits.py")
+    monkeypatch.chdir(tmp_path)
+    assert config_file.load(typed) == expected
+    # A folder of this name, such as a workdir, is not meant; a file in the current folder is.
+    (tmp_path / "phases_digits").mkdir()
+    assert config_file.load(typed) == expected
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "phases_digits.py").write_text(f"{CONFIG}    return 0\n")
+    with pytest.raises(ConfigError, match="get_config.. returns a int"):
+        config_file.load("configs/phases_digits.py")
+
+
+def test_every_shipped_config_is_named_and_loads():
+    shipped = config_file.shipped()
+    assert shipped == sorted(f"configs/{p.name}" for p in (ROOT / "configs").glob("[a-z]*.py"))
+    assert all(config_file.load(path) for path in shipped)
+
+
+def test_a_config_file_imports_its_neighbours_in_configs_and_else_the_shipped(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", str(ROOT))])
+    (tmp_path / "configs").mkdir()
+    text = "from configs import pretrain_digits\nget_config = pretrain_digits.get_config\n"
+    for folder in (tmp_path, tmp_path / "configs"):
+        (folder / "mine.py").write_text(text)
+    neighbour = f"{CONFIG}    c = default_config()\n    c.seed = 7\n    return c\n"
+    monkeypatch.setitem(sys.modules, "configs", before := types.ModuleType("configs"))
+    for folder, seed in ((tmp_path, 0), (tmp_path / "configs", 0)):
+        assert config_file.load(str(folder / "mine.py")).seed == seed
+    for folder in (tmp_path, tmp_path / "configs"):
+        (folder / "pretrain_digits.py").write_text(neighbour)
+    for folder, seed in ((tmp_path, 0), (tmp_path / "configs", 7)):
+        assert config_file.load(str(folder / "mine.py")).seed == seed
+    assert sys.modules["configs"] is before
+
+
+def test_maskdm_answers_a_wrong_command_with_the_nearest(capsys):
+    assert __main__.main(["trian", "--config=x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: 'trian' is not a command of maskdm; expected one of train, ")
+    assert said.endswith("; type maskdm train\n")
+    assert __main__.main([]) == 2
+    assert capsys.readouterr().err.endswith("type maskdm --help\n")
+
+
+def test_the_help_of_maskdm_lists_every_command_and_ends_with_0(capsys):
+    assert __main__.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for name in [*__main__.MODES, *__main__._PROGRAMS]:
+        assert f"\nmaskdm {name} " in text, name
+
+
+@pytest.mark.parametrize("name", ["prepare", "report", "digest"])
+def test_maskdm_passes_its_arguments_to_the_program(name, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["maskdm"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert __main__.main([name, "--widht=3"]) == 2
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "--widht is not a flag" in capsys.readouterr().err

@@ -228,9 +228,11 @@ def test_the_command_line_gives_the_config_of_the_run(tmp_path, monkeypatch, in_
     workdir = fake_run(tmp_path / "finetune", config)
     if not in_checkout:
         monkeypatch.chdir(tmp_path)
-        (tmp_path / commands.DEFAULTS).write_text(commands.MAKE_DEFAULTS.split("'")[1])
     typed = commands.train(*runs.read([workdir]), commands.shipped())
-    assert ("--config=configs/finetune_digits.py" in typed) == in_checkout
+    program = "python main.py" if in_checkout else "maskdm train"
+    assert typed.startswith(f"{program} --config=configs/finetune_digits.py --workdir=")
+    drawn = commands.mode(*runs.read([workdir]), commands.shipped(), "sample")
+    assert drawn.endswith(" --mode=sample") == in_checkout != drawn.startswith("maskdm sample ")
     flags = [part.removeprefix("--") for part in shlex.split(typed) if part.startswith("--")]
     file = next(flag for flag in flags if flag.startswith("config=")).removeprefix("config=")
     changes = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]

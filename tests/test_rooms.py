@@ -48,6 +48,10 @@ ALLOWED = {
     "score_sets": {"config", "data", "quality", "run"},
     "evaluation": {"config", "data", "draw", "heldout", "quality", "run", "score_sets"},
     "compare": {"quality", "run"},
+    "__main__": {"main", "run"},  # and the programs, each when it is typed
+    "main": {
+        "checkpoint", "config", "config_file", "evaluate", "phases", "run", "sample", "train",
+    },
     "evaluate": {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
         "sample",

@@ -1,7 +1,7 @@
 """A table of wrong inputs: what each must be answered with. `python tests/wrong_inputs.py [WORD]`.
 
 Every wrong input ends with one sentence on stderr, "error: ...", and an exit code of
-docs/running.md's table. The sentence has the given value, what is expected, and what to type; what
+docs/resume.md's table. The sentence has the given value, what is expected, and what to type; what
 it says to type is itself accepted. This script runs each row (those whose label has WORD in it) and
 prints the answers; test_wrong_inputs.py does the same in `make test-slow`.
 
@@ -341,6 +341,11 @@ FLAGS = [
     Wrong("main.py", ("--config", "main.py --config=configs/pretrain_digits.py --workdir=")),
     Wrong("main.py --config=configs/pretrain_digits.py", ("--workdir", "--workdir=")),
     Wrong("main.py --workdir={tmp}/w", ("--config", "--config=configs/")),
+    Wrong("maskdm_jax", ("missing", "one of train, sample", "type maskdm --help")),
+    Wrong("maskdm_jax trian --workdir=w", ("'trian'", "one of train, ", "type maskdm train")),
+    Wrong("maskdm_jax sample", ("--config is missing", "maskdm sample --config=pretrain_digits")),
+    Wrong("maskdm_jax sample --mode=train", ("--mode", "type --help")),
+    Wrong("maskdm_jax digest", ("workdir is missing", "type")),
     Wrong(MAIN + "--workdir=", ("--workdir", "type")),
     Wrong(MAIN + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type", "--workdir")),
     Wrong(MAIN + "--workdir={tmp}/a_file/w", ("{tmp}/a_file/w", "type", "--workdir")),
@@ -357,7 +362,7 @@ CONFIGS = [
     for name, *says in [
         ("configs/nope.py", "type", "--config=configs/"),
         ("configs/pretrain_digit.py", "--config=configs/pretrain_digits.py"),
-        ("pretrain_digits", "--config=configs/pretrain_digits.py"),
+        ("pretrain_digit", "finetune_celeba64, ", "--config=configs/pretrain_digits.py"),
         ("configs", "a folder", "--config=configs/"),
         ("configs/pretrain_digits", "--config=configs/pretrain_digits.py"),
         ("{tmp}/a.json", "type", "--config=configs/"),
@@ -660,6 +665,7 @@ HELP = [
             "W2 --mode=sample",
         ),
     ),
+    ("maskdm_jax", ("maskdm train --config=", "maskdm digest")),
     ("launch/compile_check.py", ("--topology", "--config.mask.ratio=0.9", "Exit status")),
     ("maskdm_jax.checkpoint", ("digest", "--step")),
     ("maskdm_jax.report", ("WORKDIRS", "--out")),

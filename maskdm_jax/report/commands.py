@@ -2,53 +2,53 @@
 
 import difflib
 import pathlib
-from collections.abc import Iterable
 from xml.etree import ElementTree
 
 from maskdm_jax import config_file
-from maskdm_jax.config import as_flags, default_config, differences
+from maskdm_jax.config import as_flags, differences
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.report import runs
 from maskdm_jax.report.markup import element
-
-# A config file of which every field is the default.
-DEFAULTS = "defaults.py"
-MAKE_DEFAULTS = f"echo 'from maskdm_jax.config import default_config as get_config' > {DEFAULTS}"
+from maskdm_jax.run import command_line
 
 
 def shipped() -> dict:
-    """{file: config} of the files in configs/ of the current folder; broken ones are left out."""
+    """{file: config} of the shipped files and those in the current folder's configs/.
+
+    Broken ones are left out.
+    """
     found = {}
-    for path in sorted(pathlib.Path("configs").glob("[a-z]*.py")):
+    here = map(str, pathlib.Path("configs").glob("[a-z]*.py"))
+    for path in sorted({*here, *config_file.shipped()}):
         try:
-            found[str(path)] = config_file.load(str(path))
+            found[path] = config_file.load(path)
         except ConfigError:
             continue
     return found
 
 
-def command(config, workdir: str, configs: dict, flags: Iterable[str] = ()) -> str:
-    """The command line of main.py that gives exactly this config.
+def command(config, workdir: str, configs: dict, mode: str = "train") -> str:
+    """The command line that gives exactly this config.
 
     Args:
       config: a run's.
       workdir: the run's, or another for a copy of it.
       configs: {file: its config}, of which the nearest is named; what differs becomes flags. Among
         equally near files, that with the name most like the workdir's is named.
-      flags: more of them.
+      mode: "train", "sample" or "evaluate".
     """
-    choices = {**configs, DEFAULTS: default_config()}
-    # What every phase sets itself has no effect, so main.py refuses a flag for it.
+    # What every phase sets itself has no effect, so a flag for it is refused.
     sets = [changes.keys() for _, changes in config.phases]
     ignored = set.intersection(*map(set, sets)) if sets else set()
     changed = {
         file: [name for name in differences(config, other) if name not in ignored]
-        for file, other in choices.items()
+        for file, other in configs.items()
     }
     file = min(changed, key=lambda name: (len(changed[name]), -_likeness(name, workdir)))
-    first = f"python main.py --config={file} --workdir={quoted(workdir)}"
-    return " \\\n  ".join([first, *[as_flags(config, [name]) for name in changed[file]], *flags])
+    flags = [as_flags(config, [name]) for name in changed[file]]
+    arguments = [f"--config={file} --workdir={quoted(workdir)}", *flags]
+    return command_line.typed_mode(mode, " \\\n  ".join(arguments))
 
 
 def _likeness(*paths):
@@ -81,13 +81,13 @@ def mode(run: runs.Run, configs: dict, name: str) -> str:
     if name == "sample" and run.samples:
         settings = run.samples[-1].settings
         config.sample.update({k: settings[k] for k in config.sample if k in settings})
-    return command(config, run.workdir, configs, [f"--mode={name}"])
+    return command(config, run.workdir, configs, name)
 
 
 def missing(problem: str, remedy: str) -> ElementTree.Element:
     """What a run lacks, and what to type to get it."""
     head = element("p", f"{problem}; to get it, type:")
-    return element("div", head, _typed([remedy]), class_="missing")
+    return element("div", head, element("pre", remedy), class_="missing")
 
 
 def section(found: list[runs.Run], configs: dict) -> list:
@@ -95,25 +95,18 @@ def section(found: list[runs.Run], configs: dict) -> list:
     parts = [
         element(
             "p",
-            "In a checkout of maskdm_jax. The first command resumes a run from its newest "
-            "checkpoint, or says that it is finished; a larger --config.train.num_steps continues "
-            "it. With another --workdir the same command reproduces the run from its start. "
-            "--mode=sample and --mode=evaluate draw and score. python -m maskdm_jax.checkpoint "
-            "digest WORKDIR prints the hash by which two runs are compared.",
+            "The first command resumes a run from its newest checkpoint, or says that it is "
+            "finished; a larger --config.train.num_steps continues it. With another --workdir the "
+            "same command reproduces the run from its start. The others draw and score. python -m "
+            "maskdm_jax.checkpoint digest WORKDIR prints the hash by which two runs are compared.",
             class_="soft",
         )
     ]
     for run in found:
-        parts += [element("h3", run.name), _typed([train(run, configs)])]
+        parts += [element("h3", run.name), element("pre", train(run, configs))]
         if not run.is_masked:
             others = [mode(run, configs, name) for name in ("sample", "evaluate")]
             head = element("summary", "Draw samples, and score them")
-            parts.append(element("details", head, _typed(others)))
+            typed = [element("pre", each) for each in others]
+            parts.append(element("details", head, typed))
     return parts
-
-
-def _typed(lines):
-    """Commands to copy, after the one that makes the file of defaults if they name it."""
-    if any(f"--config={DEFAULTS} " in line for line in lines):
-        lines = [MAKE_DEFAULTS, *lines]
-    return [element("pre", line) for line in lines]

@@ -136,6 +136,18 @@ class Parser(argparse.ArgumentParser):
         )
 
 
+def typed_mode(mode: str, arguments: str) -> str:
+    """How a user types a mode here: with main.py in a checkout, elsewhere with `maskdm`.
+
+    Args:
+      mode: "train", "sample" or "evaluate".
+      arguments: what follows.
+    """
+    if not os.path.exists("main.py"):
+        return f"maskdm {mode} {arguments}"
+    return f"python main.py {arguments}" + f" --mode={mode}" * (mode != "train")
+
+
 def run(
     main: Callable[[], int | None], unexpected: int = UNEXPECTED, resumes: bool = False
 ) -> None:
