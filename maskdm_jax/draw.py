@@ -4,6 +4,10 @@ Image i depends on (seed, i) alone, since its noise comes from its own key. Imag
 same for any batch size and number of devices.
 """
 
+import collections
+import functools
+import math
+import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -15,6 +19,11 @@ from jax.sharding import Mesh, NamedSharding
 from maskdm_jax import rng, sharding
 from maskdm_jax.diffusion import make_process, samplers
 from maskdm_jax.model import patches, uvit
+from maskdm_jax.model.sizes import grid_shape
+from maskdm_jax.run import progress
+
+_STRETCH_S = 2.0  # about how long a stretch of a walk takes, see `Drawing`
+_AHEAD = 8  # stretches; JAX lets a device have 32 programs in flight
 
 
 def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None = None):
@@ -24,13 +33,6 @@ def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None 
         out_shardings=out_sharding,
         compiler_options=sharding.compiler_options(mesh),
     )
-
-
-def lower_draw(config, mesh: Mesh, steps: int | None = None):
-    """`jit_draw` for one batch of `sample.batch_size` images, lowered from shapes alone."""
-    by_batch = sharding.batch_sharding(mesh)
-    index_B = jax.ShapeDtypeStruct((config.sample.batch_size,), np.int32, sharding=by_batch)
-    return jit_draw(config, mesh, by_batch, steps).lower(abstract_params(config, mesh), index_B)
 
 
 def abstract_params(config, mesh: Mesh):
@@ -54,31 +56,137 @@ def in_batches(
     Yields:
       (some of `ids`, their uint8 images [B, H, W, C]). The devices draw the next batch meanwhile.
     """
+    return _in_batches(lambda index_B: [(1, jitted(params, index_B))], 1, ids, size, sharding)
 
-    def begun(first):
-        batch = ids[first : first + size]
-        index_B = np.asarray([*batch, *[batch[-1]] * (size - len(batch))], np.int32)
-        index_B = jax.make_array_from_callback((size,), sharding, index_B.__getitem__)
-        return batch, jitted(params, index_B)
 
-    def finished(batch, drawn):
-        return batch, np.asarray(multihost_utils.process_allgather(drawn, tiled=True))[: len(batch)]
+class Drawing:
+    """Draws batches in stretches of the sampler's steps, so that a person sees a long one advance.
 
-    before = None
-    for first in range(0, len(ids), size):
-        current = begun(first)
-        if before is not None:
-            yield finished(*before)
-        before = current
-    if before is not None:
-        yield finished(*before)
+    One program does all stretches, whatever their length, and the images are those of `jit_draw`.
+    """
+
+    def __init__(self, config, mesh: Mesh, steps: int | None = None):
+        """Args: as for `make_draw`."""
+        self.num_steps = steps or config.sample.steps
+        self._sharding = sharding.batch_sharding(mesh)
+        self._advance = _jit_stretch(config, mesh, steps)
+        self._x_shape = _x_shape(config)
+        self._x = None
+        self._length = None  # steps of a stretch; unknown until one was timed
+
+    def in_batches(
+        self,
+        params,
+        ids: Sequence[int],
+        size: int,
+        shown: progress.Progress | None = None,
+    ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
+        """As the function of this name, but `shown`, if given, counts the images of `ids`."""
+        stretches = functools.partial(self._stretches, params)
+        return _in_batches(stretches, self.num_steps, ids, size, self._sharding, shown)
+
+    def whole(self, params, index_B: jax.Array) -> jax.Array:
+        """Draws one batch in one stretch: uint8 images [B, H, W, C]."""
+        return self._run(params, index_B, 0, self.num_steps)
+
+    def _stretches(self, params, index_B):
+        done = 0
+        while done < self.num_steps:
+            last = min(done + (self._length or 1), self.num_steps)
+            start = time.perf_counter()
+            images_BHWC = self._run(params, index_B, done, last)
+            if self._length is None:
+                jax.block_until_ready(images_BHWC)
+                if done:  # the first stretch is slow: it compiles
+                    seconds = time.perf_counter() - start
+                    self._length = _agreed(max(round(_STRETCH_S / seconds), 1))
+            done = last
+            yield done, images_BHWC
+
+    def _run(self, params, index_B, first, last):
+        if self._x is None or len(self._x) != len(index_B):
+            zeros = lambda: jnp.zeros((len(index_B), *self._x_shape))  # noqa: E731
+            self._x = jax.jit(zeros, out_shardings=self._sharding)()
+        self._x, images_BHWC = self._advance(
+            params, index_B, self._x, np.int32(first), np.int32(last)
+        )
+        return images_BHWC
+
+
+def lower_stretch(config, mesh: Mesh):
+    """`Drawing`'s program for `sample.batch_size` images, lowered from shapes alone."""
+    by_batch, batch = sharding.batch_sharding(mesh), config.sample.batch_size
+    index_B = jax.ShapeDtypeStruct((batch,), np.int32, sharding=by_batch)
+    x_BNP = jax.ShapeDtypeStruct((batch, *_x_shape(config)), np.float32, sharding=by_batch)
+    count = jax.ShapeDtypeStruct((), np.int32)
+    jitted = _jit_stretch(config, mesh, None)
+    return jitted.lower(abstract_params(config, mesh), index_B, x_BNP, count, count)
+
+
+def _jit_stretch(config, mesh, steps):
+    """(params, index_B, x_BNP, first, last) -> (x_BNP, the images if these were the last steps)."""
+    by_batch = sharding.batch_sharding(mesh)
+    draw = make_draw(config, mesh, steps)
+
+    def advance(params, index_B, x_BNP, first, last):
+        return draw(params, index_B, stretch=samplers.Stretch(x_BNP, first, last))
+
+    return jax.jit(
+        advance,
+        out_shardings=(by_batch, by_batch),
+        donate_argnums=2,
+        compiler_options=sharding.compiler_options(mesh),
+    )
+
+
+def _x_shape(config):
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
+    return math.prod(grid), patches.patch_dim(config.model.patch_size, config.data.channels)
+
+
+def _agreed(number):
+    """Process 0's number, since all processes must run the same stretches."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
+def _in_batches(stretches, num_steps, ids, size, sharding, shown=None):
+    """`in_batches` for index_B -> (steps done, images) of each stretch."""
+
+    def begun():
+        for first in range(0, len(ids), size):
+            batch = ids[first : first + size]
+            index_B = np.asarray([*batch, *[batch[-1]] * (size - len(batch))], np.int32)
+            index_B = jax.make_array_from_callback((size,), sharding, index_B.__getitem__)
+            for step, drawn in stretches(index_B):
+                yield first, batch, step, drawn
+
+    def finished(first, batch, step, drawn):
+        if step == num_steps:
+            gathered = multihost_utils.process_allgather(drawn, tiled=True)
+            yield batch, np.asarray(gathered)[: len(batch)]
+        else:
+            jax.block_until_ready(drawn)
+        if shown is not None:
+            note = f"step {step}/{num_steps}" if step < num_steps else ""
+            shown.at(first + step / num_steps * len(batch), note)
+
+    ahead = collections.deque()  # what the devices have to do while this process saves images
+    for stretch in begun():
+        ahead.append(stretch)
+        while len(ahead) > _AHEAD or sum(step == num_steps for _, _, step, _ in ahead) > 1:
+            yield from finished(*ahead.popleft())
+    for stretch in ahead:
+        yield from finished(*stretch)
 
 
 def make_draw(config, mesh: Mesh, steps: int | None = None):
     """Makes (params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
 
     The result also takes `seed` and `label` in place of `config.sample`'s, so that one compiled
-    program serves all of them.
+    program serves all of them. With `stretch`, see `samplers.walk`, it takes only those steps, and
+    returns (the array between two steps, the images).
 
     Args:
       config: the run's; its `sample`, `diffusion`, `model` and `data` fields are read.
@@ -91,7 +199,7 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
     levels = process.ladder(steps or settings.steps, settings.spacing)
     image_size, patch_size = config.data.image_size, config.model.patch_size
 
-    def draw(params, index_B, seed=settings.seed, label=settings.label):
+    def draw(params, index_B, seed=settings.seed, label=settings.label, stretch=None):
         keys = jax.vmap(lambda i: rng.stream(seed, "sample", i))(index_B)
 
         def normal(i):  # normal(0) is x_T, normal(i + 1) the noise of step i
@@ -114,7 +222,9 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
             levels,
             sampler=settings.sampler,
             eta=settings.eta,
+            stretch=stretch,
         )
-        return patches.join(x_BNP, patch_size, image_size)
+        image_BHWC = patches.join(x_BNP, patch_size, image_size)
+        return image_BHWC if stretch is None else (x_BNP, image_BHWC)
 
     return draw

@@ -6,6 +6,7 @@ returns it. As in the official sampler, eps is not recomputed from the clipped x
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,20 @@ from maskdm_jax.diffusion.process import Level, invert, to_device, x0_and_eps
 _PARTS = ("x0", "eps", "x_t")
 
 
+class Stretch(NamedTuple):
+    """A part of a walk.
+
+    Fields:
+      x: the array between two steps [B, ...], float32; its values do not count if `first` is 0.
+      first: steps done before, int32, may be traced.
+      last: those done after it.
+    """
+
+    x: jax.Array
+    first: jax.Array
+    last: jax.Array
+
+
 def walk(
     predict: Callable[[jax.Array, jax.Array], jax.Array],
     x_T: jax.Array,
@@ -24,6 +39,7 @@ def walk(
     *,
     sampler: str = "ddim",
     eta: float = 1.0,
+    stretch: Stretch | None = None,
 ) -> jax.Array:
     """Draws images from noise; call it under jit.
 
@@ -35,9 +51,11 @@ def walk(
       levels: the ladder of a process.
       sampler: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
       eta: DDIM's noise: 0 is deterministic, 1 gives the variance of DDPM's posterior.
+      stretch: the steps to take; None for all. Stretches one after another give, bit for bit, the
+        images of a whole walk.
 
     Returns:
-      float32 images in [-1, 1] of x_T's shape.
+      float32 images in [-1, 1] of x_T's shape; before the last step the array between two steps.
     """
     table = ancestral(levels) if sampler == "ddpm" else ddim(levels, eta)
     adds_noise = bool(np.any(table["noise"] > 0))
@@ -62,8 +80,16 @@ def walk(
         "table": table,
         "i": np.arange(num_steps),
     }
-    images, _ = jax.lax.scan(step, x_T, to_device(steps))
-    return images
+    steps = to_device(steps)
+    if stretch is None:
+        images, _ = jax.lax.scan(step, x_T, steps)
+        return images
+
+    def step_i(i, x_t):
+        return step(x_t, jax.tree.map(lambda column: column[i], steps))[0]
+
+    x = jnp.where(stretch.first == 0, x_T, stretch.x)
+    return jax.lax.fori_loop(stretch.first, stretch.last, step_i, x)
 
 
 def evaluations(sampler: str, steps: int) -> int:
