@@ -7,7 +7,6 @@ same for any batch size and number of devices.
 import collections
 import functools
 import math
-import time
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -22,8 +21,8 @@ from maskdm_jax.model import patches, uvit
 from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.run import progress
 
-_STRETCH_S = 2.0  # about how long a stretch of a walk takes, see `Drawing`
-_AHEAD = 8  # stretches; JAX lets a device have 32 programs in flight
+# Stretches that the devices have in advance, a batch or more; at most 32 may be in flight.
+_AHEAD = 20
 
 
 def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None = None):
@@ -62,17 +61,21 @@ def in_batches(
 class Drawing:
     """Draws batches in stretches of the sampler's steps, so that a person sees a long one advance.
 
-    One program does all stretches, whatever their length, and the images are those of `jit_draw`.
+    The devices get several stretches at once, so that they never wait, and the images are those of
+    `jit_draw`.
     """
 
     def __init__(self, config, mesh: Mesh, steps: int | None = None):
         """Args: as for `make_draw`."""
         self.num_steps = steps or config.sample.steps
         self._sharding = sharding.batch_sharding(mesh)
-        self._advance = _jit_stretch(config, mesh, steps)
-        self._x_shape = _x_shape(config)
-        self._x = None
-        self._length = None  # steps of a stretch; unknown until one was timed
+        self._length = stretch_length(self.num_steps)
+        self._advance = _jit_stretch(config, mesh, self.num_steps)
+        self._join = jax.jit(
+            lambda x_BNP: patches.join(x_BNP, config.model.patch_size, config.data.image_size),
+            out_shardings=self._sharding,
+        )
+        self._x_shape, self._x = _x_shape(config), None
 
     def in_batches(
         self,
@@ -82,35 +85,28 @@ class Drawing:
         shown: progress.Progress | None = None,
     ) -> Iterator[tuple[Sequence[int], np.ndarray]]:
         """As the function of this name, but `shown`, if given, counts the images of `ids`."""
-        stretches = functools.partial(self._stretches, params)
+        stretches = functools.partial(self.stretches, params)
         return _in_batches(stretches, self.num_steps, ids, size, self._sharding, shown)
 
-    def whole(self, params, index_B: jax.Array) -> jax.Array:
-        """Draws one batch in one stretch: uint8 images [B, H, W, C]."""
-        return self._run(params, index_B, 0, self.num_steps)
+    def stretches(self, params, index_B: jax.Array) -> Iterator[tuple[int, jax.Array]]:
+        """Begins a batch, stretch after stretch.
 
-    def _stretches(self, params, index_B):
-        done = 0
-        while done < self.num_steps:
-            last = min(done + (self._length or 1), self.num_steps)
-            start = time.perf_counter()
-            images_BHWC = self._run(params, index_B, done, last)
-            if self._length is None:
-                jax.block_until_ready(images_BHWC)
-                if done:  # the first stretch is slow: it compiles
-                    seconds = time.perf_counter() - start
-                    self._length = _agreed(max(round(_STRETCH_S / seconds), 1))
-            done = last
-            yield done, images_BHWC
-
-    def _run(self, params, index_B, first, last):
+        Yields:
+          (steps done, an array that is there once they are); the last are the images [B, H, W, C].
+        """
         if self._x is None or len(self._x) != len(index_B):
-            zeros = lambda: jnp.zeros((len(index_B), *self._x_shape))  # noqa: E731
-            self._x = jax.jit(zeros, out_shardings=self._sharding)()
-        self._x, images_BHWC = self._advance(
-            params, index_B, self._x, np.int32(first), np.int32(last)
-        )
-        return images_BHWC
+            x_BNP = functools.partial(jnp.zeros, (len(index_B), *self._x_shape))
+            self._x = jax.jit(x_BNP, out_shardings=self._sharding)()
+        for first in range(0, self.num_steps, self._length):
+            self._x, done = self._advance(params, index_B, self._x, np.int32(first))
+            last = first + self._length
+            yield last, done if last < self.num_steps else self._join(self._x)
+
+
+def stretch_length(num_steps: int) -> int:
+    """The steps of a stretch: they divide all, into 5 to 20 stretches where that is possible."""
+    divisors = [n for n in range(1, max(num_steps // 5, 1) + 1) if num_steps % n == 0]
+    return next((n for n in divisors if 20 * n >= num_steps), divisors[-1])
 
 
 def lower_stretch(config, mesh: Mesh):
@@ -118,22 +114,22 @@ def lower_stretch(config, mesh: Mesh):
     by_batch, batch = sharding.batch_sharding(mesh), config.sample.batch_size
     index_B = jax.ShapeDtypeStruct((batch,), np.int32, sharding=by_batch)
     x_BNP = jax.ShapeDtypeStruct((batch, *_x_shape(config)), np.float32, sharding=by_batch)
-    count = jax.ShapeDtypeStruct((), np.int32)
-    jitted = _jit_stretch(config, mesh, None)
-    return jitted.lower(abstract_params(config, mesh), index_B, x_BNP, count, count)
+    jitted = _jit_stretch(config, mesh, config.sample.steps)
+    return jitted.lower(abstract_params(config, mesh), index_B, x_BNP, np.int32(0))
 
 
-def _jit_stretch(config, mesh, steps):
-    """(params, index_B, x_BNP, first, last) -> (x_BNP, the images if these were the last steps)."""
-    by_batch = sharding.batch_sharding(mesh)
-    draw = make_draw(config, mesh, steps)
+def _jit_stretch(config, mesh, num_steps):
+    """(params, index_B, x_BNP, first) -> (x_BNP, steps done)."""
+    by_batch, draw = sharding.batch_sharding(mesh), make_draw(config, mesh, num_steps)
+    length = stretch_length(num_steps)
 
-    def advance(params, index_B, x_BNP, first, last):
-        return draw(params, index_B, stretch=samplers.Stretch(x_BNP, first, last))
+    def advance(params, index_B, x_BNP, first):
+        stretch = samplers.Stretch(x_BNP, first, length)
+        return draw(params, index_B, stretch=stretch), first + length
 
     return jax.jit(
         advance,
-        out_shardings=(by_batch, by_batch),
+        out_shardings=(by_batch, sharding.replicated(mesh)),
         donate_argnums=2,
         compiler_options=sharding.compiler_options(mesh),
     )
@@ -142,13 +138,6 @@ def _jit_stretch(config, mesh, steps):
 def _x_shape(config):
     grid = grid_shape(config.data.image_size, config.model.patch_size)
     return math.prod(grid), patches.patch_dim(config.model.patch_size, config.data.channels)
-
-
-def _agreed(number):
-    """Process 0's number, since all processes must run the same stretches."""
-    if jax.process_count() == 1:
-        return number
-    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _in_batches(stretches, num_steps, ids, size, sharding, shown=None):
@@ -163,16 +152,17 @@ def _in_batches(stretches, num_steps, ids, size, sharding, shown=None):
                 yield first, batch, step, drawn
 
     def finished(first, batch, step, drawn):
-        if step == num_steps:
-            gathered = multihost_utils.process_allgather(drawn, tiled=True)
-            yield batch, np.asarray(gathered)[: len(batch)]
-        else:
+        if step < num_steps:
             jax.block_until_ready(drawn)
+            if shown is not None:
+                shown.at(first, f"step {step}/{num_steps}", step / num_steps * len(batch))
+            return
+        gathered = multihost_utils.process_allgather(drawn, tiled=True)
+        yield batch, np.asarray(gathered)[: len(batch)]
         if shown is not None:
-            note = f"step {step}/{num_steps}" if step < num_steps else ""
-            shown.at(first + step / num_steps * len(batch), note)
+            shown.at(first + len(batch))
 
-    ahead = collections.deque()  # what the devices have to do while this process saves images
+    ahead = collections.deque()  # for the devices, while this process waits or saves images
     for stretch in begun():
         ahead.append(stretch)
         while len(ahead) > _AHEAD or sum(step == num_steps for _, _, step, _ in ahead) > 1:
@@ -185,8 +175,7 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
     """Makes (params, index_B) -> uint8 images [B, H, W, C] with those numbers, to be jitted.
 
     The result also takes `seed` and `label` in place of `config.sample`'s, so that one compiled
-    program serves all of them. With `stretch`, see `samplers.walk`, it takes only those steps, and
-    returns (the array between two steps, the images).
+    program serves all of them. With `stretch`, it does only those steps, see `samplers.walk`.
 
     Args:
       config: the run's; its `sample`, `diffusion`, `model` and `data` fields are read.
@@ -224,7 +213,6 @@ def make_draw(config, mesh: Mesh, steps: int | None = None):
             eta=settings.eta,
             stretch=stretch,
         )
-        image_BHWC = patches.join(x_BNP, patch_size, image_size)
-        return image_BHWC if stretch is None else (x_BNP, image_BHWC)
+        return x_BNP if stretch else patches.join(x_BNP, patch_size, image_size)
 
     return draw

@@ -5,6 +5,7 @@ coefficients are the columns of a table. The predicted x0 is clipped to [-1, 1],
 returns it. As in the official sampler, eps is not recomputed from the clipped x0.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,17 +19,17 @@ _PARTS = ("x0", "eps", "x_t")
 
 
 class Stretch(NamedTuple):
-    """A part of a walk.
+    """Some of the steps of a walk.
 
     Fields:
       x: the array between two steps [B, ...], float32; its values do not count if `first` is 0.
       first: steps done before, int32, may be traced.
-      last: those done after it.
+      num_steps: to do; they must not go beyond the last.
     """
 
     x: jax.Array
     first: jax.Array
-    last: jax.Array
+    num_steps: int
 
 
 def walk(
@@ -80,16 +81,13 @@ def walk(
         "table": table,
         "i": np.arange(num_steps),
     }
-    steps = to_device(steps)
-    if stretch is None:
-        images, _ = jax.lax.scan(step, x_T, steps)
-        return images
-
-    def step_i(i, x_t):
-        return step(x_t, jax.tree.map(lambda column: column[i], steps))[0]
-
-    x = jnp.where(stretch.first == 0, x_T, stretch.x)
-    return jax.lax.fori_loop(stretch.first, stretch.last, step_i, x)
+    x, steps = x_T, to_device(steps)
+    if stretch is not None:
+        x = jnp.where(stretch.first == 0, x_T, stretch.x)
+        some = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stretch.num_steps)
+        steps = jax.tree.map(lambda column: some(column, stretch.first), steps)
+    images, _ = jax.lax.scan(step, x, steps)
+    return images
 
 
 def evaluations(sampler: str, steps: int) -> int:

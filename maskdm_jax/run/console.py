@@ -76,7 +76,7 @@ class Console:
 
     def _notes(self, left):
         notes, record = [self._described_loss()], self._record
-        if left is not None:
+        if left:
             notes.insert(0, f"{progress.clock(left)} left")
         if record.get("skipped"):
             notes.append(f"skipped {record['skipped']}")

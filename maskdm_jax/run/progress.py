@@ -56,22 +56,31 @@ class Bar:
           total: how much of it there is.
           unit: what `total` counts.
         """
-        self._what, self._total, self._unit = what, total, unit
+        self._what = what if len(what) <= _MAX_NAME else f"...{what[3 - _MAX_NAME :]}"
+        self._total, self._unit = total, unit
         self._tqdm = None
         self._drawn = 0.0  # when
 
-    def at(self, done: float, notes: Sequence[str] = ()) -> None:
-        """Shows that `done` of the total is done, and as many of the notes as have room."""
+    def at(self, done: int, notes: Sequence[str] = (), begun: float = 0.0) -> None:
+        """Shows how far the work is.
+
+        Args:
+          done: of the total.
+          notes: what else to show if there is room, what matters most first.
+          begun: how much of the rest is done in parts.
+        """
         now = time.perf_counter()
         if now - self._drawn < _BAR_EVERY_S and done < self._total:
             return
         self._drawn = now
-        columns = _columns()
-        text = layout(self._what, done, self._total, self._unit, notes, columns)
+        columns, length = _columns(), min(done + begun, self._total)
+        percent = 100 * length / max(self._total, 1)
+        head = f"{self._what} {percent:3.0f}%|"
+        text = layout(head, f"| {done:,}/{self._total:,} {self._unit}", notes, columns)
         if self._tqdm is None:
             self._tqdm = tqdm(
                 total=self._total,
-                initial=done,
+                initial=length,
                 bar_format=text,
                 ncols=columns,
                 nrows=_ROWS,
@@ -79,7 +88,7 @@ class Bar:
                 leave=None,  # one inside another is erased at its end
             )
             return
-        self._tqdm.n, self._tqdm.bar_format, self._tqdm.ncols = done, text, columns
+        self._tqdm.n, self._tqdm.bar_format, self._tqdm.ncols = length, text, columns
         self._tqdm.refresh()
 
     def close(self) -> None:
@@ -93,19 +102,14 @@ def bar(what: str, total: int, unit: str) -> Bar | None:
     return None if _muted or not sys.stderr.isatty() else Bar(what, total, unit)
 
 
-def layout(
-    what: str, done: float, total: int, unit: str, notes: Sequence[str], columns: int
-) -> str:
-    """The text of a bar, with "{bar}" in place of the bar itself.
+def layout(head: str, tail: str, notes: Sequence[str], columns: int) -> str:
+    """A bar's line for tqdm, with "{bar}" for the bar itself.
 
     Args:
-      what, total, unit: as for `Bar`.
-      done: of the total.
-      notes: what else to show, what matters most first.
+      head, tail: what stands before and behind the bar.
+      notes: what may follow if it leaves room for a bar, what matters most first.
       columns: of the line.
     """
-    name = what if len(what) <= _MAX_NAME else f"...{what[3 - _MAX_NAME :]}"
-    head, tail = f"{name} {100 * done / max(total, 1):3.0f}%|", f"| {int(done):,}/{total:,} {unit}"
     for note in notes:
         if len(head) + _MIN_BAR + len(tail) + 2 + len(note) <= columns:
             tail += f"  {note}"
@@ -129,19 +133,27 @@ class Progress:
     def __enter__(self):
         return self
 
-    def at(self, done: float, note: str = "") -> None:
-        """Shows that `done` of the total is done; `note` says more."""
+    def at(self, done: int, note: str = "", begun: float = 0.0) -> None:
+        """Shows how far the work is.
+
+        Args:
+          done: of the total.
+          note: more on it.
+          begun: how much of the rest is done in parts.
+        """
         now = time.perf_counter()
-        self._first = self._first or (done, now)
+        worked = done + begun
+        self._first = self._first or (worked, now)
         notes = [note] if note else []
-        if (since := done - self._first[0]) > 0:
-            left = (now - self._first[1]) / since * (self._total - done)
-            notes.insert(0, f"{clock(left)} left")
+        if worked > self._first[0] and done < self._total:
+            each = (now - self._first[1]) / (worked - self._first[0])
+            notes.insert(0, f"{clock(each * (self._total - worked))} left")
         if self._bar is not None:
-            self._bar.at(done, notes)
+            self._bar.at(done, notes, begun)
         elif now - self._line > _LINE_EVERY_S:
             self._line = now
-            remark(", ".join([f"{self._what}: {int(done)}/{self._total} {self._unit}", *notes]))
+            parts = [f"{self._what}: {done}/{self._total} {self._unit}", *reversed(notes)]
+            remark(", ".join(parts))
 
     def __exit__(self, error, *_):
         if self._bar is not None:
