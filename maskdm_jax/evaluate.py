@@ -75,7 +75,7 @@ def _by_network(config, workdir, steps):
 
 
 def _expected(config, workdir, pairs, mesh, scorer):
-    """Says how long the evaluation will take; returns the compiled drawing, None if all is drawn.
+    """Says how long the evaluation will take; returns the drawing, None if all is drawn.
 
     A record of the same images counts as what will be found scored.
     """
@@ -91,11 +91,10 @@ def _expected(config, workdir, pairs, mesh, scorer):
     params = jax.tree.map(_zeros, draw.abstract_params(config, mesh))
     found, drawing = {}, None
     if num_to_draw:
-        drawing, size = draw.lower_draw(config, mesh).compile(), config.sample.batch_size
-        by_batch = sharding.batch_sharding(mesh)
-        for _ in range(2):  # the first warms up
+        drawing, size = draw.Drawing(config, mesh), config.sample.batch_size
+        for _ in range(2):  # the first compiles
             start = time.perf_counter()
-            list(draw.in_batches(drawing, params, range(size), size, by_batch))
+            list(drawing.in_batches(params, range(size), size))
         each = (time.perf_counter() - start) / size
         found[f"drawing {num_to_draw:,} images"] = num_to_draw * each
     found |= scorer.seconds(num_to_score, params)

@@ -211,12 +211,12 @@ class Evaluation:
         Every process calls it; the record is process 0's alone.
         """
         start, config = time.perf_counter(), self._config
-        by_batch = sharding.batch_sharding(self._mesh)
         if self._draw is None:
-            self._draw = draw.jit_draw(config, self._mesh, by_batch)
+            self._draw = draw.Drawing(config, self._mesh)
         size, num = config.sample.batch_size, config.sample.num
-        batches = draw.in_batches(self._draw, ema, range(num), size, by_batch)
-        drawn = np.concatenate([image_BHWC for _, image_BHWC in batches])
+        with progress.Progress("drawing", num, "images") as shown:
+            batches = self._draw.in_batches(ema, range(num), size, shown)
+            drawn = np.concatenate([image_BHWC for _, image_BHWC in batches])
         loss = self.heldout_loss(ema)
         samples = reference.Images("the samples", drawn.shape[1:], num, drawn.__getitem__)
         found = self.image_scores(samples)

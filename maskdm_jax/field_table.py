@@ -214,3 +214,14 @@ FIELDS: dict[str, Field] = {
         "samples for those, drawn in sample.preview_steps"),
 }
 # fmt: on
+
+# The fields that most runs set, for --help.
+COMMON = (
+    "data.name", "data.dir", "data.image_size", "data.channels", "data.cache",
+    "model.size", "model.patch_size", "model.num_classes", "model.dtype",
+    "mask.kind", "mask.ratio", "init.path",
+    "optim.lr_peak", "optim.warmup_steps", "optim.accumulate_steps",
+    "train.num_steps", "train.batch_size", "train.dry_run", "train.log_every_steps",
+    "train.sample_every_steps", "checkpoint.every_steps",
+    "sample.num", "sample.batch_size", "sample.steps", "eval.num",
+)  # fmt: skip

@@ -1,5 +1,10 @@
 """The command line: trains a config, draws samples from the trained model, or scores it.
 
+modes:
+  train     trains to train.num_steps, from the workdir's newest checkpoint if there is one
+  sample    draws sample.num images from the newest checkpoint, into WORKDIR/samples
+  evaluate  scores checkpoints of the workdir, into WORKDIR/scores.jsonl
+
 python main.py --config=configs/pretrain_celebahq.py --workdir=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --config.init.path=W1
 python main.py --config=configs/finetune_celebahq.py --workdir=W2 --mode=sample
@@ -15,6 +20,7 @@ import pathlib
 from maskdm_jax import config_file, phases
 from maskdm_jax.config import FIELDS
 from maskdm_jax.errors import RunError
+from maskdm_jax.field_table import COMMON
 from maskdm_jax.fields import TEXT, one_of, whole
 from maskdm_jax.run import command_line, files
 
@@ -35,11 +41,12 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
     """
     typed = f"maskdm {mode} --config=pretrain_digits --workdir=/tmp/digits"
     about, example = (__doc__, _EXAMPLE) if mode is None else (MODES[mode], typed)
-    parser = command_line.Parser(about, example, FIELDS)
+    parser = command_line.Parser(about, example, FIELDS, COMMON)
     parser.flag("--config", TEXT, "a file in configs/, or FILE:ARGUMENT", required=True)
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
     if mode is None:
         parser.flag("--mode", one_of(*MODES), "train, draw samples, or score them", "train")
+    parser.add_argument("--verbose", action="store_true", help="list all parameters of the network")
     parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
     parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
     parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")
@@ -52,14 +59,15 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
     from maskdm_jax.run import distributed, memory
 
     memory.set_gpu_memory_fraction()
+    distributed.mute_libtpu()
     with distributed.errors_end_all_processes(args.process_id):
         distributed.start(args.coordinator, args.num_processes, args.process_id)
         phases.validate_devices(config, distributed.num_devices(), mode)
         _use_compilation_cache(workdir)
-        _run(config, mode, workdir)
+        _run(config, mode, workdir, args.verbose)
 
 
-def _run(config, mode, workdir):
+def _run(config, mode, workdir, verbose):
     import jax
 
     from maskdm_jax import checkpoint, evaluate, sample, sharding, train
@@ -80,7 +88,7 @@ def _run(config, mode, workdir):
                 if distributed.is_main() and not config.train.dry_run:
                     stack.enter_context(lock.one_run(checkpoint.directory(workdir).parent))
                 watched = preemption.watched(lambda: checkpoint.steps(workdir))
-                train.train(config, workdir, stack.enter_context(watched))
+                train.train(config, workdir, stack.enter_context(watched), verbose)
     except OSError as error:
         if not faults.disk_is_full(error):
             raise

@@ -36,7 +36,7 @@ def write_samples(
       workdir: the run's folder.
       step: of the checkpoint.
       params: its weights, as `restore` returns them, if the caller has them already.
-      drawing: `draw.lower_draw` of this config, compiled, likewise.
+      drawing: `draw.Drawing` of this config, likewise.
 
     Returns:
       The folder.
@@ -72,8 +72,7 @@ def write_samples(
                 f"checkpoint {step} of {workdir} ({settings.weights})",
                 f"another --workdir, or --config.sample.weights={other}",
             )
-            drawing = drawing or draw.jit_draw(config, mesh, sharding.batch_sharding(mesh))
-            _draw_missing(config, folder, todo, params, drawing, mesh)
+            _draw_missing(config, folder, todo, params, drawing or draw.Drawing(config, mesh))
         if distributed.is_main():
             _draw_grid(config, folder)
     return folder
@@ -144,15 +143,17 @@ def _draw_grid(config, folder):
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
 
 
-def _draw_missing(config, folder, todo, params, drawing, mesh):
-    size = config.sample.batch_size
-    say(f"drawing {len(todo)} images with {config.sample.sampler}, {config.sample.steps} steps")
-    batches = draw.in_batches(drawing, params, todo, size, sharding.batch_sharding(mesh))
-    num_batches = -(-len(todo) // size)
-    for batch, drawn in progress.track(batches, num_batches, "sampling", f"batches of {size}"):
-        if distributed.is_main():
-            for i, image in zip(batch, drawn, strict=True):
-                images.save_png(image_path(folder, i), image)
+def _draw_missing(config, folder, todo, params, drawing):
+    size, num_steps = config.sample.batch_size, drawing.num_steps
+    say(
+        f"drawing {len(todo)} images with {config.sample.sampler}, {num_steps} steps, "
+        f"{min(size, len(todo))} at a time, into {folder}"
+    )
+    with progress.Progress("drawing", len(todo), "images") as shown:
+        for batch, drawn in drawing.in_batches(params, todo, size, shown):
+            if distributed.is_main():
+                for i, image in zip(batch, drawn, strict=True):
+                    images.save_png(image_path(folder, i), image)
 
 
 def folder_of(config, workdir: pathlib.Path, step: int) -> pathlib.Path:

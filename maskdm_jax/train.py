@@ -24,6 +24,7 @@ from maskdm_jax import (
     phases,
     provenance,
     sharding,
+    start_summary,
     transition,
 )
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
@@ -31,7 +32,6 @@ from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
-from maskdm_jax.model.sizes import dimensions
 from maskdm_jax.run import distributed, faults, files, memory, preemption
 from maskdm_jax.run.progress import say
 from maskdm_jax.run.telemetry import Telemetry, add_scores
@@ -41,7 +41,10 @@ from maskdm_jax.weights import start
 
 
 def train(
-    config, workdir: str | pathlib.Path, preempted: Callable[[int], bool] = lambda step: False
+    config,
+    workdir: str | pathlib.Path,
+    preempted: Callable[[int], bool] = lambda step: False,
+    verbose: bool = False,
 ) -> None:
     """Trains to `config.train.num_steps` updates, from the newest checkpoint if there is one.
 
@@ -49,6 +52,7 @@ def train(
       config: the run's.
       workdir: the folder for everything the run writes.
       preempted: step -> whether to save and stop after that many updates; called before each.
+      verbose: whether to print the table of the parameters.
 
     Raises:
       ConfigError: for a data set, weights or a checkpoint that do not match the config.
@@ -100,10 +104,7 @@ def train(
         files.write_text(workdir / "config.json", to_json(config) + "\n")
     step = first_step = int(state.step)
     batches = loader.Loader(config, source, mesh)
-    _say_start(config, source, mesh)
-    if config.optim.ema == "power":
-        gib = averages.snapshot_bytes(state.ema, every_phase) / 2**30
-        say(f"snapshots of the averages will take {gib:,.2f} GiB by step {num_steps}")
+    _say_start(config, source, mesh, state, workdir)
     feed = batches.batches(step)
     batch = next(feed)
     peak = flops.peak_tflops(jax.devices()[0])
@@ -122,7 +123,7 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            compiled = _compile(phase, mesh, state, batches.arrays, batch)
+            compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -136,7 +137,6 @@ def train(
             _log(telemetry, skips, config, *pending)
         pending = (step, metrics)
         batch = next(feed) if step < num_steps else None
-        telemetry.progress(step)
         checkpoints.check()
         if snapshots is not None:
             snapshots.save(step, state.ema)
@@ -171,23 +171,15 @@ def train(
     say(f"finished: {workdir} is at step {step}")
 
 
-def _compile(phase, mesh, state, arrays, batch):
-    """The update of a phase; prints its network and what it costs."""
-    config = phase.config
-    say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
-    width, depth, heads = dimensions(config.model)
-    say(
-        f"U-ViT width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads; "
-        f"{flops.tokens_per_image(config)} tokens and "
-        f"{flops.training_flops(config) / 1e9:.4g} training GFLOP per image"
-    )
+def _compile(phase, mesh, state, arrays, batch, verbose):
+    """The update of a phase; prints the memory it needs."""
+    if verbose:
+        say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     say("compiling the step ...")
     start = time.perf_counter()
     compiled = jit_train_step(phase, mesh).lower(state, arrays, batch).compile()
-    say(
-        f"compiled in {time.perf_counter() - start:.1f} s; "
-        f"{memory.bytes_needed(compiled) / 2**30:.2f} GiB per device"
-    )
+    seconds = time.perf_counter() - start
+    say(start_summary.row("memory", f"{memory.described(compiled)} (compiled in {seconds:.0f} s)"))
     return compiled
 
 
@@ -196,6 +188,7 @@ def _log(telemetry, skips, config, step, metrics):
     values = {name: float(value) for name, value in metrics.items()}
     skipped = values.pop("skipped") > 0
     total = skips.total + skipped
+    telemetry.progress(step, values["loss"])
     due = step % config.train.log_every_steps == 0 or step in (1, config.train.num_steps)
     if due or skipped:
         telemetry.log(step, values | {"skipped": total})
@@ -238,19 +231,11 @@ def _score(scorer, ema, workdir, step):
     distributed.agreed([0])  # the others wait while process 0 scores
 
 
-def _say_start(config, source, mesh):
-    every_phase = phases.phases(config)
-    if config.phases:
-        say(flops.table(every_phase))
-    shape = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    batch = " / ".join(str(phase.config.train.batch_size) for phase in every_phase)
-    say(
-        f"{len(source):,} images of {config.data.name}; batch {batch}; "
-        f"{jax.device_count()} x {jax.devices()[0].device_kind} ({shape})"
-    )
-    peak = flops.peak_tflops(jax.devices()[0])
-    if peak:
-        say(f"MFU is relative to the datasheet's dense bf16 peak, {peak:g} TFLOP/s per device")
+def _say_start(config, source, mesh, state, workdir):
+    say(start_summary.described(config, source, mesh, state.params, workdir, int(state.step)))
+    if config.optim.ema == "power":
+        gib = averages.snapshot_bytes(state.ema, phases.phases(config)) / 2**30
+        say(f"snapshots of the averages will take {gib:,.2f} GiB by step {config.train.num_steps}")
 
 
 def _own_step(config, workdir):

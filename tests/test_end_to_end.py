@@ -26,8 +26,9 @@ def test_pretrain_finetune_sample_without_tensorflow(run_main, tmp_path, without
     first, second = tmp_path / "w1", tmp_path / "w2"
     steps = "--config.train.num_steps=120"
     fast = ["--config.train.log_every_steps=20", "--config.optim.warmup_steps=5"]
-    result = run_main("pretrain_digits", first, steps, *fast)
+    result = run_main("pretrain_digits", first, steps, "--verbose", *fast)
     assert result.returncode == 0, result.stderr
+    assert "\n| Name " in result.stdout and "\n| in_block_0/" in result.stdout
     losses = [r["loss"] for r in read_metrics(first)]
     assert losses[-1] < 0.7 * losses[0]
     assert json.loads((first / "config.json").read_text())["mask"]["kind"] == "patch"
@@ -38,6 +39,7 @@ def test_pretrain_finetune_sample_without_tensorflow(run_main, tmp_path, without
     result = run_main("finetune_digits", second, steps, f"--config.init.path={first}", *fast)
     assert result.returncode == 0, result.stderr
     assert re.search(r"loaded \d+ weights from .*w1 \(raw, step 120\)\n", result.stdout)
+    assert "| Name " not in result.stdout
     finetune = [r["loss"] for r in read_metrics(second)]
     # Fine-tuning starts where pre-training ended, not at a fresh model's loss of 1.
     assert finetune[0] < 0.7 * losses[0]

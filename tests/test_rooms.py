@@ -64,9 +64,11 @@ ALLOWED = {
     "api": {
         "arguments", "config", "diffusion", "draw", "evaluation", "model", "quality", "trained",
     },
+    "start_summary": {"flops", "phases", "run"},
     "train": {
         "averages", "checkpoint", "config", "data", "diffusion", "draw", "dry_run", "evaluation",
-        "flops", "images", "phases", "provenance", "run", "state", "step", "transition", "weights",
+        "flops", "images", "phases", "provenance", "run", "start_summary", "state", "step",
+        "transition", "weights",
     },
 }  # fmt: skip
 

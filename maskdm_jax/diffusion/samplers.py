@@ -5,7 +5,9 @@ coefficients are the columns of a table. The predicted x0 is clipped to [-1, 1],
 returns it. As in the official sampler, eps is not recomputed from the clipped x0.
 """
 
+import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,20 @@ from maskdm_jax.diffusion.process import Level, invert, to_device, x0_and_eps
 _PARTS = ("x0", "eps", "x_t")
 
 
+class Stretch(NamedTuple):
+    """Some of the steps of a walk.
+
+    Fields:
+      x: the array between two steps [B, ...], float32; its values do not count if `first` is 0.
+      first: steps done before, int32, may be traced.
+      num_steps: to do; they must not go beyond the last.
+    """
+
+    x: jax.Array
+    first: jax.Array
+    num_steps: int
+
+
 def walk(
     predict: Callable[[jax.Array, jax.Array], jax.Array],
     x_T: jax.Array,
@@ -24,6 +40,7 @@ def walk(
     *,
     sampler: str = "ddim",
     eta: float = 1.0,
+    stretch: Stretch | None = None,
 ) -> jax.Array:
     """Draws images from noise; call it under jit.
 
@@ -35,9 +52,11 @@ def walk(
       levels: the ladder of a process.
       sampler: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
       eta: DDIM's noise: 0 is deterministic, 1 gives the variance of DDPM's posterior.
+      stretch: the steps to take; None for all. Stretches one after another give, bit for bit, the
+        images of a whole walk.
 
     Returns:
-      float32 images in [-1, 1] of x_T's shape.
+      float32 images in [-1, 1] of x_T's shape; before the last step the array between two steps.
     """
     table = ancestral(levels) if sampler == "ddpm" else ddim(levels, eta)
     adds_noise = bool(np.any(table["noise"] > 0))
@@ -62,7 +81,12 @@ def walk(
         "table": table,
         "i": np.arange(num_steps),
     }
-    images, _ = jax.lax.scan(step, x_T, to_device(steps))
+    x, steps = x_T, to_device(steps)
+    if stretch is not None:
+        x = jnp.where(stretch.first == 0, x_T, stretch.x)
+        some = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=stretch.num_steps)
+        steps = jax.tree.map(lambda column: some(column, stretch.first), steps)
+    images, _ = jax.lax.scan(step, x, steps)
     return images
 
 

@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from absl import logging
 
@@ -35,20 +35,32 @@ class Parser(argparse.ArgumentParser):
     Flags with a value are declared by `flag`; `parse` gives their values, and those of the config.
     """
 
-    def __init__(self, about: str, example: str, table: dict[str, fields.Field] | None = None):
+    def __init__(
+        self,
+        about: str,
+        example: str,
+        table: dict[str, fields.Field] | None = None,
+        common: Sequence[str] = (),
+    ):
         """
         Args:
           about: the program's docstring, for --help.
           example: a command that works, for error messages.
           table: the config's fields, for a program that takes --config.FIELD=VALUE.
+          common: those that --help lists, while --help_all lists all; none: --help lists all.
         """
         super().__init__(
             usage=f"{example} ...",
             description=about,
-            epilog=table and _described(table),
+            epilog=table and _described(table, common),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+        if common:
+            every = _described(table, ())
+            self.add_argument(
+                "--help_all", action=_HelpAll, epilog=every, help="list all fields, and exit"
+            )
         self._example = example
         self._fields = [f"{_CONFIG}{name}" for name in table or ()]
         self._kinds = {}
@@ -148,6 +160,19 @@ def typed_mode(mode: str, arguments: str) -> str:
     return f"python main.py {arguments}" + f" --mode={mode}" * (mode != "train")
 
 
+class _HelpAll(argparse.Action):
+    """Prints the help with another epilog, and exits."""
+
+    def __init__(self, epilog, **options):
+        super().__init__(nargs=0, default=argparse.SUPPRESS, **options)
+        self._epilog = epilog
+
+    def __call__(self, parser, *_):
+        parser.epilog = self._epilog
+        parser.print_help()
+        parser.exit()
+
+
 def run(
     main: Callable[[], int | None], unexpected: int = UNEXPECTED, resumes: bool = False
 ) -> None:
@@ -238,17 +263,26 @@ def _printable(text):
     return "".join(c if c.isprintable() else repr(c).strip("'") for c in text)
 
 
-def _described(table):
-    """The config's fields for --help."""
-    lines = ["fields of the config, with the defaults that a file in configs/ starts from:", ""]
-    for name, field in table.items():
+def _described(table, common):
+    """The config's fields for --help; only those that are common, if any are named."""
+    what = "common fields of the config" if common else "fields of the config"
+    lines = [f"{what}, with the defaults that a file in configs/ starts from:", ""]
+    for name in common or table:
+        field = table[name]
         lines.append(f"  {_CONFIG}{name}={fields.quoted(field.default)}")
         lines += textwrap.wrap(
             field.meaning + _takes(field.kind),
-            92,
+            80,
             initial_indent=" " * 8,
             subsequent_indent=" " * 8,
         )
+    if common:
+        rest = len(table) - len(common)
+        lines += ["", f"--help_all lists the other {rest} too. docs/running.md explains phases,"]
+        lines += [
+            "docs/training.md the objective and the optimizer, docs/sampling.md the",
+            "sampler.",
+        ]
     return _escaped("\n".join(lines))
 
 

@@ -32,6 +32,20 @@ _NO_DEVICES = (RuntimeError, AssertionError)
 _LINGER_S = 5  # see `errors_end_all_processes`
 
 
+def mute_libtpu() -> None:
+    """Keeps libtpu from printing errors on a machine without a TPU; call it before `start`.
+
+    libtpu prints them before its logging starts, so no log level silences them. They are about the
+    topology, which it cannot look up: this tells it that there is one process on one host. Nothing
+    changes where JAX sees a TPU, or where anything about one is set.
+    """
+    # JAX sets the one at its import if it sees no TPU, and the other if libtpu is installed.
+    theirs = {"TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_PATH"}
+    given = {name for name in os.environ if name.startswith("TPU_")}
+    if "TPU_SKIP_MDS_QUERY" in given and given <= theirs:
+        os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_PROCESS_BOUNDS": "1,1,1"}
+
+
 def start(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:

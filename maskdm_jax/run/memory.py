@@ -32,6 +32,17 @@ def bytes_needed(compiled) -> int:
     )
 
 
+def described(compiled) -> str:
+    """Memory that a compiled program needs on each device, and what there is, in words."""
+    needed = f"{bytes_needed(compiled) / 2**30:.2f} GiB on each device"
+    # None for a CPU, whose programs have the machine's memory.
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if limit := stats.get("bytes_limit"):
+        return f"{needed}, of {limit / 2**30:.2f} GiB that JAX may take"
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{needed}; the machine has {machine / 2**30:.2f} GiB"
+
+
 def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
     """What to type when memory runs out; the flags that cost least speed come first.
 

@@ -1,4 +1,4 @@
-"""The metrics of a run: console (bar or lines), metrics.jsonl, TensorBoard; and its scores.
+"""The metrics of a run: console, metrics.jsonl, TensorBoard; and its scores.
 
 Only process 0 writes. A resumed run drops records beyond its checkpoint; each step appears once.
 """
@@ -18,7 +18,7 @@ import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax.run import distributed, faults, files, lock, progress
+from maskdm_jax.run import console, distributed, faults, files, lock, progress
 
 _JSONL, _SCORES, _SCORES_LOCK = "metrics.jsonl", "scores.jsonl", ".scores.lock"
 TRAINING = "training, step "  # how the keys of scores start that training itself computes
@@ -45,11 +45,11 @@ class Telemetry:
         """
         workdir = pathlib.Path(workdir)
         self._workdir = workdir
-        self._config = config
         self._work = work
         self._peak_tflops = peak_tflops
         self._device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
-        self._file = self._board = self._bar = None
+        self._file = self._board = None
+        self._console = console.Console(config.train.num_steps, work)
         self.start_clock(first_step)
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
         self.skipped = kept[-1].get("skipped", 0) if kept else 0  # steps, up to `first_step`
@@ -58,20 +58,19 @@ class Telemetry:
         with self._full_disk_explained():
             self._open(workdir / _JSONL, kept, first_step)
             _drop_scores(workdir, first_step)
-        self._bar = progress.bar(config.train.num_steps, first_step, "steps")
 
     def start_clock(self, step: int) -> None:
         """Starts the time from which rates and the time left follow, as after a compilation."""
-        self._start = self._last = (step, time.perf_counter())
+        self._last = (step, time.perf_counter())
+        self._console.start_clock()
 
     def restart_clock(self, step: int) -> None:
         """Excludes the time since the last record from the rates (a save, a sample grid)."""
         self._last = (step, time.perf_counter())
 
-    def progress(self, step: int) -> None:
-        """Moves the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
+    def progress(self, step: int, loss: float) -> None:
+        """Shows that `step` is completed, with its loss; for every update, before `log`."""
+        self._console.progress(step, loss)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of the update that completed `step`, with the rates since the last
@@ -102,11 +101,11 @@ class Telemetry:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             values = {k: v for k, v in record.items() if k not in ("step", "device")}
             self._write_event(step=step, summary=_summary(values))
-        self._show(record)
+        self._console.show(record)
 
     def close(self) -> None:
         """Closes the bar and the files, which already have every record."""
-        for target in (self._file, self._board, self._bar):
+        for target in (self._file, self._board, self._console):
             if target is not None:
                 target.close()
 
@@ -127,28 +126,6 @@ class Telemetry:
     def _full_disk_explained(self):
         remedy = "make room, then the same command resumes from the newest checkpoint"
         return faults.explain_full_disk("the metrics", self._workdir, remedy)
-
-    def _show(self, record):
-        parts = [
-            f"loss {record['loss']:.4f}",
-            f"lr {record['lr']:.2e}",
-            f"grad {record['grad_norm']:.3f}",
-            f"{record['images_per_s']:,.0f} images/s",
-            f"{record['model_tflops']:.3g} TFLOP/s",
-        ]
-        if record.get("skipped"):
-            parts.append(f"skipped {record['skipped']}")
-        if "mfu" in record:
-            parts.append(f"MFU {record['mfu']:.1%}")
-        text = "  ".join(parts)
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            return
-        total = self._config.train.num_steps
-        # By FLOPs: the steps of a later phase may take longer.
-        begun, done, whole = (self._work(n).flops for n in (self._start[0], record["step"], total))
-        left = (time.perf_counter() - self._start[1]) / max(done - begun, 1) * (whole - done)
-        progress.say(f"step {record['step']}/{total}  {text}  left {progress.clock(left)}")
 
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
