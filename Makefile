@@ -1,5 +1,5 @@
 # make demo: the whole path on real digits, in minutes on a CPU.
-# make test: the test suite, two tests at a time; EXTRAS=peer adds the tests that need PyTorch.
+# make test: the test suite, two tests at a time; EXTRAS=peer adds the tests that need PyTorch or W&B.
 # make test-kernels: the Hopper kernels in JAX's interpreter; KERNEL_PYTHON is Python 3.12 or newer.
 # make test-notebooks: both notebooks from top to bottom on the CPU, a few steps each.
 # make test-slow: the tests that take minutes each, such as killing a run 30 times.

@@ -53,8 +53,9 @@ setup(
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published
         "convert": ["torch>=2.6"],  # only to read .pt checkpoints and pytorch-fid's weights
-        # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
-        "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
+        "wandb": ["wandb>=0.31"],  # only for config.log.wandb
+        # Only for tests and benchmarks: the PyTorch network to compare with, FID, and W&B.
+        "peer": ["pytorch-fid>=0.3", "torch>=2.6", "wandb>=0.31"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
         "notebook": ["ipykernel>=7", "nbclient>=0.10", "nbformat>=5.10"],  # to run notebooks/
         "test": [

@@ -17,7 +17,7 @@ import numpy as np
 from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
-from maskdm_jax.run import distributed, hashes, progress, telemetry
+from maskdm_jax.run import distributed, hashes, progress, telemetry, wandb_mirror
 from maskdm_jax.run.progress import say
 
 
@@ -33,6 +33,7 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     workdir = pathlib.Path(workdir)
     config = config.copy_and_resolve_references()
     config.sample.num = config.eval.num
+    wandb_mirror.check(config)
     steps = _steps(config.eval.checkpoints, workdir)
     groups = list(_by_network(config, workdir, steps))
     stds = _ema_stds(config)
@@ -41,6 +42,7 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
         f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
         f"{', '.join(map(str, steps))}"
     )
+    mirror = wandb_mirror.start(config, workdir, "evaluate")
     scorer, records = None, []
     for config, steps in groups:
         scorer = scorer.of_phase(config) if scorer else evaluation.Evaluation(config, mesh)
@@ -60,8 +62,12 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
                 record = _evaluate(config, workdir, step, mesh, scorer, drawing) | {"key": key}
                 if distributed.is_main():
                     telemetry.add_scores(workdir, record)
+            if mirror is not None:
+                mirror.evaluated(*telemetry.plotted(record))
             distributed.agreed([0])  # the others wait while process 0 scores
             records.append(record)
+    if mirror is not None:
+        mirror.close()
     return records
 
 

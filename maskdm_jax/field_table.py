@@ -13,6 +13,7 @@ from maskdm_jax.fields import (
     NON_NEGATIVE,
     NUMBER,
     PHASES,
+    PROJECT,
     SEED,
     SHAPE,
     SIZE,
@@ -212,6 +213,10 @@ FIELDS: dict[str, Field] = {
     "eval.every_steps": Field(0, COUNT_OR_0, FREE, "scores in training, from EMA; 0: never"),
     "eval.num_in_training": Field(1_000, whole(2), FREE,
         "samples for those, drawn in sample.preview_steps"),
+
+    "log.wandb": Field("off", one_of("off", "offline", "online"), FREE,
+        "Weights & Biases: off; into the workdir, for `wandb sync`; or to its server"),
+    "log.wandb_project": Field("maskdm_jax", PROJECT, FREE, "the project there"),
 }
 # fmt: on
 

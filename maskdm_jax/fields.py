@@ -244,6 +244,11 @@ COUNT_OR_0 = whole(0)
 NUMBER = number()
 NON_NEGATIVE = number(0)
 TEXT = Kind("text", lambda value: isinstance(value, str), lambda value, default: default)
+PROJECT = Kind(
+    "1 to 128 characters, none of them of /\\#?%:",
+    lambda value: isinstance(value, str) and bool(re.fullmatch(r"[^/\\#?%:]{1,128}", value)),
+    lambda value, default: re.sub(r"[/\\#?%:]", "-", str(value))[:128] or default,
+)
 FLAG = Kind("True or False", lambda value: isinstance(value, bool), _nearest_flag, _literal)
 SIZE = Kind("two whole numbers, (height, width)", _is_size, _nearest_size, _literal)
 PHASES = Kind(

@@ -30,11 +30,11 @@ from maskdm_jax import (
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
 from maskdm_jax.diffusion import ddpm
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.fields import quoted
-from maskdm_jax.run import distributed, faults, files, memory, preemption
+from maskdm_jax.run import distributed, faults, files, memory, preemption, wandb_mirror
 from maskdm_jax.run.progress import say
-from maskdm_jax.run.telemetry import Telemetry, add_scores
+from maskdm_jax.run.telemetry import Telemetry
 from maskdm_jax.state import abstract_state, fresh_params, init_state
 from maskdm_jax.step import jit_train_step
 from maskdm_jax.weights import start
@@ -61,6 +61,7 @@ def train(
     """
     workdir = pathlib.Path(workdir).expanduser()
     num_steps = config.train.num_steps
+    wandb_mirror.check(config)
 
     # ------------------------------------------------------------------ what already exists
     every_phase = phases.phases(config)
@@ -88,7 +89,7 @@ def train(
         )
         say(note)
     _make_folder(workdir)
-    distributed.check_shared(workdir)
+    mirror = wandb_mirror.start(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config, provenance.continued(facts, stored))
     if own_step is None:
         state = init_state(phase.config, mesh, params)
@@ -109,7 +110,7 @@ def train(
     batch = next(feed)
     peak = flops.peak_tflops(jax.devices()[0])
     work = functools.partial(flops.work, every_phase)
-    telemetry = Telemetry(workdir, config, step, work, peak and peak * jax.device_count())
+    telemetry = Telemetry(workdir, config, step, work, peak and peak * jax.device_count(), mirror)
     skips = faults.SkipCounter(config.train.max_skipped_steps, checkpoints, telemetry.skipped)
     scorer = snapshots = compiled = None
 
@@ -150,9 +151,9 @@ def train(
             pending = None
             # Grid and scores first: a run killed in between makes them again after it resumes.
             if wants_preview:
-                _draw_preview(config, preview, averages.kept(state.ema, config), workdir, step)
+                _draw_preview(telemetry, config, preview, averages.kept(state.ema, config), step)
             if wants_scores:
-                _score(scorer, averages.kept(state.ema, config), workdir, step)
+                _score(telemetry, scorer, averages.kept(state.ema, config), step)
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     if pending is not None:
@@ -192,20 +193,25 @@ def _log(telemetry, skips, config, step, metrics):
     due = step % config.train.log_every_steps == 0 or step in (1, config.train.num_steps)
     if due or skipped:
         telemetry.log(step, values | {"skipped": total})
-    skips.count(step, skipped)
+    try:
+        skips.count(step, skipped)
+    except RunError:
+        telemetry.close()  # W&B would lose the last steps
+        raise
 
 
-def _draw_preview(config, preview, ema, workdir, step):
+def _draw_preview(telemetry, config, preview, ema, step):
     drawn = np.asarray(preview(ema, np.arange(config.sample.preview_num, dtype=np.int32)))
     if not distributed.is_main():
         return
-    folder = workdir / "previews"
+    path = telemetry.previews / f"step_{step:07d}.png"
     picture = images.grid(drawn, images.shown_scale(config.data.image_size))
     remedy = "make room, then the same command resumes"
-    with faults.explain_full_disk("the preview", workdir, remedy, lambda: picture.nbytes):
-        folder.mkdir(exist_ok=True)
-        images.save_png(folder / f"step_{step:07d}.png", picture)
-    say(f"samples of step {step} in {folder}")
+    with faults.explain_full_disk("the preview", path.parents[1], remedy, lambda: picture.nbytes):
+        path.parent.mkdir(exist_ok=True)
+        images.save_png(path, picture)
+    telemetry.preview(step, path)
+    say(f"samples of step {step} in {path.parent}")
 
 
 def _jit_preview(config, mesh):
@@ -224,10 +230,10 @@ def _make_scorer(config, mesh, earlier):
     return scorer
 
 
-def _score(scorer, ema, workdir, step):
+def _score(telemetry, scorer, ema, step):
     record = scorer.in_training(step, ema)
     if distributed.is_main():
-        add_scores(workdir, record)
+        telemetry.scores(record)
     distributed.agreed([0])  # the others wait while process 0 scores
 
 
@@ -271,3 +277,4 @@ def _make_folder(workdir):
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another --workdir"
         ) from error
+    distributed.check_shared(workdir)

@@ -2,7 +2,9 @@ import dataclasses
 import json
 import re
 import shutil
+from unittest import mock
 
+import event_files
 import jax
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
 from maskdm_jax.quality import inception, measure, score
-from maskdm_jax.run import distributed
+from maskdm_jax.run import distributed, wandb_mirror
 from maskdm_jax.run.telemetry import described_scores, read_scores
 
 
@@ -157,11 +159,21 @@ def test_training_and_evaluate_write_scores_with_their_definition(
     config, tmp_path, fake_network, monkeypatch, capsys
 ):
     config.eval.every_steps = 2
+    mirror = mock.Mock(spec=wandb_mirror.Mirror)
+    monkeypatch.setattr(wandb_mirror, "start", lambda *args: mirror)
     train.train(config, tmp_path)
     records = read_scores(tmp_path)
+    sent = [call.args for call in mirror.scores.call_args_list]
+    assert [step for step, _, _ in sent] == [2, 4]
     assert [record["step"] for record in records] == [2, 4]
     assert all(record["definition"]["n"] == 12 for record in records)
-    assert list((tmp_path / "tensorboard" / "scores").iterdir())
+    shown = event_files.values(tmp_path / "tensorboard" / "scores")
+    assert len(shown["scores/definition"]) == 2
+    plotted = sorted(shown["scores/fid64"], key=lambda pair: pair[0])
+    for (step, value), record, (_, scores, definition) in zip(plotted, records, sent, strict=True):
+        assert step == record["step"]
+        assert value.simple_value == np.float32(record["scores"]["fid64"])
+        assert scores["scores/fid64"] == record["scores"]["fid64"] and "n 12" in definition
 
     restored, restore_item = [], checkpoint.restore_item
     monkeypatch.setattr(
@@ -170,6 +182,7 @@ def test_training_and_evaluate_write_scores_with_their_definition(
     config.eval.checkpoints = "all"
     first = evaluate.evaluate(config, tmp_path)
     assert [record["step"] for record in first] == [2, 4]
+    assert [call.args[0] for call in mirror.evaluated.call_args_list] == [2, 4]
     assert restored == [(2, "ema"), (2, "params"), (4, "ema"), (4, "params")]
     # Training has measured and kept the sets. The floor takes 20 of 30 samples once more.
     told = capsys.readouterr().out
@@ -299,6 +312,8 @@ def test_a_resumed_run_drops_what_it_scored_beyond_its_checkpoint(config, tmp_pa
     config.eval.every_steps = 4
     train.train(config, tmp_path)
     assert [r["step"] for r in read_scores(tmp_path)] == [1, 2, 4]
+    shown = event_files.values(tmp_path / "tensorboard" / "scores")
+    assert sorted(step for step, _ in shown["scores/fid64"]) == [1, 2, 4]
 
 
 def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(config):

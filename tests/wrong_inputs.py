@@ -53,7 +53,7 @@ class Wrong:
       retry: arguments to add to what the sentence says to type; None: that is not tried.
       instead: whether it is typed in place of the last argument, not after it.
       after: what the sentence of that second attempt must contain.
-      env: environment variables; such a row runs in a process of its own.
+      env: environment variables, {tmp} as in `command`; such a row runs in a process of its own.
       lines: further lines on stderr, besides the sentence.
     """
 
@@ -205,6 +205,16 @@ FIELDS = [
     setting("--config.mesh.fsdp=3", "mesh.fsdp is 3", "--config.mesh.fsdp=1"),
     setting("--config.mesh.data=7", "mesh.data is 7", "--config.mesh.data=-1"),
     setting("--config.mesh.data=0", "mesh.data is 0", "--config.mesh.data="),
+    setting("--config.log.wandb=of", "'of'", "--config.log.wandb=off"),
+    setting("--config.log.wandb=True", "wandb is 'True'", "--config.log.wandb=off"),
+    setting("--config.log.wandb_project=a/b", "'a/b'", "--config.log.wandb_project=a-b"),
+    setting("--config.log.wandb_project=", "wandb_project is ''", "wandb_project=maskdm_jax"),
+    Wrong(
+        MAIN + "--config.log.wandb=offline",
+        ("'offline'", "pip install '.[wandb]'", "--config.log.wandb=off"),
+        retry=STOP,
+        env=(("PYTHONPATH", "{tmp}/no_wandb"),),
+    ),
     unknown("--config.mask.ration=0.5", "mask.ration", "--config.mask.ratio"),
     unknown("--config.masks.ratio=0.5", "masks.ratio", "--config.mask.ratio"),
     unknown("--config.lr_peak=1", "lr_peak", "--config.optim.lr_peak"),
@@ -737,6 +747,8 @@ def make(folder: pathlib.Path) -> None:
     for name, text in FILES.items():
         (folder / name).write_text(text)
     (folder / "an_empty_folder").mkdir()
+    (folder / "no_wandb").mkdir()
+    (folder / "no_wandb/wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")\n")
     (folder / "code.pt").write_bytes(pickle.dumps({"model": _Code()}, protocol=2))
     (folder / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     (folder / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
@@ -792,7 +804,8 @@ def faults(row: Wrong, folder: pathlib.Path) -> tuple[list[str], str]:
     command = row.command.format(tmp=folder)
     for name in ("w", "o", "x"):  # an input that was accepted leaves something there
         shutil.rmtree(folder / name, ignore_errors=True)
-    code, out, err = attempt(command, dict(row.env))
+    env = {name: value.format(tmp=folder) for name, value in row.env}
+    code, out, err = attempt(command, env)
     found = []
     if code != row.code:
         found.append(f"exit code {code}, not {row.code}")
@@ -812,7 +825,7 @@ def faults(row: Wrong, folder: pathlib.Path) -> tuple[list[str], str]:
         typed = " ".join(re.findall(r'--[\w.]+=(?:"[^"]*"|[^\s,;]+)', sentence.split("type", 1)[1]))
         kept = command.rpartition(" ")[0] if row.instead else command
         again = f"{kept} {typed}{row.retry.format(tmp=folder)}"
-        _, _, then = attempt(again, dict(row.env))
+        _, _, then = attempt(again, env)
         if row.after not in then or sentence in then:
             found.append(f"after {typed!r}: {then.strip()[-300:]}")
     return found, err.strip()

@@ -1,11 +1,11 @@
-"""The metrics of a run: console, metrics.jsonl, TensorBoard; and its scores.
+"""The metrics of a run: console, metrics.jsonl, TensorBoard, W&B; and its previews and scores.
 
 Only process 0 writes. A resumed run drops records beyond its checkpoint; each step appears once.
 """
 
 import contextlib
 import errno
-import hashlib
+import functools
 import json
 import math
 import os
@@ -15,17 +15,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
-from maskdm_jax.run import console, distributed, faults, files, lock, progress
+from maskdm_jax.run import (
+    console,
+    distributed,
+    faults,
+    files,
+    lock,
+    progress,
+    tensorboard,
+    wandb_mirror,
+)
 
 _JSONL, _SCORES, _SCORES_LOCK = "metrics.jsonl", "scores.jsonl", ".scores.lock"
 TRAINING = "training, step "  # how the keys of scores start that training itself computes
 
 
 class Telemetry:
-    """Writes the metrics of one run."""
+    """Writes the metrics of one run.
+
+    Attributes:
+      previews: the folder of the grids of samples, named step_N.png.
+      skipped: steps up to `first_step` that were not applied.
+    """
 
     def __init__(
         self,
@@ -34,6 +46,7 @@ class Telemetry:
         first_step: int,
         work: Callable[[int], Any],
         peak_tflops: float | None,
+        mirror: wandb_mirror.Mirror | None = None,
     ):
         """
         Args:
@@ -42,22 +55,28 @@ class Telemetry:
           first_step: completed updates at the start; later records are dropped.
           work: step -> images, tokens and flops of the run's updates up to it, see `flops.work`.
           peak_tflops: dense peak of all devices together; None if unknown.
+          mirror: the run's in W&B, which gets what it lacks up to `first_step`; None for none.
         """
         workdir = pathlib.Path(workdir)
         self._workdir = workdir
+        self.previews = workdir / "previews"
+        self._config = config
         self._work = work
         self._peak_tflops = peak_tflops
         self._device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+        self._mirror = mirror
         self._file = self._board = None
         self._console = console.Console(config.train.num_steps, work)
         self.start_clock(first_step)
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        self.skipped = kept[-1].get("skipped", 0) if kept else 0  # steps, up to `first_step`
+        self.skipped = kept[-1].get("skipped", 0) if kept else 0
         if not distributed.is_main():
             return
         with self._full_disk_explained():
             self._open(workdir / _JSONL, kept, first_step)
             _drop_scores(workdir, first_step)
+        if mirror is not None:
+            self._catch_up(kept, first_step)
 
     def start_clock(self, step: int) -> None:
         """Starts the time from which rates and the time left follow, as after a compilation."""
@@ -99,29 +118,48 @@ class Telemetry:
             line = (_to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            values = {k: v for k, v in record.items() if k not in ("step", "device")}
-            self._write_event(step=step, summary=_summary(values))
+            self._board.scalars(step, _numbers(record))
+        if self._mirror is not None:
+            self._mirror.scalars(step, _numbers(record))
         self._console.show(record)
+
+    def preview(self, step: int, path: pathlib.Path) -> None:
+        """Shows the grid of samples that was written to `path`; on process 0 alone."""
+        with self._full_disk_explained():
+            self._board.preview(step, path)
+        if self._mirror is not None:
+            self._mirror.preview(step, path)
+
+    def scores(self, record: dict) -> None:
+        """As `add_scores`, for what training itself scored; on process 0 alone."""
+        add_scores(self._workdir, record)
+        if self._mirror is not None:
+            self._mirror.scores(*plotted(record))
 
     def close(self) -> None:
         """Closes the bar and the files, which already have every record."""
-        for target in (self._file, self._board, self._console):
+        for target in (self._file, self._board, self._console, self._mirror):
             if target is not None:
                 target.close()
 
     def _open(self, path, kept, first_step):
         files.write_text(path, "".join(_to_json(r) + "\n" for r in kept))
         self._file = path.open("ab", buffering=0)
-        # Not SummaryWriter: a full disk kills its thread, and its queue then blocks the run.
-        folder = path.parent / "tensorboard"
-        folder.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(folder / "events"))
-        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._write_event(step=first_step + 1, session_log=start)  # drops what came later
+        self._board = tensorboard.Board(path.parent, self._config.to_dict(), first_step)
 
-    def _write_event(self, **fields):
-        self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
-        self._board.flush()
+    def _catch_up(self, kept, last_step):
+        """Hands W&B all that the run has written up to `last_step`, step by step."""
+        send = functools.partial
+        rows = [(r["step"], send(self._mirror.scalars, r["step"], _numbers(r))) for r in kept]
+        for path in self.previews.glob("step_*.png"):
+            if (number := path.stem.removeprefix("step_")).isdecimal():
+                rows.append((int(number), send(self._mirror.preview, int(number), path)))
+        for record in read_scores(self._workdir):
+            if record["key"].startswith(TRAINING):
+                rows.append((record["step"], send(self._mirror.scores, *plotted(record))))
+        for step, send_row in sorted(rows, key=lambda row: row[0]):
+            if step <= last_step:
+                send_row()
 
     def _full_disk_explained(self):
         remedy = "make room, then the same command resumes from the newest checkpoint"
@@ -153,10 +191,8 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _summary(values):
-    return summary_pb2.Summary(
-        value=[summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in values.items()]
-    )
+def _numbers(record):
+    return {k: v for k, v in record.items() if k not in ("step", "device")}
 
 
 def read_scores(workdir: str | pathlib.Path) -> list[dict]:
@@ -175,6 +211,9 @@ def _drop_scores(workdir, last_step):
     """Drops what training itself scored beyond `last_step`."""
     records = read_scores(workdir)
     kept = [r for r in records if not (r["key"].startswith(TRAINING) and r["step"] > last_step)]
+    for record in records:
+        if record not in kept:
+            tensorboard.drop_scores(workdir, record["key"])
     if len(kept) < len(records):
         with lock.hold(workdir, _SCORES_LOCK):
             files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in kept))
@@ -191,16 +230,19 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
     with lock.hold(workdir, _SCORES_LOCK):  # an evaluation may run beside the training
         kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
         files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
-    losses = {f"heldout_loss_{k}": loss["mean"] for k, loss in record["heldout_loss"].items()}
-    summary = _summary({f"scores/{k}": v for k, v in (record["scores"] | losses).items()})
-    folder = workdir / "tensorboard" / "scores"
-    folder.mkdir(parents=True, exist_ok=True)
-    # One file for each record: the writer names files by the second.
-    suffix = "." + hashlib.sha256(record["key"].encode()).hexdigest()[:16]
-    board = EventsWriter(str(folder / "events"), suffix)
-    board.write_event(event_pb2.Event(wall_time=time.time(), step=record["step"], summary=summary))
-    board.close()
+    tensorboard.write_scores(workdir, record["key"], *plotted(record))
     progress.say(described_scores(record))
+
+
+def plotted(record: dict) -> tuple[int, dict[str, float], str]:
+    """What is plotted of a record of scores: its step, {name: score}, and the definition."""
+    losses = {f"heldout_loss_{k}": loss["mean"] for k, loss in record["heldout_loss"].items()}
+    scores = {k: math.nan if v is None else v for k, v in (record["scores"] | losses).items()}
+    return (
+        record["step"],
+        {f"scores/{name}": score for name, score in scores.items()},
+        described_definition(record["definition"]),
+    )
 
 
 def described_scores(record: dict) -> str:
