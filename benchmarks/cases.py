@@ -22,7 +22,7 @@ CASES = {
     "sample256": ("finetune_celebahq", 64),
 }
 NAMES = tuple(CASES)
-# Pooled hidden blocks, which the PyTorch peer does not have: name: (config, batch, fields).
+# Pooled hidden blocks: name: (config, batch, fields).
 _POOL = {"mask.hidden": "pool"}
 _AT_128 = {"data.image_size": (128, 128), "model.size": "S"}
 POOLED = {
@@ -64,9 +64,11 @@ def parser(about: str, program: str, names: tuple[str, ...]) -> command_line.Par
 
 def chosen(args, mode: str):
     """The valid config of a command line that `parser` parsed, for this machine's devices."""
-    result = config(args.bench, args.data_dir, args.batch)
+    result = config(args.bench, args.data_dir)
     for change in args.changes:
         config_file.set_field(result, change)
+    if args.batch:
+        result.train.batch_size = result.sample.batch_size = args.batch
     validate(result)
     validate_devices(result, distributed.num_devices(), mode)
     return result
