@@ -6,6 +6,7 @@ get_config(argument) makes each. `--config=FILE:paper` chooses one; FILE alone m
 
 import importlib.util
 import pathlib
+import runpy
 import traceback
 from collections.abc import Iterable
 
@@ -36,6 +37,11 @@ def load(path: str, changes: Iterable[str] = ()) -> config_dict.ConfigDict:
     phases.validate(config)
     _check_effect(config, changes)
     return config
+
+
+def arguments(path: str) -> tuple[str, ...]:
+    """The arguments that a file takes after `FILE:`; FILE alone means the first."""
+    return runpy.run_path(path).get("ARGUMENTS", ())
 
 
 def set_field(config: config_dict.ConfigDict, change: str) -> None:

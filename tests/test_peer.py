@@ -20,7 +20,7 @@ from benchmarks import peer_torch  # noqa: E402
 
 @pytest.fixture
 def config():
-    config = pretrain_celeba64.get_config()
+    config = pretrain_celeba64.get_config("paper")
     config.update_from_flattened_dict(
         {"model.width": 64, "model.depth": 5, "model.num_heads": 2, "train.batch_size": 4}
     )

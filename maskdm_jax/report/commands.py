@@ -18,13 +18,18 @@ MAKE_DEFAULTS = f"echo 'from maskdm_jax.config import default_config as get_conf
 
 
 def shipped() -> dict:
-    """{file: config} of the files in configs/ of the current folder; broken ones are left out."""
+    """{FILE or FILE:ARGUMENT: config} of the files in configs/ of the current folder.
+
+    Broken ones are left out.
+    """
     found = {}
-    for path in sorted(pathlib.Path("configs").glob("[a-z]*.py")):
+    for path in map(str, sorted(pathlib.Path("configs").glob("[a-z]*.py"))):
         try:
-            found[str(path)] = config_file.load(str(path))
+            found[path] = config_file.load(path)
         except ConfigError:
             continue
+        for argument in config_file.arguments(path)[1:]:
+            found[f"{path}:{argument}"] = config_file.load(f"{path}:{argument}")
     return found
 
 
@@ -34,7 +39,7 @@ def command(config, workdir: str, configs: dict, flags: Iterable[str] = ()) -> s
     Args:
       config: a run's.
       workdir: the run's, or another for a copy of it.
-      configs: {file: its config}, of which the nearest is named; what differs becomes flags. Among
+      configs: as from `shipped`, of which the nearest is named; what differs becomes flags. Among
         equally near files, that with the name most like the workdir's is named.
       flags: more of them.
     """
