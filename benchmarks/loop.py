@@ -39,7 +39,7 @@ def bench(name: str, data_dir: str, cache: str, steps: int, cache_home: str) -> 
     }
     with tempfile.TemporaryDirectory() as workdir:
         command = [sys.executable, str(_MAIN), f"--workdir={workdir}"]
-        command += [f"--config={_MAIN.parent / 'configs' / config}.py"]
+        command += [f"--config={_MAIN.parent / 'configs' / config}.py:{cases.RECIPE}"]
         command += [f"--config.{field}={value}" for field, value in fields.items()]
         start = time.perf_counter()
         with tempfile.TemporaryFile("w+") as said:

@@ -1,20 +1,23 @@
 """Measures ours and the PyTorch peer in turn on one card: a table, and rows in results.json.
 
-    python -m benchmarks.run --data_dir DIR [--bench masked256 ...] [--seconds 6]
+    python -m benchmarks.run --data_dir DIR [--bench masked256 ...] [--batch N] [--seconds 6]
 
 DIR holds the sets celebahq (256x256) and celeba64 (64x64), as maskdm_jax.data.prepare writes them.
 Each measurement is a process of its own, so neither framework holds memory that the other needs.
+--config.FIELD=VALUE changes the cases for both.
 """
 
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 
 from benchmarks import cases, measure
+from maskdm_jax.config import FIELDS
 from maskdm_jax.errors import ConfigError, RunError
-from maskdm_jax.fields import TEXT, one_of
+from maskdm_jax.fields import COUNT, TEXT, one_of
 from maskdm_jax.run import command_line
 
 RESULTS = pathlib.Path(__file__).with_name("results.json")
@@ -94,17 +97,22 @@ def keep(rows: list[dict]) -> None:
 
 
 def main():
-    parser = command_line.Parser(__doc__, "python -m benchmarks.run --data_dir=DIR")
+    parser = command_line.Parser(__doc__, "python -m benchmarks.run --data_dir=DIR", FIELDS)
     names = list(cases.NAMES)
-    parser.flag("--bench", one_of(*names), "the cases", names, many=True)
+    parser.flag("--bench", one_of(*names, *cases.POOLED), "the cases", names, many=True)
     parser.flag("--data_dir", TEXT, "folder of the sets", "~/tensorflow_datasets")
+    parser.flag("--batch", COUNT, "images; each case's own if not given")
     parser.flag("--seconds", cases.SECONDS, "timed work of each", 6.0)
     args = parser.parse()
-    options = ["--data_dir", args.data_dir, "--seconds", str(args.seconds)]
-    command = f"python -m benchmarks.run --bench {' '.join(args.bench)} --seconds {args.seconds:g}"
+    options = ["--seconds", f"{args.seconds:g}", *(f"--config.{change}" for change in args.changes)]
+    batch = ["--batch", str(args.batch)] if args.batch else []
+    command = shlex.join(
+        ["python", "-m", "benchmarks.run", "--bench", *args.bench, *batch, *options]
+    )
+    options += ["--data_dir", args.data_dir]
     rows = []
     for bench in args.bench:
-        ours = run_ours(bench, options)
+        ours = run_ours(bench, [*batch, *options])
         peer = run_peer(bench, ours["batch"], options)
         rows.append(row(bench, ours, peer, command))
         keep(rows[-1:])

@@ -38,9 +38,10 @@ done
 [[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
 workdir=$(realpath -m "$workdir")
 cd "$(dirname "$0")/.."
-[[ -f $pretrain ]] || fail "--pretrain is '$pretrain'; expected a file;" \
+# A config may be FILE.py:ARGUMENT.
+[[ -f ${pretrain/.py:*/.py} ]] || fail "--pretrain is '$pretrain'; expected a file;" \
   "type --pretrain=configs/pretrain_celebahq.py, say"
-[[ -f $finetune ]] || fail "--finetune is '$finetune'; expected a file;" \
+[[ -f ${finetune/.py:*/.py} ]] || fail "--finetune is '$finetune'; expected a file;" \
   "type --finetune=configs/finetune_celebahq.py, say"
 
 run() {

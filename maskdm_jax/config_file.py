@@ -10,6 +10,7 @@ get_config(argument) makes each. `--config=FILE:paper` chooses one; FILE alone m
 import contextlib
 import importlib.util
 import pathlib
+import runpy
 import sys
 import traceback
 import types
@@ -52,6 +53,13 @@ def shipped() -> list[str]:
     """The paths of the files in configs/, which `load` takes in any folder."""
     files = (_SHIPPED / "configs").glob("[a-z]*.py")
     return sorted(str(path.relative_to(_SHIPPED)) for path in files)
+
+
+def arguments(path: str) -> tuple[str, ...]:
+    """The arguments that a file takes after `FILE:`; FILE alone means the first."""
+    file = _found(path)
+    with _configs_importable(file):
+        return runpy.run_path(str(file)).get("ARGUMENTS", ())
 
 
 def set_field(config: config_dict.ConfigDict, change: str) -> None:
@@ -171,9 +179,10 @@ def _configs_importable(file) -> Iterator[None]:
 
 
 def _split(path):
-    """FILE, whether ":" follows it, and the argument after that."""
-    start, suffix, argument = path.rpartition(".py:")
-    return (f"{start}.py", True, argument) if suffix else (path, False, "")
+    """FILE, whether ":" follows it, and the argument after that; FILE may be a shipped name."""
+    file, colon, argument = path.rpartition(":")
+    known = file.endswith(".py") or file in (pathlib.Path(each).stem for each in shipped())
+    return (file, True, argument) if colon and known else (path, False, "")
 
 
 def _argument(path, module, typed_one):

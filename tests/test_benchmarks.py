@@ -47,6 +47,9 @@ def test_the_command_line_changes_fields_of_a_case():
     config = cases.chosen(parser.parse(["--bench=masked256", *flags]), "train")
     assert (config.mask.ratio, config.data.image_size) == (0.5, (128, 64))
     assert config.train.batch_size == 8 and config.model.size == "B"
+    # run.py halves the peer's batch, whatever else is typed.
+    flags += ["--config.train.batch_size=64"]
+    assert cases.chosen(parser.parse(["--bench=masked256", *flags]), "train").train.batch_size == 8
 
 
 def test_a_row_compares_training_by_images_and_sampling_by_evaluations():
@@ -74,6 +77,29 @@ def test_the_peers_batch_is_halved_until_it_fits(monkeypatch):
     monkeypatch.setattr(run, "_run", pretend)
     assert run.run_peer("whole256", 64, ["--seconds", "1"]) == {"batch": 16}
     assert asked == [64, 32, 16]
+
+
+def test_a_batch_and_fields_that_are_typed_change_ours_and_the_peer(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def pretend(module, bench, options):
+        asked.append((module, bench, options))
+        result = PEER if module.endswith("peer_torch") else OURS
+        return subprocess.CompletedProcess([], 0, json.dumps(result) + "\n", "")
+
+    monkeypatch.setattr(run, "_run", pretend)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results.json")
+    flags = ["--batch=64", "--seconds=2", "--data_dir=D", "--config.model.size=S"]
+    monkeypatch.setattr("sys.argv", ["run", "--bench", "pooled64", "pooled128", *flags])
+    run.main()
+    both = ["--batch", "64", "--seconds", "2", "--config.model.size=S", "--data_dir", "D"]
+    modules = ("benchmarks.train_step", "benchmarks.peer_torch")
+    assert asked == [(m, bench, both) for bench in ("pooled64", "pooled128") for m in modules]
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| pooled")]
+    assert [row.split()[1] for row in rows] == ["pooled64", "pooled128"]
+    command = "python -m benchmarks.run --bench pooled64 pooled128 --batch 64 --seconds 2"
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert {row["command"] for row in stored} == {f"{command} --config.model.size=S"}
 
 
 def test_other_failures_of_the_peer_are_reported(monkeypatch):

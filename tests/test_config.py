@@ -7,6 +7,7 @@ import pytest
 from conftest import DATA, ROOT
 
 from maskdm_jax import config as config_lib
+from maskdm_jax import config_file, optim
 from maskdm_jax.config import FIELDS, default_config, validate, validate_devices
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import FREE, MEANING, UPDATE, Role
@@ -183,14 +184,72 @@ def test_another_architecture_is_refused_with_the_flags_that_match():
     assert "--config.model.size=S" in text and "--config.diffusion.prediction=v" in text
 
 
-@pytest.mark.parametrize("name", ["digits", "swiss_roll", "celeba64", "celebahq"])
-@pytest.mark.parametrize("kind", ["pretrain", "finetune", "scratch"])
-def test_shipped_configs_are_valid_and_both_stages_share_their_model(name, kind):
-    import importlib
+STAGES = ("pretrain", "finetune", "scratch")
 
-    config = importlib.import_module(f"configs.{kind}_{name}").get_config()
+
+def shipped(stage, name):
+    """The config of a shipped file, as --config=configs/STAGE_NAME, .py:ARGUMENT gives it."""
+    name, has_argument, argument = name.partition(":")
+    return config_file.load(f"{ROOT}/configs/{stage}_{name}.py{has_argument}{argument}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["digits", "swiss_roll", "celeba64", "celeba64:paper", "celebahq", "celebahq:paper"],
+)
+@pytest.mark.parametrize("stage", STAGES)
+def test_shipped_configs_are_valid_and_both_stages_share_their_model(stage, name):
+    config = shipped(stage, name)
     validate(config)
-    pretrain = importlib.import_module(f"configs.pretrain_{name}").get_config()
-    config_lib.check_same_architecture(config, pretrain, "W")
-    assert (config.mask.kind == "none") == (kind != "pretrain")
+    config_lib.check_same_architecture(config, shipped("pretrain", name), "W")
+    assert (config.mask.kind == "none") == (stage != "pretrain")
     assert config.is_locked
+
+
+def test_every_config_with_two_recipes_means_ours_if_none_is_typed():
+    for path in sorted((ROOT / "configs").glob("*_celeb*.py")):
+        assert config_file.arguments(path) == ("ours", "paper")
+        assert config_file.load(str(path)) == config_file.load(f"{path}:ours")
+
+
+@pytest.mark.parametrize("name", ["celeba64", "celebahq"])
+def test_a_second_stage_refuses_the_other_recipes_weights(name):
+    for here, there in ((name, f"{name}:paper"), (f"{name}:paper", name)):
+        with pytest.raises(ConfigError, match="diffusion.prediction"):
+            config_lib.check_same_architecture(
+                shipped("finetune", here), shipped("pretrain", there), "W"
+            )
+
+
+@pytest.mark.parametrize("name", ["celeba64", "celebahq"])
+def test_our_rate_falls_to_0_only_at_the_end_of_the_last_stage(name):
+    for stage in STAGES:
+        config = shipped(stage, name)
+        rate = optim.learning_rate(config, config.train.num_steps)
+        last = 1.2e-4 if stage == "pretrain" else 0
+        rates = [float(rate(step)) for step in (0, 2_000, config.train.num_steps)]
+        assert rates == pytest.approx([0, 4e-4, last], rel=1e-4, abs=1e-9)
+
+
+# What the paper's recipe sets, apart from the data set, the masks and the network.
+PAPER = {
+    "pretrain_celeba64": ("linear", 2e-4, 0, 0.0, 200_000, 256),
+    "finetune_celeba64": ("linear", 2e-4, 0, 0.0, 200_000, 128),
+    "scratch_celeba64": ("linear", 2e-4, 0, 0.0, 400_000, 128),
+    "pretrain_celebahq": ("cosine", 2e-4, 0, 1.0, 200_000, 256),
+    "finetune_celebahq": ("cosine", 1e-5, 5_000, 1.0, 550_000, 32),
+    "scratch_celebahq": ("cosine", 2e-4, 5_000, 1.0, 940_000, 32),
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_recipe_keeps_its_values(name):
+    config = config_file.load(f"{ROOT}/configs/{name}.py:paper")
+    schedule, peak, warmup, clip_norm, num_steps, batch = PAPER[name]
+    expected = default_config()
+    expected.diffusion.schedule = schedule
+    expected.optim.update(lr_peak=peak, warmup_steps=warmup, clip_norm=clip_norm)
+    expected.train.update(num_steps=num_steps, batch_size=batch)
+    groups = ("data.flip", "diffusion", "optim", "train.num_steps", "train.batch_size")
+    for group in groups:
+        assert config_lib.get(config, group) == config_lib.get(expected, group)

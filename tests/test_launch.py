@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 POD = ["launch/tpu_pod.sh"]
 NAMED = ["--name=maskdm", "--zone=us-west4-a"]
 HOST = [
-    "launch/gpu_host.sh", "--pretrain=configs/pretrain_celeba64.py",
-    "--finetune=configs/finetune_celeba64.py",
+    "launch/gpu_host.sh", "--pretrain=configs/pretrain_celeba64.py:paper",
+    "--finetune=configs/finetune_celeba64.py:paper",
 ]  # fmt: skip
 AWKWARD = "--config.data.image_size=(128, 128)"  # needs quotes in every shell
 

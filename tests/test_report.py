@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 import pytest
 
-from configs import finetune_digits, pretrain_digits, scratch_digits
+from configs import finetune_celeba64, finetune_digits, pretrain_digits, scratch_digits
 from maskdm_jax import config as config_lib
 from maskdm_jax import config_file, images
 from maskdm_jax.errors import ConfigError
@@ -237,6 +237,13 @@ def test_the_command_line_gives_the_config_of_the_run(tmp_path, monkeypatch, in_
     file = next(flag for flag in flags if flag.startswith("config=")).removeprefix("config=")
     changes = [flag.removeprefix("config.") for flag in flags if flag.startswith("config.")]
     assert config_file.load(file, changes) == config
+
+
+def test_the_command_line_of_the_papers_recipe_names_it(tmp_path):
+    workdir = fake_run(tmp_path / "w", finetune_celeba64.get_config("paper"))
+    typed = commands.train(*runs.read([workdir]), commands.shipped())
+    assert typed.startswith("python main.py --config=configs/finetune_celeba64.py:paper --workdir")
+    assert "--config." not in typed
 
 
 def test_a_field_that_every_phase_sets_is_not_typed(tmp_path):

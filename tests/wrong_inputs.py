@@ -388,6 +388,12 @@ CONFIGS = [
         ("{tmp}/wrong_type.py", "line 6", "type"),
         ("{tmp}/needs_argument.py", "get_config", "type"),
         ("configs/pretrain_digits.py:paper", "takes none", "--config=configs/pretrain_digits.py"),
+        (
+            "configs/pretrain_celebahq.py:papr",
+            "'papr'",
+            "one of ours, paper",
+            "--config=configs/pretrain_celebahq.py:paper",
+        ),
         ("{tmp}/variants.py:papr", "one of ours, paper", "--config={tmp}/variants.py:paper"),
         ("{tmp}/variants.py:", "one of ours, paper", "--config={tmp}/variants.py:ours"),
         ("{tmp}/variant.py:paper", "not there", "type"),

@@ -14,7 +14,7 @@ from maskdm_jax.run import command_line
 
 
 def shipped() -> dict:
-    """{file: config} of the shipped files and those in the current folder's configs/.
+    """{FILE or FILE:ARGUMENT: config} of the shipped files and those in ./configs.
 
     Broken ones are left out.
     """
@@ -25,6 +25,8 @@ def shipped() -> dict:
             found[path] = config_file.load(path)
         except ConfigError:
             continue
+        for argument in config_file.arguments(path)[1:]:
+            found[f"{path}:{argument}"] = config_file.load(f"{path}:{argument}")
     return found
 
 
@@ -34,7 +36,7 @@ def command(config, workdir: str, configs: dict, mode: str = "train") -> str:
     Args:
       config: a run's.
       workdir: the run's, or another for a copy of it.
-      configs: {file: its config}, of which the nearest is named; what differs becomes flags. Among
+      configs: as from `shipped`, of which the nearest is named; what differs becomes flags. Among
         equally near files, that with the name most like the workdir's is named.
       mode: "train", "sample" or "evaluate".
     """
