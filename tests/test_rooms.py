@@ -50,7 +50,8 @@ ALLOWED = {
     "compare": {"quality", "run"},
     "__main__": {"main", "run"},  # and the programs, each when it is typed
     "main": {
-        "checkpoint", "config", "config_file", "evaluate", "field_table", "phases", "run", "sample", "train",
+        "checkpoint", "config", "config_file", "evaluate", "field_table", "phases", "run", "sample",
+        "train",
     },
     "evaluate": {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
