@@ -126,7 +126,8 @@ def _lower(phase, mode, mesh, known_examples):
     """The program that main.py would compile, from shapes alone."""
     config = phase.config
     if mode == "sample":
-        return draw.lower_stretch(config, mesh)
+        # In one program: main.py does the same steps in stretches, one after another.
+        return draw.lower_draw(config, mesh)
     num_examples = 0
     if config.data.cache == "device":
         num_examples = known_examples or _NUM_EXAMPLES_OF.get(config.data.name)

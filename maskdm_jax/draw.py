@@ -6,7 +6,6 @@ same for any batch size and number of devices.
 
 import collections
 import functools
-import math
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -32,6 +31,13 @@ def jit_draw(config, mesh: Mesh, out_sharding: NamedSharding, steps: int | None 
         out_shardings=out_sharding,
         compiler_options=sharding.compiler_options(mesh),
     )
+
+
+def lower_draw(config, mesh: Mesh, steps: int | None = None):
+    """`jit_draw` for one batch of `sample.batch_size` images, lowered from shapes alone."""
+    by_batch = sharding.batch_sharding(mesh)
+    index_B = jax.ShapeDtypeStruct((config.sample.batch_size,), np.int32, sharding=by_batch)
+    return jit_draw(config, mesh, by_batch, steps).lower(abstract_params(config, mesh), index_B)
 
 
 def abstract_params(config, mesh: Mesh):
@@ -75,7 +81,9 @@ class Drawing:
             lambda x_BNP: patches.join(x_BNP, config.model.patch_size, config.data.image_size),
             out_shardings=self._sharding,
         )
-        self._x_shape, self._x = _x_shape(config), None
+        rows, columns = grid_shape(config.data.image_size, config.model.patch_size)
+        patch_dim = patches.patch_dim(config.model.patch_size, config.data.channels)
+        self._x_shape, self._x = (rows * columns, patch_dim), None
 
     def in_batches(
         self,
@@ -109,15 +117,6 @@ def stretch_length(num_steps: int) -> int:
     return next((n for n in divisors if 20 * n >= num_steps), divisors[-1])
 
 
-def lower_stretch(config, mesh: Mesh):
-    """`Drawing`'s program for `sample.batch_size` images, lowered from shapes alone."""
-    by_batch, batch = sharding.batch_sharding(mesh), config.sample.batch_size
-    index_B = jax.ShapeDtypeStruct((batch,), np.int32, sharding=by_batch)
-    x_BNP = jax.ShapeDtypeStruct((batch, *_x_shape(config)), np.float32, sharding=by_batch)
-    jitted = _jit_stretch(config, mesh, config.sample.steps)
-    return jitted.lower(abstract_params(config, mesh), index_B, x_BNP, np.int32(0))
-
-
 def _jit_stretch(config, mesh, num_steps):
     """(params, index_B, x_BNP, first) -> (x_BNP, steps done)."""
     by_batch, draw = sharding.batch_sharding(mesh), make_draw(config, mesh, num_steps)
@@ -133,11 +132,6 @@ def _jit_stretch(config, mesh, num_steps):
         donate_argnums=2,
         compiler_options=sharding.compiler_options(mesh),
     )
-
-
-def _x_shape(config):
-    grid = grid_shape(config.data.image_size, config.model.patch_size)
-    return math.prod(grid), patches.patch_dim(config.model.patch_size, config.data.channels)
 
 
 def _in_batches(stretches, num_steps, ids, size, sharding, shown=None):

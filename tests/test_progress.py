@@ -149,7 +149,7 @@ def test_a_smoothed_loss_is_the_weighted_mean_of_what_is_finite():
 
 def work(step):
     """Updates after the tenth cost three times as much."""
-    return namedtuple("Work", "flops")(float(min(step, 10) + 3 * max(step - 10, 0)))
+    return namedtuple("Work", "flops")(1e12 * (min(step, 10) + 3 * max(step - 10, 0)))
 
 
 def test_lines_have_the_smoothed_loss_and_a_time_left_once_a_few_steps_were_timed(capsys, seconds):
@@ -164,7 +164,7 @@ def test_lines_have_the_smoothed_loss_and_a_time_left_once_a_few_steps_were_time
     assert lines[0].startswith("step 1/100  loss 2.0000  ") and "left" not in lines[0]
     assert "loss 1.5" in lines[1] and "left" not in lines[1]
     # At step 11 and half a second for each unit of work: 3 x 89 units are left.
-    assert lines[2] == ("about 0:02:13 to the end at 0.6 s a step, plus saves, previews and scores")
+    assert lines[2] == "about 0:02:13 to the end at 2 TFLOP/s, plus saves, previews and scores"
     assert lines[3].startswith("step 12/100  loss 1.4") and lines[3].endswith("left 0:02:12")
     assert len(lines) == 4
 

@@ -19,7 +19,7 @@ import jax
 from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet, inception, inception_weights, measure, reference
-from maskdm_jax.run import command_line, files, progress
+from maskdm_jax.run import command_line, distributed, files, progress
 
 _FEATURES = (64, 192, 768, 2048)
 _PACKAGES = ("maskdm_jax", "jax", "numpy", "pillow")
@@ -216,6 +216,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def print_scores():
         args = parser.parse(argv)
+        distributed.mute_libtpu()
         found = score(
             args.images,
             args.reference,

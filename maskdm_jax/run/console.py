@@ -97,14 +97,16 @@ class Console:
         steps, seconds = step - begun, time.perf_counter() - since
         if steps < 3 or (steps < _FEW_UPDATES and seconds < _LONG_S):
             return None
-        # By FLOPs: the steps of a later phase may take longer.
-        first, done, whole = (self._work(n).flops for n in (begun, step, self._num_steps))
-        return seconds / (done - first) * (whole - done)
+        return (self._work(self._num_steps).flops - self._work(step).flops) / self._speed(step)
+
+    def _speed(self, step):
+        """FLOP/s since the clock started; the steps of a later phase may take longer."""
+        begun, since = self._start
+        done = self._work(step).flops - self._work(begun).flops
+        return done / (time.perf_counter() - since)
 
     def _forecast(self, step, left):
-        begun, since = self._start
-        step_s = (time.perf_counter() - since) / (step - begun)
         progress.say(
-            f"about {progress.clock(left)} to the end at {step_s:.3g} s a step, plus saves, "
-            "previews and scores"
+            f"about {progress.clock(left)} to the end at {self._speed(step) / 1e12:.3g} TFLOP/s, "
+            "plus saves, previews and scores"
         )
