@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import measure
 from maskdm_jax import config_file, draw, evaluation, sharding, trained
-from maskdm_jax.config import default_config, get, validate
+from maskdm_jax.config import default_config, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import COUNT, COUNT_OR_0, TEXT, whole
@@ -85,7 +85,7 @@ class Study:
     """A trained model, and what scores its images."""
 
     def __init__(self, workdir: str, num: int, weights: str, changes: list[str]):
-        """Reads the model, and measures the set to compare with.
+        """Reads the model; `measure_set` comes before the first row.
 
         Args:
           workdir: a run's, one of its checkpoints, or an official .pt file.
@@ -100,10 +100,17 @@ class Study:
         names = {change.partition("=")[0] for change in changes}
         names |= {"eval.metrics", "eval.features", "eval.heldout_split"}
         fields = {name: get(given, name) for name in names} | {"sample.num": num}
-        self._network = trained.read(workdir, None, weights, fields)
+        try:
+            self._network = trained.read(workdir, None, weights, fields)
+        except ConfigError as error:
+            said = str(error).replace("load(PATH)", "--workdir=FOLDER")
+            raise ConfigError(said) from error
         self.config = self._network.config
         self._mesh = sharding.make_mesh(self.config)
         self._scorer = evaluation.Evaluation(self.config, self._mesh)
+
+    def measure_set(self) -> None:
+        """Measures the set that images are compared with."""
         self._scorer.measure_sets()
 
     def key(self, run: Run) -> tuple:
@@ -115,7 +122,6 @@ class Study:
         """Draws and scores the images of one row."""
         start, config = time.perf_counter(), self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(run.fields())
-        validate(config)
         by_batch = sharding.batch_sharding(self._mesh)
         drawing = draw.lower_draw(config, self._mesh).compile()
         compiled = time.perf_counter()
@@ -198,11 +204,19 @@ def main(argv: list[str] | None = None) -> None:
 
 def _run_all(args, path: pathlib.Path, start: float) -> None:
     study = Study(args.workdir, args.num, args.weights, args.changes)
+    most, steps = max(args.evaluations), study.config.diffusion.num_timesteps
+    if most > steps:
+        raise ConfigError(
+            f"--evaluations has {most}; expected at most the model's timesteps, {steps}; type "
+            f"--evaluations {steps}"
+        )
     wanted = [Run(s, n) for n, s in itertools.product(sorted(args.evaluations), args.solvers)]
     kept = ("solver", "budget", "sample", "checkpoint_sha256")
     done = {tuple(row[name] for name in kept) for row in read_rows(path)}
     todo = [run for run in wanted if study.key(run) not in done]
     say(f"{len(wanted)} rows, of which {len(todo)} are not in {path} yet")
+    if todo:
+        study.measure_set()
     each, besides = 0.0, 0.0  # seconds: of one evaluation of all images, and of all else
     for index, run in enumerate(todo):
         begun = time.perf_counter()
