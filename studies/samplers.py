@@ -4,12 +4,13 @@
     python -m studies.samplers --workdir=W2 --out=DIR --solvers ddim:timestep heun:karras \
         --evaluations 10 20 50 --until=540
 
-A solver is SAMPLER:SPACING, or SAMPLER:SPACING:ETA for DDIM that adds noise. Every solver draws the
-same images, from the same seed, in at most each number of evaluations; Heun's are odd numbers. Each
-pair gives one row of DIR/samplers.csv, the cheapest first. Rows that are there already are left
-out, so the same command goes on after a stop; --until is when it starts no row that it expects to
-end later. The scores are FID of 768 features against the training images, or as the config's `eval`
-fields say. At the end, and with --until=0, it prints the table of all rows.
+A solver is SAMPLER:SPACING, or SAMPLER:SPACING:ETA for DDIM that adds noise; with :recompute at the
+end, DDIM takes eps from the clipped x0. All start from the same noise. The numbers of evaluations
+are without guidance, which doubles them; Heun takes the odd number at or below each. Each pair
+gives one row of DIR/samplers.csv, the cheapest first. Rows that are there already are left out, so
+the same command resumes after a stop; no row is started that is expected to end after --until. The
+scores are FID of 768 features against the training images, or as the config's `eval` fields say. At
+the end, and with --until=0, it prints the table of all rows.
 """
 
 import itertools
@@ -35,11 +36,13 @@ from studies.compute_matched import add_row, read_rows
 
 ROWS = "samplers.csv"
 SOLVERS = (
-    "ddim:timestep", "ddim:timestep:1", "ddpm:timestep", "ddim:log_snr", "dpm_solver:timestep",
-    "dpm_solver:log_snr", "dpm_solver:karras", "heun:log_snr", "heun:karras",
+    "ddim:timestep", "ddim:timestep:1", "ddim:timestep:recompute", "ddim:log_snr:recompute",
+    "ddpm:timestep", "dpm_solver:timestep", "dpm_solver:log_snr", "dpm_solver:karras",
+    "heun:timestep", "heun:log_snr", "heun:karras",
 )  # fmt: skip
 EVALUATIONS = (5, 10, 15, 20, 30, 50, 100, 250)
 BASELINE = ("ddim:timestep", 250)
+_RECOMPUTE = ":recompute"
 
 
 class Run(NamedTuple):
@@ -57,27 +60,31 @@ class Run(NamedTuple):
 
 def _values(solver):
     """{field: value} of a solver's words, which need not be accepted ones."""
-    words = (*solver.split(":"), "0")[:3]
+    words = solver.removesuffix(_RECOMPUTE).split(":")
     names = [f"sample.{name}" for name in ("sampler", "spacing", "eta")]
-    return {name: FIELDS[name].kind.read(word) for name, word in zip(names, words, strict=False)}
+    texts = zip(names, [*words, "0"], strict=False)
+    values = {name: FIELDS[name].kind.read(text) for name, text in texts}
+    return values | {"sample.recompute_eps": solver.endswith(_RECOMPUTE)}
 
 
 def check(solvers: list[str]) -> None:
     """Raises ConfigError for the first that is no solver."""
     for solver in solvers:
         values = _values(solver)
-        is_short = solver.count(":") in (1, 2)
-        if is_short and all(FIELDS[name].kind.accepts(value) for name, value in values.items()):
+        has_words = solver.removesuffix(_RECOMPUTE).count(":") in (1, 2)
+        wrong = [name for name, value in values.items() if not FIELDS[name].kind.accepts(value)]
+        if has_words and not wrong:
             continue
-        near = [
-            value if FIELDS[name].kind.accepts(value) else FIELDS[name].kind.nearest(value, None)
-            for name, value in values.items()
-        ]
-        said = ", ".join(f"{name} is {FIELDS[name].kind.expected}" for name in values)
-        right = ":".join(map(str, near)) if is_short and None not in near else SOLVERS[0]
+        right = SOLVERS[0]
+        if has_words:
+            for name in wrong:
+                values[name] = FIELDS[name].kind.nearest(values[name], FIELDS[name].default)
+            *words, recomputes = values.values()
+            right = ":".join(map(str, words)) + _RECOMPUTE * recomputes
+        said = ", ".join(f"{name} is {FIELDS[name].kind.expected}" for name in wrong)
         raise ConfigError(
-            f"--solvers has {solver!r}; expected SAMPLER:SPACING or SAMPLER:SPACING:ETA, where "
-            f"{said}; type --solvers {right}"
+            f"--solvers has {solver!r}; expected SAMPLER:SPACING or SAMPLER:SPACING:ETA"
+            f"{', where ' * bool(said)}{said}; type --solvers {right}"
         )
 
 
@@ -155,7 +162,8 @@ class Study:
 
 # What the rows vary, and fields that no image depends on.
 _VARIED = (
-    "sampler", "spacing", "steps", "eta", "batch_size", "preview_num", "preview_steps",
+    "sampler", "spacing", "steps", "eta", "recompute_eps", "batch_size", "preview_num",
+    "preview_steps",
 )  # fmt: skip
 
 
@@ -184,7 +192,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(__doc__, example, FIELDS)
     parser.flag("--workdir", TEXT, "a trained run, or an official .pt file", required=True)
     parser.flag("--out", TEXT, "folder for samplers.csv", required=True)
-    parser.flag("--solvers", TEXT, "SAMPLER:SPACING[:ETA] of each", [*SOLVERS], many=True)
+    parser.flag(
+        "--solvers", TEXT, "SAMPLER:SPACING[:ETA][:recompute] of each", [*SOLVERS], many=True
+    )
     parser.flag("--evaluations", COUNT, "of the network for an image", [*EVALUATIONS], many=True)
     parser.flag("--num", whole(2), "images to score", 5000)
     parser.flag("--weights", *_kind_and_meaning("sample.weights"))

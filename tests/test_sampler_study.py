@@ -9,8 +9,10 @@ from studies import compute_matched, samplers
 def test_a_solver_takes_at_most_the_evaluations_that_it_is_given():
     assert samplers.Run("ddim:timestep:1", 20).fields() == {
         "sample.sampler": "ddim", "sample.spacing": "timestep", "sample.eta": 1.0,
-        "sample.steps": 20,
+        "sample.recompute_eps": False, "sample.steps": 20,
     }  # fmt: skip
+    recomputed = samplers.Run("ddim:log_snr:recompute", 20).fields()
+    assert recomputed["sample.recompute_eps"] and recomputed["sample.eta"] == 0
     assert samplers.Run("heun:karras", 20).fields()["sample.steps"] == 10  # 19 evaluations
     assert samplers.Run("heun:karras", 5).fields()["sample.steps"] == 3
 
@@ -57,6 +59,7 @@ def test_rows_are_scored_and_continued(trained, data_dir, tmp_path, capsys):
         ("dmp_solver:log_snr", "type --solvers dpm_solver:log_snr:0.0$"),
         ("ddim:logsnr", "type --solvers ddim:log_snr:0.0$"),
         ("ddim:timestep:2", "type --solvers ddim:timestep:1$"),
+        ("ddim:logsnr:recompute", "type --solvers ddim:log_snr:0.0:recompute$"),
         ("ddim:timestep:1:1", "type --solvers ddim:timestep$"),
     ],
 )
