@@ -145,7 +145,7 @@ def _figures(config, mode, mesh, tpu, compiled):
     analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
     # The compiler counts a loop's body once. The sampler is one loop. So is an accumulating step,
     # except for the optimizer, which reads and writes the state.
-    loops, outside = config.sample.steps, 0
+    loops, outside = samplers.evaluations(config.sample.sampler, config.sample.steps), 0
     if mode == "train":
         loops = config.optim.accumulate_steps
         outside = 2 * analysis.alias_size_in_bytes
@@ -182,13 +182,7 @@ def _model_flops(config, mode):
     """Model FLOPs of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    return config.sample.batch_size * _evaluations(config) * flops.forward_flops(config)
-
-
-def _evaluations(config):
-    """Evaluations of the network for one drawn image."""
-    guided = 2 if config.sample.guidance_scale != 1 else 1
-    return guided * samplers.evaluations(config.sample.sampler, config.sample.steps)
+    return config.sample.batch_size * draw.evaluations(config) * flops.forward_flops(config)
 
 
 def _splash_flops(config, mode, mesh):
@@ -202,7 +196,7 @@ def _splash_flops(config, mode, mesh):
     # Two matmuls forward; backward three for dq, and four for dk and dv.
     matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1
     if mode == "sample":
-        matmuls, calls = 2, _evaluations(config)
+        matmuls, calls = 2, draw.evaluations(config)
     images = _batch(config, mode) * calls / mesh.size
     padded = splash_attention.padded_length(length)
     return images * (2 * (depth // 2) + 1) * matmuls * 2 * padded**2 * width

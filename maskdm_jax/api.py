@@ -7,7 +7,6 @@
 It is for one process, such as a notebook, and uses all of its devices. docs/api.md has examples.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from maskdm_jax import arguments, draw, evaluation, sharding, trained
-from maskdm_jax.config import validate
+from maskdm_jax.api_sampling import Sampling
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.process import invert, network_input, noised, to_device, x0_and_eps
 from maskdm_jax.errors import ConfigError
@@ -30,8 +29,8 @@ from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.quality import reference as reference_lib
 
 
-class Model:
-    """A trained model; `load` makes it.
+class Model(Sampling):
+    """A trained model; `load` makes it. The methods that draw images are those of `Sampling`.
 
     Attributes:
       config: of the training, with the fields that `load` was given; do not change it.
@@ -45,19 +44,16 @@ class Model:
 
     def __init__(self, network: trained.Trained):
         """Compiles nothing yet; the first call of each method does."""
-        config, self.params, self.step, self._sha256 = network
-        self.config = config
-        self.image_shape = (*config.data.image_size, config.data.channels)
+        config, params, self.step, self._sha256 = network
+        super().__init__(config, params)
         self.num_timesteps: int = config.diffusion.num_timesteps
         self.num_classes: int = config.model.num_classes
         self.num_patches = math.prod(grid_shape(config.data.image_size, config.model.patch_size))
-        self._mesh = sharding.make_mesh(config)
         self._process = make_process(config.diffusion, config.data.image_size)
         self._predict = jax.jit(
             _make_predict(config, self._mesh, self._process),
             compiler_options=sharding.compiler_options(self._mesh),
         )
-        self._draws = {}  # compiled samplers, by what they were compiled for
 
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.image_shape))
@@ -118,35 +114,6 @@ class Model:
         )
         return noised(level, x0, eps)
 
-    def sample(
-        self,
-        num: int,
-        sampler: str = "ddim",
-        steps: int = 50,
-        eta: float = 0.0,
-        guidance_scale: float = 1.0,
-        label: int | None = None,
-        seed: int = 0,
-    ) -> np.ndarray:
-        """Draws images; as `--mode=sample`, image i depends on (seed, i) and the settings alone.
-
-        Args:
-          num: images. `config.sample.batch_size` of them are drawn at a time.
-          sampler: "ddim" or "ddpm".
-          steps: network evaluations per image, 1 to T.
-          eta: DDIM's noise: 0 is deterministic, 1 adds as much as DDPM.
-          guidance_scale: 1 is the plain model; any other needs a model with classes.
-          label: the class of all images; None: image i has class i mod num_classes.
-          seed: of the noise.
-
-        Returns:
-          uint8 [num, H, W, C].
-
-        Raises:
-          ConfigError: for a value that cannot work.
-        """
-        return self._drawn(self._sampling(num, sampler, steps, eta, guidance_scale, label, seed))
-
     def score(
         self,
         num: int,
@@ -154,13 +121,8 @@ class Model:
         features: int = 768,
         *,
         metrics: tuple[str, ...] = ("fid",),
-        sampler: str = "ddim",
-        steps: int = 50,
-        eta: float = 0.0,
-        guidance_scale: float = 1.0,
-        label: int | None = None,
-        seed: int = 0,
         inception_weights: str | pathlib.Path = "",
+        **settings,
     ) -> dict:
         """Draws images and scores them against a set of real ones; see docs/scores.md.
 
@@ -170,8 +132,8 @@ class Model:
             training images of `config.data`.
           features: 2048, 768, 192 or 64.
           metrics: names in `quality.measure.METRICS`, except "memorisation".
-          sampler, steps, eta, guidance_scale, label, seed: as for `sample`.
           inception_weights: file of the feature network; empty: downloaded once, if it is needed.
+          settings: of the drawing, as for `sample`.
 
         Returns:
           A record as in scores.jsonl, without a held-out loss: "step", "scores" {name: value},
@@ -181,7 +143,7 @@ class Model:
           ConfigError: for a value that cannot work, or sets or weights that give no such score.
         """
         start = time.perf_counter()
-        config = self._sampling(num, sampler, steps, eta, guidance_scale, label, seed)
+        config = self._configured(num, **settings)
         given = {
             "eval.num": num,
             "eval.reference": str(reference or ""),
@@ -205,40 +167,13 @@ class Model:
         return {
             "step": self.step,
             **found,
+            "evaluations": draw.evaluations(config),
             "heldout_loss": {},
             "checkpoint_sha256": self._sha256,
             "config_sha256": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest(),
             "seconds": round(time.perf_counter() - start, 1),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         }
-
-    def _sampling(self, num, sampler, steps, eta, guidance_scale, label, seed):
-        """The model's config with these settings, checked."""
-        config = self.config.copy_and_resolve_references()
-        given = {
-            "sample.num": num,
-            "sample.sampler": sampler,
-            "sample.steps": steps,
-            "sample.eta": eta,
-            "sample.guidance_scale": guidance_scale,
-            "sample.label": -1 if label is None else label,
-            "sample.seed": seed,
-        }
-        with arguments.said_in_python(self.sample):
-            arguments.change(config, given)
-            validate(config)
-        return config
-
-    def _drawn(self, config):
-        settings, num_devices = config.sample, self._mesh.size
-        by_batch = sharding.batch_sharding(self._mesh)
-        size = min(settings.batch_size, -(-settings.num // num_devices) * num_devices)
-        key = (settings.sampler, settings.steps, settings.eta, settings.guidance_scale)
-        if key not in self._draws:
-            self._draws[key] = draw.jit_draw(config, self._mesh, by_batch)
-        jitted = functools.partial(self._draws[key], seed=settings.seed, label=settings.label)
-        batches = draw.in_batches(jitted, self.params, range(settings.num), size, by_batch)
-        return np.concatenate([image_BHWC for _, image_BHWC in batches])
 
     def _labels(self, label, batch):
         if not self.num_classes:

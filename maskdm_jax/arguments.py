@@ -66,6 +66,19 @@ def floats(name: str, value: ArrayLike) -> jax.Array:
     return value.astype(jnp.float32)
 
 
+def pixels(name: str, value: ArrayLike, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """uint8 images [M, H, W, C] from `value`, [H, W, C] or [M, H, W, C]."""
+    value = np.asarray(value)
+    value = value[None] if value.ndim == 3 else value
+    check_shape(name, value, ("M", *image_shape))
+    if value.dtype != np.uint8 or not len(value):
+        raise ConfigError(
+            f"{name} has dtype {value.dtype} and {len(value)} images; expected uint8 pixels of 0 "
+            f"to 255; type np.uint8(({name} + 1) * 127.5) for floats in [-1, 1]"
+        )
+    return value
+
+
 def check_shape(name: str, array: ArrayLike, expected: tuple[int | str, ...]) -> None:
     """Refuses an array whose shape is not `expected`, in which letters stand for any size."""
     found = np.shape(array)

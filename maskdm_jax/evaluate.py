@@ -34,6 +34,11 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     config = config.copy_and_resolve_references()
     config.sample.num = config.eval.num
     wandb_mirror.check(config)
+    if sample.start_image(config):
+        raise ConfigError(
+            f"sample.init_image is {config.sample.init_image}, but --mode=evaluate scores images "
+            "that are drawn from noise; type --config.sample.init_image=''"
+        )
     steps = _steps(config.eval.checkpoints, workdir)
     groups = list(_by_network(config, workdir, steps))
     stds = _ema_stds(config)
@@ -142,6 +147,7 @@ def _evaluate(config, workdir, step, mesh, scorer, drawing):
     return {
         "step": step,
         **found,
+        "evaluations": draw.evaluations(config),
         "heldout_loss": losses,
         "images": str(folder),
         "checkpoint_sha256": hashes.fingerprint(checkpoint.directory(workdir) / str(step)),

@@ -14,17 +14,19 @@ import jax
 import numpy as np
 
 from maskdm_jax import draw, heldout, score_sets, sharding
-from maskdm_jax.config import differences
+from maskdm_jax.config import FIELDS, differences, get
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
 from maskdm_jax.quality import frechet, inception, kept, measure, reference, score, swd
 from maskdm_jax.run import distributed, progress, telemetry
 
-# What two scores must share to be compared, besides the set and the features.
+# What two scores must share to be compared, besides the set and the features. Of the later fields,
+# a definition holds those that are not at their default, so earlier scores remain comparable.
 _SETTINGS = (
     "sampler", "spacing", "steps", "eta", "guidance_scale", "label", "seed", "weights", "ema_std",
 )  # fmt: skip
+_LATER = ("recompute_eps", "threshold", "guidance_interval")
 
 
 def for_training(config):
@@ -183,6 +185,9 @@ class Evaluation:
         if seen is not None:
             found["training_sha256"] = seen.sha256
         settings = {name: self._config.sample[name] for name in _SETTINGS}
+        for name in _LATER:
+            if (value := get(self._config, f"sample.{name}")) != FIELDS[f"sample.{name}"].default:
+                settings[name] = list(value) if isinstance(value, tuple) else value
         return found | settings | {"crop": self._config.data.crop}
 
     def _scores(self, measured):
@@ -226,6 +231,7 @@ class Evaluation:
             "step": step,
             "key": f"{telemetry.TRAINING}{step}",
             **found,
+            "evaluations": draw.evaluations(config),
             "heldout_loss": {} if loss is None else {"ema": loss},
             "seconds": round(time.perf_counter() - start, 1),
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",

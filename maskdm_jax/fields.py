@@ -220,6 +220,18 @@ def _nearest_size(value, default):
     return (sides[0], (sides * 2)[1]) if sides else default
 
 
+def _is_interval(value):
+    if not isinstance(value, tuple) or len(value) != 2 or not all(map(_is_number, value)):
+        return False
+    return 0 <= value[0] <= value[1] <= 1
+
+
+def _nearest_interval(value, default):
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(_is_number, value)):
+        return default
+    return tuple(sorted(min(max(float(end), 0.0), 1.0) for end in value))
+
+
 def _nearest_flag(value, default):
     words = {"": True, "yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
     return words.get(str(value).lower(), default)
@@ -251,6 +263,7 @@ PROJECT = Kind(
 )
 FLAG = Kind("True or False", lambda value: isinstance(value, bool), _nearest_flag, _literal)
 SIZE = Kind("two whole numbers, (height, width)", _is_size, _nearest_size, _literal)
+INTERVAL = Kind("two shares, 0 <= first <= last <= 1", _is_interval, _nearest_interval, _literal)
 PHASES = Kind(
     "pairs of a share above 0 and the fields that change, such as "
     "\"((3, {'mask.kind': 'block'}), (1, {}))\"",

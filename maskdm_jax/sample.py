@@ -16,11 +16,15 @@ from jax.sharding import Mesh
 from maskdm_jax import averages, checkpoint, draw, images, phases, sharding
 from maskdm_jax.config import FIELDS, get
 from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.fields import quoted
 from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
 from maskdm_jax.run.progress import say
 
-# Fields that no image depends on.
-_FREE = ("sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps")
+# Fields that no image depends on; of the last two, images depend on the files' content.
+_FREE = (
+    "sample.num", "sample.batch_size", "sample.preview_num", "sample.preview_steps",
+    "sample.init_image", "sample.init_mask",
+)  # fmt: skip
 
 
 def write_samples(
@@ -45,6 +49,7 @@ def write_samples(
       ConfigError: if the workdir holds no checkpoint or one of a different architecture.
     """
     workdir = pathlib.Path(workdir).expanduser()
+    given = start_image(config)
     # Process 0 alone writes; the others follow what it finds, and help to draw.
     step = checkpoint.find_step(
         workdir,
@@ -56,6 +61,7 @@ def write_samples(
     settings = config.sample
     folder = folder_of(config, workdir, step)
     said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
+    said["evaluations"] = draw.evaluations(config, from_image=bool(given))
     with _writing(config, folder):
         if distributed.is_main():
             files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")
@@ -72,10 +78,57 @@ def write_samples(
                 f"checkpoint {step} of {workdir} ({settings.weights})",
                 f"another --workdir, or --config.sample.weights={other}",
             )
-            _draw_missing(config, folder, todo, params, drawing or draw.Drawing(config, mesh))
+            drawing = drawing or draw.Drawing(config, mesh, given=given)
+            _draw_missing(config, folder, todo, params, drawing)
         if distributed.is_main():
             _draw_grid(config, folder)
     return folder
+
+
+def start_image(config) -> dict[str, np.ndarray]:
+    """What `draw.make_draw`'s result takes to start from `sample.init_image`; empty for noise.
+
+    Returns:
+      "images" uint8 [1, H, W, C] and, with `sample.init_mask`, "known" bool [H, W].
+
+    Raises:
+      ConfigError: for a file that is no picture, or one of another size than `data.image_size`.
+    """
+    settings = config.sample
+    if not settings.init_image:
+        for name, none in (("init_mask", ""), ("strength", 1.0)):
+            if settings[name] != none:
+                raise ConfigError(
+                    f"sample.{name} is {settings[name]!r}, but sample.init_image is empty; "
+                    "expected a picture to start from; type --config.sample.init_image=FILE, or "
+                    f"--config.sample.{name}={quoted(none)}"
+                )
+        return {}
+    given = {"images": _picture(config, "init_image", config.data.channels)[None]}
+    if settings.init_mask:
+        given["known"] = _picture(config, "init_mask", 1)[..., 0] >= 128
+    return given
+
+
+def _picture(config, name, channels):
+    typed = config.sample[name]
+    path = files.local_path(typed, f"--config.sample.{name}")
+    height, width = config.data.image_size
+    remedy = f"type --config.sample.{name}=FILE for a PNG of that size"
+    try:
+        picture = images.read_picture(path, channels)
+    except OSError as error:
+        raise ConfigError(
+            f"sample.{name} is {typed}, which is no picture that can be read; expected one of "
+            f"{height}x{width} pixels; {remedy}"
+        ) from error
+    if picture.shape[:2] != (height, width):
+        found = "x".join(map(str, picture.shape[:2]))
+        raise ConfigError(
+            f"sample.{name} is {typed}, of {found} pixels; expected {height}x{width}, "
+            f"data.image_size; {remedy}"
+        )
+    return picture
 
 
 def restore(config, workdir: pathlib.Path, step: int, mesh: Mesh, weights: str):
@@ -144,7 +197,7 @@ def _draw_grid(config, folder):
 
 
 def _draw_missing(config, folder, todo, params, drawing):
-    size, num_steps = config.sample.batch_size, drawing.num_steps
+    size, num_steps = config.sample.batch_size, config.sample.steps
     say(
         f"drawing {len(todo)} images with {config.sample.sampler}, {num_steps} steps, "
         f"{min(size, len(todo))} at a time, into {folder}"
@@ -167,16 +220,23 @@ def folder_of(config, workdir: pathlib.Path, step: int) -> pathlib.Path:
     name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
+    if s.spacing != "timestep":
+        name += f"_{s.spacing}"
     if s.ema_std:
         name += f"_std{s.ema_std:g}"
     if s.guidance_scale != 1:
         name += f"_guidance{s.guidance_scale:g}"
     if s.label >= 0:
         name += f"_label{s.label}"
+    if s.init_image:
+        name += "_inpainted" if s.init_mask else f"_strength{s.strength:g}"
     groups = ("data.image_size", "data.channels", "model.", "diffusion.", "sample.")
     fields = {n: get(config, n) for n in FIELDS if n.startswith(groups) and n not in _FREE}
     checkpoint_hash = hashes.fingerprint(checkpoint.directory(workdir) / str(step))
-    content = hashlib.sha256(json.dumps([checkpoint_hash, fields]).encode()).hexdigest()
+    given = [pathlib.Path(path).expanduser() for path in (s.init_image, s.init_mask) if path]
+    pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in given]
+    parts = json.dumps([checkpoint_hash, fields, *pictures])
+    content = hashlib.sha256(parts.encode()).hexdigest()
     return workdir / "samples" / f"{name}_seed{s.seed}_{content[:8]}"
 
 

@@ -144,6 +144,9 @@ def test_visible_patches_may_come_in_any_order(model):
         {"seed": 5, "label": 3},
         {"sampler": "ddpm", "guidance_scale": 2.0},
         {"eta": 1.0, "steps": 3},
+        {"sampler": "heun", "spacing": "karras", "threshold": 0.9},
+        {"sampler": "dpm_solver", "guidance_scale": 3.0, "guidance_interval": (0.3, 0.7)},
+        {"recompute_eps": True},
     ],
 )
 def test_samples_are_those_of_the_sample_mode(workdir, model, settings):
@@ -167,16 +170,57 @@ def test_another_seed_or_class_compiles_nothing_anew(workdir):
     assert jitted._cache_size() == 1
 
 
+HALF = np.arange(64).reshape(8, 8) % 8 < 4
+
+
+def test_inpainting_keeps_known_pixels_and_draws_the_others(model):
+    given = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1), np.uint8)
+    drawn = model.inpaint(given, HALF, steps=4, sampler="dpm_solver")
+    np.testing.assert_array_equal(drawn[:, HALF], given[:, HALF])
+    other = np.where(HALF[..., None], given, 255 - given)  # of hidden pixels
+    np.testing.assert_array_equal(model.inpaint(other, HALF, steps=4, sampler="dpm_solver"), drawn)
+    alone = model.inpaint(given[1], HALF, 5, steps=4, sampler="dpm_solver", label=1)
+    assert len(alone) == 5 and np.abs(alone[1].astype(int) - drawn[1]).max() <= 1
+    assert (alone[1][~HALF] != alone[2][~HALF]).any()
+    whole = model.inpaint(given, np.ones((8, 8), bool), steps=4)
+    np.testing.assert_array_equal(whole, given)
+    none = model.inpaint(given, np.zeros((8, 8), bool), steps=4, eta=1.0)
+    assert np.abs(none.astype(int) - model.sample(3, steps=4, eta=1.0)).max() <= 1
+
+
+def test_an_image_changes_more_the_greater_the_strength(model):
+    given = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    changes = [
+        np.abs(model.image_to_image(given, strength, steps=50) - given.astype(int)).mean()
+        for strength in (0.02, 0.3, 1.0)
+    ]
+    assert changes[0] < 8 and changes[0] < changes[1] < changes[2]
+
+
+def test_the_way_between_two_seeds_begins_and_ends_with_their_images(model):
+    how = {"sampler": "heun", "steps": 3, "label": 4}
+    way = model.interpolate(5, 8, 5, **how)
+    assert way.shape == (5, 8, 8, 1)
+    for image, seed in ((way[0], 5), (way[-1], 8)):
+        assert np.abs(image.astype(int) - model.sample(1, seed=seed, **how)[0]).max() <= 1
+    steps = [np.abs(np.diff(way[[i, j]].astype(int), axis=0)).mean() for i, j in ((0, 2), (0, 4))]
+    assert 0 < steps[0] < steps[1]
+
+
 def test_a_score_is_the_record_of_the_evaluate_mode(workdir, model, tmp_path):
     for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 1), np.uint8)):
         images.save_png(tmp_path / f"{i}.png", image)
-    found = model.score(10, tmp_path, metrics=("swd",), steps=3, label=4)
+    how = {"sampler": "heun", "steps": 3, "label": 4, "threshold": 0.99}
+    found = model.score(10, tmp_path, metrics=("swd",), **how)
     config = config_of(pretrain_digits)
-    config.sample.update(steps=3, eta=0.0, label=4)
+    config.sample.update(how, eta=0.0)
     config.eval.update(num=10, reference=str(tmp_path), metrics=("swd",), heldout_split="")
     (expected,) = evaluate.evaluate(config, workdir)
-    for name in ("step", "scores", "definition", "warnings", "checkpoint_sha256"):
+    for name in ("step", "scores", "definition", "warnings", "checkpoint_sha256", "evaluations"):
         assert found[name] == expected[name], name
+    assert found["evaluations"] == 5 and found["definition"]["threshold"] == 0.99
+    assert not {"recompute_eps", "guidance_interval"} & found["definition"].keys()  # at defaults
+    assert "5 evaluations an image" in described_scores(found)
     assert found.keys() | {"images", "key"} == expected.keys()
     assert found["scores"]["swd"] > 0 and described_scores(found).startswith("step 7: swd")
 
@@ -251,6 +295,7 @@ def test_an_official_file_of_pytorch_is_read(tmp_path, golden):
 
 IMAGES = noise(2, 8, 8, 1)
 TOKENS = noise(2, 3, 4)
+PIXELS = np.zeros((8, 8, 1), np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +308,20 @@ TOKENS = noise(2, 3, 4)
         (lambda m: m.sample(4, sampler="dim"), "type sampler='ddim'"),
         (lambda m: m.sample(4, eta=2), "eta is 2; .* between 0 and 1; type eta=1"),
         (lambda m: m.sample(4, seed=-1), "seed is -1; .*; type seed=0"),
+        (lambda m: m.sample(4, spacing="logsnr"), "type spacing='log_snr'"),
+        (lambda m: m.sample(4, threshold=99.5), "threshold is 99.5; .* type threshold=1"),
+        (lambda m: m.sample(4, guidance_interval=(0.8, 0.2)), r"interval=\(0.2, 0.8\)"),
+        (lambda m: m.inpaint(PIXELS, HALF[:4]), r"known_mask has shape \[4, 8\]; .*\[8, 8\]"),
+        (lambda m: m.inpaint(PIXELS, np.uint8(HALF)), r"type known_mask.astype\(bool\)"),
+        (lambda m: m.inpaint(PIXELS[:4], HALF), r"image has shape \[1, 4, 8, 1\]; .*\[M, 8, 8"),
+        (lambda m: m.inpaint(IMAGES, HALF), r"float32 .*; expected uint8 .*; type np.uint8\("),
+        (lambda m: m.inpaint(PIXELS, HALF, steps=0), "type steps=1"),
+        (lambda m: m.image_to_image(PIXELS, 2), "strength is 2; .*; type strength=1"),
+        (lambda m: m.interpolate(3, 3), "seed_b is 3, as seed_a; .* type seed_b=4"),
+        (lambda m: m.interpolate(3, -1), "seed is -1; expected"),
+        (lambda m: m.interpolate(3, 4, 1), "num is 1; .* type num=2"),
+        (lambda m: m.interpolate(3, 4, eta=1.0), "eta=1 adds noise .*; type sampler='ddim', eta=0"),
+        (lambda m: m.interpolate(3, 4, sampler="ddpm"), "'ddpm' .* adds noise"),
         (lambda m: m.predict(IMAGES, 1000), "t holds 1000; expected 0 to 999"),
         (lambda m: m.predict(IMAGES, [3, -2]), "t holds -2; expected 0 to 999"),
         (lambda m: m.predict(IMAGES, [3, 4, 5]), r"t is int64 of shape \[3\]; expected .*\[2\]"),

@@ -20,6 +20,7 @@ import textbook
 from conftest import ROOT
 
 from maskdm_jax import config_file, draw, sharding, start_summary, state, train
+from maskdm_jax.diffusion import samplers
 from maskdm_jax.run import console, distributed, memory, progress
 
 NOTES = ["0:12:34 left", "loss 0.2345", "1,234 images/s", "MFU 41.2%", "lr 2.00e-04", "grad 0.612"]
@@ -199,6 +200,8 @@ def test_a_bar_of_training_shows_loss_and_rates(terminal, capsys, seconds):
         {"sample.sampler": "ddpm", "sample.steps": 5},
         {"sample.eta": 1.0, "sample.steps": 10, "sample.guidance_scale": 2.0},
         {"sample.eta": 0.0, "sample.steps": 47, "sample.spacing": "log_snr"},
+        {"sample.sampler": "dpm_solver", "sample.steps": 10, "sample.spacing": "log_snr"},
+        {"sample.sampler": "heun", "sample.steps": 13, "sample.spacing": "karras"},
     ],
 )
 def test_progress_inside_a_batch_changes_no_bit_of_the_images(tiny_config, fields):
@@ -217,9 +220,10 @@ def test_progress_inside_a_batch_changes_no_bit_of_the_images(tiny_config, field
     assert [batch for batch, _ in parts] == [ids[:8], ids[8:]]
     for (_, expected), (_, drawn) in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(drawn, expected)
-    steps, length = tiny_config.sample.steps, draw.stretch_length(tiny_config.sample.steps)
-    assert seen[0] == (0, f"step {length}/{steps}", 8 * length / steps)
-    assert len(seen) == 2 * steps // length and seen[-1] == (11, "", 0.0)
+    rows = samplers.evaluations(tiny_config.sample.sampler, tiny_config.sample.steps)
+    length = draw.stretch_length(rows)
+    assert seen[0] == (0, f"step {length}/{rows}", 8 * length / rows)
+    assert len(seen) == 2 * rows // length and seen[-1] == (11, "", 0.0)
 
 
 def test_stretches_are_equal_and_five_to_twenty_where_that_is_possible():

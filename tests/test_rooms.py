@@ -62,8 +62,10 @@ ALLOWED = {
         "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "phases", "run",
         "weights.torch_io",
     },
+    "api_sampling": {"arguments", "config", "draw"},
     "api": {
-        "arguments", "config", "diffusion", "draw", "evaluation", "model", "quality", "trained",
+        "api_sampling", "arguments", "config", "diffusion", "draw", "evaluation", "model",
+        "quality", "trained",
     },
     "start_summary": {"flops", "phases", "run"},
     "train": {

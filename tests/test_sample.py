@@ -133,6 +133,79 @@ def test_a_draw_gives_these_images(tiny_config):
         assert_close(np.array(moments), np.array(pinned), 0.002)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [dict(sampler="heun"), dict(sampler="dpm_solver", spacing="karras", threshold=0.9)],
+    ids=["heun", "dpm_solver"],
+)
+@pytest.mark.parametrize("known", [False, True], ids=["from-noise", "inpainting"])
+def test_image_i_is_the_same_on_any_number_of_devices(tiny_config, fields, known):
+    tiny_config.sample.update(fields, steps=3, guidance_scale=2.0, guidance_interval=(0.2, 0.8))
+    given = {}
+    if known:
+        pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+        given = {"images": pixels, "known": np.eye(8, dtype=bool)}
+    drawn_on = {}
+    for count, index_B in ((1, [5, 3]), (8, [0, 1, 2, 3, 4, 5, 6, 7])):
+        mesh = sharding.make_mesh(tiny_config, jax.devices()[:count])
+        params = textbook.perturbed(state.fresh_params(tiny_config, mesh), scale=0.03)
+        jitted = draw.jit_draw(tiny_config, mesh, sharding.batch_sharding(mesh))
+        images_BHWC = jitted(params, np.array(index_B, np.int32), **given)
+        drawn_on[count] = dict(zip(index_B, np.asarray(images_BHWC, int), strict=True))
+    for index in (3, 5):
+        assert np.abs(drawn_on[1][index] - drawn_on[8][index]).max() <= 1
+        if known:
+            found, expected = (x[np.eye(8, dtype=bool)] for x in (drawn_on[1][index], pixels[1]))
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "fields, expected",
+    [
+        (dict(), 50),
+        (dict(sampler="heun"), 99),
+        (dict(sampler="heun", guidance_scale=3.0), 198),
+        (dict(guidance_scale=3.0, guidance_interval=(0.0, 0.0), spacing="log_snr"), 51),
+        (dict(guidance_scale=3.0, guidance_interval=(0.25, 0.75), spacing="log_snr"), 74),
+        (dict(guidance_scale=3.0, guidance_interval=(0.515, 0.52), spacing="log_snr"), 50),
+        (dict(strength=0.3), 15),
+        (dict(strength=0.0, sampler="heun"), 1),
+    ],
+)
+def test_what_an_image_costs_counts_each_evaluation(tiny_config, fields, expected):
+    tiny_config.sample.update(fields, steps=50)
+    assert draw.evaluations(tiny_config, from_image="strength" in fields) == expected
+
+
+def test_a_picture_is_continued_where_the_mask_is_black(tiny_config, trained, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 1), np.uint8)
+    mask = np.zeros((8, 8, 1), np.uint8)
+    mask[:, :4] = 255
+    for name, picture in (("face", pixels), ("mask", mask)):
+        images.save_png(tmp_path / f"{name}.png", picture)
+    given = dict(init_image=str(tmp_path / "face.png"), init_mask=str(tmp_path / "mask.png"))
+    tiny_config.sample.update(given, num=3)
+    inpainted = sample.write_samples(tiny_config, trained)
+    assert "_inpainted_" in inpainted.name
+    first = drawn(inpainted)
+    for image in first.values():
+        np.testing.assert_array_equal(image[:, :4], pixels[:, :4])
+    assert (first["000000.png"][:, 4:] != first["000001.png"][:, 4:]).any()
+
+    # What is hidden has no influence, but another picture is another folder.
+    pixels[:, 4:] = 255 - pixels[:, 4:]
+    images.save_png(tmp_path / "face.png", pixels)
+    again = sample.write_samples(tiny_config, trained)
+    assert again != inpainted
+    for name, image in drawn(again).items():
+        np.testing.assert_array_equal(image, first[name])
+
+    tiny_config.sample.update(init_mask="", strength=0.25)
+    near = sample.write_samples(tiny_config, trained)
+    assert "_strength0.25_" in near.name
+    assert json.loads((near / "settings.json").read_text())["evaluations"] == 1
+
+
 def test_image_i_has_class_i_unless_a_class_is_chosen(tiny_config):
     mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
     params = textbook.perturbed(state.fresh_params(tiny_config, mesh), scale=0.3)

@@ -202,6 +202,15 @@ FIELDS = [
     setting("--config.sample.steps=2000", "steps is 2000", "--config.sample.steps=1000"),
     setting("--config.sample.eta=1.5", "eta is 1.5", "--config.sample.eta=1"),
     setting("--config.sample.num=0", "sample.num is 0", "--config.sample.num=1"),
+    setting("--config.sample.sampler=dpm_slover", "'dpm_slover'", "sampler=dpm_solver"),
+    setting("--config.sample.sampler=DDIM", "'DDIM'", "--config.sample.sampler=ddim"),
+    setting("--config.sample.spacing=logsnr", "'logsnr'", "sample.spacing=log_snr"),
+    setting("--config.sample.threshold=99.5", "threshold is 99.5", "sample.threshold=1"),
+    setting("--config.sample.recompute_eps=maybe", "'maybe'", "sample.recompute_eps=False"),
+    setting("--config.sample.guidance_interval=0.5", "is 0.5", '_interval="(0.0, 1.0)"'),
+    setting("--config.sample.guidance_interval='(0.8, 0.2)'", "(0.8, 0.2)", '="(0.2, 0.8)"'),
+    setting("--config.sample.guidance_interval='(-1, 2)'", "(-1, 2)", '="(0.0, 1.0)"'),
+    setting("--config.sample.strength=2", "sample.strength is 2", "sample.strength=1"),
     setting("--config.mesh.fsdp=3", "mesh.fsdp is 3", "--config.mesh.fsdp=1"),
     setting("--config.mesh.data=7", "mesh.data is 7", "--config.mesh.data=-1"),
     setting("--config.mesh.data=0", "mesh.data is 0", "--config.mesh.data="),
@@ -509,6 +518,19 @@ RUNS = [
     Wrong(SAMPLE + "--config.model.width=64", ("(32 there, 64 here)", "--config.model.width=32")),
     Wrong(SAMPLE + "--config.sample.label=10", ("sample.label is 10", "--config.sample.label=-1")),
     Wrong(SAMPLE + "--config.sample.guidance_scale=x", ("scale is 'x'", "guidance_scale=1")),
+    Wrong(SAMPLE + "--config.sample.steps=1001", ("sample.steps is 1001", "sample.steps=1000")),
+    Wrong(SAMPLE + "--config.sample.init_mask={tmp}/8x8.png", (
+        "sample.init_mask is '{tmp}/8x8.png'", "init_image is empty", "sample.init_image=FILE")),
+    Wrong(SAMPLE + "--config.sample.strength=0.5", (
+        "sample.strength is 0.5", "sample.init_image=FILE", "sample.strength=1.0")),
+    Wrong(SAMPLE + "--config.sample.init_image=/nowhere", ("is /nowhere", "init_image=FILE")),
+    Wrong(SAMPLE + "--config.sample.init_image={tmp}/a_file", ("{tmp}/a_file", "no picture")),
+    Wrong(SAMPLE + "--config.sample.init_image=gs://b/a.png", ("gs://b/a.png", "type")),
+    Wrong(SAMPLE + "--config.sample.init_image={tmp}/images/0.png", (
+        "images/0.png, of 1x1 pixels", "expected 8x8", "init_image=FILE")),
+    Wrong(SAMPLE + "--config.sample.init_image={tmp}/8x8.png "
+        "--config.sample.init_mask={tmp}/images/0.png", (
+        "init_mask is {tmp}/images/0.png, of 1x1 pixels", "expected 8x8", "init_mask=FILE")),
     Wrong(SAMPLE + "--workdir={tmp}/nan", ("patch_embed/kernel", "not finite", "type")),
     Wrong(POOL.replace("{tmp}/w", "{tmp}/run"), (
         "mask.hidden (drop there, pool here)", "--config.mask.hidden=drop")),
@@ -626,6 +648,24 @@ SCORES = [
     Wrong(EVALUATE + "--config.eval.ema_stds=0.5", ("'0.5'", "--config.eval.ema_stds=0.02,0.05")),
     Wrong(EVALUATE + "--config.eval.ema_stds=long", ("'long'", "--config.eval.ema_stds=0.02")),
     Wrong(EVALUATE + "--config.eval.ema_stds=0.1", ("0.1", "--config.eval.ema_stds=0")),
+    Wrong(
+        EVALUATE + "--config.sample.init_image={tmp}/8x8.png",
+        ("init_image is {tmp}/8x8.png", "--config.sample.init_image=''"),
+    ),
+    Wrong("studies.samplers --workdir={tmp}/run", ("--out", "--out=DIR")),
+    Wrong(
+        "studies.samplers --workdir={tmp}/run --out={tmp}/o --solvers ddim:logsnr",
+        ("'ddim:logsnr'", "--solvers ddim:log_snr:0.0"),
+    ),
+    Wrong(
+        "studies.samplers --workdir={tmp}/an_empty_folder --out={tmp}/o",
+        ("{tmp}/an_empty_folder", "no checkpoint", "type --workdir="),
+    ),
+    Wrong(
+        "studies.samplers --workdir={tmp}/run --out={tmp}/o --evaluations 2000 "
+        "--solvers ddim:timestep --config.eval.metrics=swd " + DATA,
+        ("--evaluations has 2000", "--evaluations 1000"),
+    ),
     Wrong(SAMPLE + "--config.sample.ema_std=0.3", ("0.3", "--config.sample.ema_std=0.28")),
     Wrong(
         MAIN.replace("{tmp}/w", "{tmp}/run") + "--config.optim.ema=power",
@@ -750,6 +790,8 @@ class _Code:
 
 def make(folder: pathlib.Path) -> None:
     """The files and runs that the rows name, in `folder`."""
+    from PIL import Image
+
     for name, text in FILES.items():
         (folder / name).write_text(text)
     (folder / "an_empty_folder").mkdir()
@@ -776,6 +818,7 @@ def make(folder: pathlib.Path) -> None:
     (folder / "images").mkdir()
     for name in ("images/0.png", "images/1.png"):
         (folder / name).write_bytes(base64.b64decode(_PNG))
+    Image.new("L", (8, 8)).save(folder / "8x8.png")
     train = MAIN.replace("{tmp}/w", "{tmp}/run").format(tmp=folder)
     code, out, err = attempt(f"{train} --config.checkpoint.every_steps=1", {})
     assert code == 0, err

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion.process import Level, Process, to_device
+from maskdm_jax.diffusion.process import Level, Process, spaced, to_device
 
 
 def make_process(diffusion, image_size: tuple[int, int]) -> Process:
@@ -18,7 +18,8 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
     Training draws t uniformly, or "logit_normal": the t whose ln(signal / noise) is nearest to a
     draw of N(draw_mean, draw_std^2) (Esser et al. 2024; Li & He 2025), so draws beyond the
     schedule's ends give the first or the last t.
-    The network's time is t, int32; in a "log_snr" ladder it is real-valued, float64.
+    The network's time is t, int32; in a "log_snr" or "karras" ladder it is real-valued, float64,
+    with log(signal / noise) interpolated between timesteps.
     """
     alphas_cumprod = make_alphas_cumprod(diffusion, image_size)
     signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
@@ -45,7 +46,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
             t = timesteps(num_timesteps, steps)[:-1]
             return level(signal[t], noise[t], time=t)
         log_snr = np.log(signal / noise)
-        walk = np.linspace(log_snr[-1], log_snr[0], steps)
+        walk = spaced(spacing, log_snr[-1], log_snr[0], steps)
         t = np.interp(walk, log_snr[::-1], np.arange(num_timesteps)[::-1])
         return level((1 + np.exp(-2 * walk)) ** -0.5, (1 + np.exp(2 * walk)) ** -0.5, time=t)
 

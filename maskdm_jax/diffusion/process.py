@@ -34,8 +34,8 @@ class Process(NamedTuple):
       draw: (key, batch) -> t_B, the training draw for each image.
       at: t_B -> the Level of each t, float32, under jit.
       ladder: (steps, spacing) -> the Level of each sampler step, noisiest first, float64 NumPy
-        [steps]. The clean image follows the last. `spacing` is "timestep", even in t, or
-        "log_snr", even in log(signal / noise).
+        [steps]. The clean image follows the last. `spacing` is "timestep", even in t, or a
+        spacing of `spaced`.
     """
 
     draw: Callable[[jax.Array, int], jax.Array]
@@ -89,11 +89,22 @@ def x0_and_eps(inverse: Inverse, x_t: jax.Array, output: jax.Array) -> tuple[jax
     return x0, eps
 
 
-def to_device(tree):
-    """Converts NumPy leaves to JAX arrays: floats to float32, integers to int32."""
+def spaced(spacing: str, noisiest: float, cleanest: float, steps: int) -> np.ndarray:
+    """log(signal / noise) of each sampler step between two ends, float64 [steps], ascending.
+
+    "log_snr" spaces it evenly (Lu et al. 2022), and "karras" (noise / signal)^(1 / 7) (Karras et
+    al. 2022, equation 5).
+    """
+    if spacing == "karras":
+        return -7 * np.log(np.linspace(np.exp(-noisiest / 7), np.exp(-cleanest / 7), steps))
+    return np.linspace(noisiest, cleanest, steps)
+
+
+def to_device(tree, dtype=jnp.float32):
+    """Converts NumPy leaves to JAX arrays: floats to `dtype`, integers to int32."""
 
     def convert(x):
-        return jnp.asarray(x, jnp.int32 if np.issubdtype(x.dtype, np.integer) else jnp.float32)
+        return jnp.asarray(x, jnp.int32 if np.issubdtype(x.dtype, np.integer) else dtype)
 
     return jax.tree.map(convert, tree)
 

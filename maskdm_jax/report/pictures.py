@@ -28,6 +28,8 @@ def _figure(run, drawn, found):
             f", {s['sampler']} with {s['steps']} steps, guidance {s['guidance_scale']:g}, "
             f"{s['weights']} weights, seed {s['seed']}"
         )
+    if s.get("init_image"):
+        text += f", from {s['init_image']}" + (" around a mask" if s["init_mask"] else "")
     picture = runs.picture(drawn.folder / "grid.png")
     caption = element(
         "figcaption",

@@ -81,13 +81,14 @@ def _same(a, b):
 def _table(rows, found):
     names = list(dict.fromkeys(name for _, record in rows for name in record["scores"]))
     weights = list(dict.fromkeys(name for _, record in rows for name in record["heldout_loss"]))
-    head = ["run", "step", *names, *[f"held-out loss ({name})" for name in weights]]
+    head = ["run", "step", "evaluations", *names, *[f"held-out loss ({name})" for name in weights]]
     body = []
     for run, record in rows:
         values = [_number(record["scores"].get(name), "{:.4g}") for name in names]
         means = [record["heldout_loss"].get(name, {}).get("mean") for name in weights]
         values += [_number(mean, "{:.5f}") for mean in means]
-        body.append([named(run, found), f"{record['step']:,}", *values])
+        cost = str(record.get("evaluations", "-"))  # earlier versions wrote none
+        body.append([named(run, found), f"{record['step']:,}", cost, *values])
     return table(head, body)
 
 

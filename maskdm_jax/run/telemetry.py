@@ -252,6 +252,8 @@ def described_scores(record: dict) -> str:
         parts.append(f"held-out loss ({name}) {loss['mean']:.5f}")
     if floor := described_floor(record):
         parts.append(floor)
+    if "evaluations" in record:
+        parts.append(f"{record['evaluations']} evaluations an image")
     said = described_definition(record["definition"])
     return f"step {record['step']}: {'; '.join(parts)} ({said})"
 
@@ -270,8 +272,10 @@ def described_floor(record: dict) -> str:
 def described_definition(d: dict) -> str:
     """The entries of a definition that readers ask for first, in one line."""
     std = f" of std {d['ema_std']:g}" if d.get("ema_std") else ""
+    later = ("recompute_eps", "threshold", "guidance_interval")
+    more = "".join(f", {name} {d[name]}" for name in later if name in d)
     return (
         f"n {d['n']:,}; {d['weights']}{std}, {d['sampler']} {d['steps']} {d['spacing']}, eta "
-        f"{d['eta']:g}, guidance {d['guidance_scale']:g}; reference {d['reference_sha256'][:8]}; "
-        f"network {d.get('network_sha256', 'none')[:8]}"
+        f"{d['eta']:g}, guidance {d['guidance_scale']:g}{more}; "
+        f"reference {d['reference_sha256'][:8]}; network {d.get('network_sha256', 'none')[:8]}"
     )
