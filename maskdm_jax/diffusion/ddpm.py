@@ -11,6 +11,10 @@ import numpy as np
 
 from maskdm_jax.diffusion.process import Level, Process, spaced, to_device
 
+# log(signal / noise) at which "log_snr" and "karras" ladders begin at the earliest, as in Lu et al.
+# 2022. The cosine schedule ends at -9.9: a third of an even walk would see nothing but noise.
+_NOISIEST = -5.1
+
 
 def make_process(diffusion, image_size: tuple[int, int]) -> Process:
     """The process of `config.diffusion`: its schedule, num_timesteps, prediction and draw.
@@ -19,7 +23,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
     draw of N(draw_mean, draw_std^2) (Esser et al. 2024; Li & He 2025), so draws beyond the
     schedule's ends give the first or the last t.
     The network's time is t, int32; in a "log_snr" or "karras" ladder it is real-valued, float64,
-    with log(signal / noise) interpolated between timesteps.
+    with log(signal / noise) interpolated between timesteps, from at least -5.1 on.
     """
     alphas_cumprod = make_alphas_cumprod(diffusion, image_size)
     signal, noise = np.sqrt(alphas_cumprod), np.sqrt(1 - alphas_cumprod)
@@ -46,7 +50,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
             t = timesteps(num_timesteps, steps)[:-1]
             return level(signal[t], noise[t], time=t)
         log_snr = np.log(signal / noise)
-        walk = spaced(spacing, log_snr[-1], log_snr[0], steps)
+        walk = spaced(spacing, max(log_snr[-1], _NOISIEST), log_snr[0], steps)
         t = np.interp(walk, log_snr[::-1], np.arange(num_timesteps)[::-1])
         return level((1 + np.exp(-2 * walk)) ** -0.5, (1 + np.exp(2 * walk)) ** -0.5, time=t)
 
