@@ -28,7 +28,6 @@ from maskdm_jax import (
 )
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
-from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.model.sizes import dimensions
@@ -77,12 +76,8 @@ def train(
     phase = phases.at(config, own_step or 0)
     params = None
     if config.init.path and own_step is None:
-        params, note = start.load_params(
-            phase.config,
-            lambda: fresh_params(phase.config, mesh),
-            lambda betas: ddpm.schedule_of(betas, config.diffusion, config.data.image_size),
-        )
-        say(note)
+        params, table = start.load_params(phase.config, lambda: fresh_params(phase.config, mesh))
+        say(table.text())
     _make_folder(workdir)
     distributed.check_shared(workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config, provenance.continued(facts, stored))
