@@ -55,6 +55,7 @@ def validate(config) -> None:
     _validate_geometry(config)
     _validate_mask(config)
     _validate_allowed(config)
+    _validate_map(config)
     if config.diffusion.loss != "l2" and config.diffusion.loss_weight != "uniform":
         expected = "uniform with diffusion.loss=l1: the weights are defined for squared errors"
         _fail(config, "diffusion.loss_weight", expected, "uniform")
@@ -175,6 +176,16 @@ def check_same_architecture(config, stored, where: str) -> None:
         )
 
 
+def block_map(text: str) -> dict[str, str]:
+    """The block of the other run for each block that `init.map` names; "-" for a fresh one."""
+    blocks = {}
+    for side in text.split():
+        kind, _, numbers = side.partition("=")
+        for i, number in enumerate(numbers.split(",")):
+            blocks[f"{kind}_{i}"] = number if number == "-" else f"{kind}_{number}"
+    return blocks
+
+
 def get(config, name: str):
     """The value of a field by its dotted name; lists are tuples."""
     for part in name.split("."):
@@ -229,6 +240,20 @@ def _validate_allowed(config):
     if near != tuple(config.init.allow):
         expected = "fields that fix the shape or the meaning of the parameters"
         _fail(config, "init.allow", expected, near)
+
+
+def _validate_map(config):
+    num_skips = dimensions(config.model).depth // 2
+    sides = [side.partition("=")[::2] for side in config.init.map.split()]
+    if all(len(numbers.split(",")) == num_skips for _, numbers in sides):
+        return
+    fitted = []
+    for kind, numbers in sides:
+        numbers = numbers.split(",")
+        spread = [numbers[i * len(numbers) // num_skips] for i in range(num_skips)]
+        fitted.append(f"{kind}={','.join(spread)}")
+    expected = f"{num_skips} numbers for each side, since model.depth is {2 * num_skips + 1}"
+    _fail(config, "init.map", expected, " ".join(fitted) if num_skips else "")
 
 
 def _fail(config, name, expected, suggestion):

@@ -1,4 +1,5 @@
-"""`--mode=evaluate`: scores the checkpoints of a workdir, one line of scores.jsonl for each.
+"""`--mode=evaluate`: scores the checkpoints of a workdir, or an official file, one line of
+scores.jsonl for each.
 
 Images are drawn as by --mode=sample, into the same folders, so an interrupted evaluation resumes
 with the missing images, and a score that is already there is not computed again.
@@ -17,8 +18,9 @@ import numpy as np
 from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
-from maskdm_jax.run import distributed, hashes, progress, telemetry, wandb_mirror
+from maskdm_jax.run import distributed, progress, telemetry, wandb_mirror
 from maskdm_jax.run.progress import say
+from maskdm_jax.weights import saved
 
 
 def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
@@ -39,14 +41,14 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
             f"sample.init_image is {config.sample.init_image}, but --mode=evaluate scores images "
             "that are drawn from noise; type --config.sample.init_image=''"
         )
-    steps = _steps(config.eval.checkpoints, workdir)
+    steps = _steps(config, workdir)
     groups = list(_by_network(config, workdir, steps))
     stds = _ema_stds(config)
     mesh = sharding.make_mesh(config)
-    say(
-        f"scoring {len(steps)} checkpoint(s) of {workdir} by {config.eval.num:,} images each: "
-        f"{', '.join(map(str, steps))}"
-    )
+    what, which = f"{len(steps)} checkpoint(s) of {workdir}", ", ".join(map(str, steps))
+    if steps == [None]:
+        what, which = "the official file", saved.at(config, workdir, None).where
+    say(f"scoring {what} by {config.eval.num:,} images each: {which}")
     mirror = wandb_mirror.start(config, workdir, "evaluate")
     scorer, records = None, []
     for config, steps in groups:
@@ -60,7 +62,7 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
             record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
             (is_scored,) = distributed.agreed([record is not None])
             if is_scored:
-                say(f"step {step} is scored already, in scores.jsonl")
+                say(f"{saved.at(config, workdir, step).where} is scored already, in scores.jsonl")
                 if distributed.is_main():
                     say(telemetry.described_scores(record))
             else:
@@ -78,6 +80,9 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
 
 def _by_network(config, workdir, steps):
     """(config, steps) for each phase of the run that some of the checkpoints are from."""
+    if steps == [None]:
+        yield saved.at(config, workdir, None).network(config), steps
+        return
     stored = {step: checkpoint.load_config(workdir, step) for step in steps}
     for _, group in itertools.groupby(steps, lambda step: phases.at(stored[step], step).index):
         group = list(group)
@@ -122,8 +127,8 @@ def _zeros(x):
 
 def _evaluate(config, workdir, step, mesh, scorer, drawing):
     start = time.perf_counter()
-    losses = {}
-    for kind in ("ema", "raw"):
+    losses, network = {}, saved.at(config, workdir, step)
+    for kind in network.kinds:
         draws = kind == config.sample.weights
         if not draws and not scorer.has_heldout:
             continue
@@ -145,12 +150,12 @@ def _evaluate(config, workdir, step, mesh, scorer, drawing):
     if not distributed.is_main():
         return {}
     return {
-        "step": step,
+        "step": network.step,
         **found,
         "evaluations": draw.evaluations(config),
         "heldout_loss": losses,
         "images": str(folder),
-        "checkpoint_sha256": hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
+        "checkpoint_sha256": network.fingerprint(),
         "config_sha256": hashlib.sha256(json.dumps(config.to_dict()).encode()).hexdigest(),
         "seconds": round(time.perf_counter() - start, 1),
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
@@ -160,7 +165,7 @@ def _evaluate(config, workdir, step, mesh, scorer, drawing):
 def _key(config, workdir, step, scorer):
     """A hash of all that a record depends on."""
     parts = [
-        hashes.fingerprint(checkpoint.directory(workdir) / str(step)),
+        saved.at(config, workdir, step).fingerprint(),
         {group: config[group].to_dict() for group in ("model", "diffusion")},
         scorer.definition(config.eval.num),
         list(config.eval.metrics),
@@ -190,12 +195,13 @@ def _ema_stds(config):
     return stds
 
 
-def _steps(which, workdir):
-    """The steps of `eval.checkpoints`, ascending; all exist, and are undamaged."""
-    if which == "newest":
-        first = "the same command without --mode=evaluate to train first, or another --workdir"
-        return [checkpoint.find_step(workdir, instead=first)]
+def _steps(config, workdir):
+    """The steps of `eval.checkpoints`, ascending; all exist, and are undamaged. [None] for the
+    official file of `init.path`."""
+    which = config.eval.checkpoints
     found = distributed.agreed(checkpoint.steps(workdir))
+    if which == "newest" or (which == "all" and not found):
+        return [saved.find_step(config, workdir, "evaluate")]
     match = re.fullmatch(r"(\d*):(\d*)", which)
     if which == "all":
         wanted = found

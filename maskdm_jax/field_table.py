@@ -4,6 +4,7 @@ A default never changes, see `config.default_config`.
 """
 
 from maskdm_jax.fields import (
+    BLOCKS,
     COUNT,
     COUNT_OR_0,
     FLAG,
@@ -166,7 +167,14 @@ FIELDS: dict[str, Field] = {
         "another run's workdir, or an official .pt checkpoint; empty: fresh weights"),
     "init.weights": Field("raw", one_of("raw", "ema"), UPDATE, "which of its weights"),
     "init.ignore": Field((), NAMES, UPDATE,
-        'parameters to leave fresh: regular expressions over "block/layer/kernel"'),
+        "parameters of that run to leave out, and of this one to leave fresh: regular expressions "
+        'over "block/layer/kernel"'),
+    "init.reinit": Field((), NAMES, UPDATE,
+        "parameters of this run that start fresh, such as those of a patch size that no rule "
+        "covers: as init.ignore, but each expression must match one"),
+    "init.map": Field("", BLOCKS, UPDATE,
+        "for each block of this run, the number of that run's block with which it starts; see "
+        "docs/weights.md; empty: the block of the same name"),
     "init.allow": Field((), NAMES, UPDATE,
         "fields in which that run may differ even though they change the weights' meaning"),
 

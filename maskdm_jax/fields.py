@@ -271,6 +271,15 @@ PHASES = Kind(
     _nearest_phases,
     lambda text: as_tuples(_literal(text)),
 )
+_NUMBERS = r"(\d+|-)(,(\d+|-))*"
+BLOCKS = Kind(
+    'two lists of block numbers, such as "in_block=0,0,1 out_block=0,1,-" (- is a fresh block)',
+    lambda value: (
+        isinstance(value, str)
+        and bool(re.fullmatch(f"(in_block={_NUMBERS} out_block={_NUMBERS})?", value))
+    ),
+    lambda value, default: default,
+)
 NAMES = Kind(
     "regular expressions over names, such as \"('position', 'patch_embed/.*')\"",
     _are_patterns,

@@ -1,4 +1,4 @@
-"""`--mode=sample`: draws images from a checkpoint into numbered files.
+"""`--mode=sample`: draws images from a checkpoint, or an official file, into numbered files.
 
 Image i depends on (seed, i) alone, so an interrupted run resumes with the missing images.
 """
@@ -13,12 +13,13 @@ import tempfile
 import numpy as np
 from jax.sharding import Mesh
 
-from maskdm_jax import averages, checkpoint, draw, images, phases, sharding
+from maskdm_jax import draw, images, sharding
 from maskdm_jax.config import FIELDS, get
-from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
-from maskdm_jax.run import distributed, faults, files, hashes, lock, progress
+from maskdm_jax.run import distributed, faults, files, lock, progress
 from maskdm_jax.run.progress import say
+from maskdm_jax.weights import saved
 
 # Fields that no image depends on; of the last two, images depend on the files' content.
 _FREE = (
@@ -30,7 +31,8 @@ _FREE = (
 def write_samples(
     config, workdir: str | pathlib.Path, step: int | None = None, params=None, drawing=None
 ) -> pathlib.Path:
-    """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`.
+    """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`;
+    if the workdir has none, from the official file `config.init.path`.
 
     Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
     settings.json. Existing images are kept.
@@ -46,21 +48,17 @@ def write_samples(
       The folder.
 
     Raises:
-      ConfigError: if the workdir holds no checkpoint or one of a different architecture.
+      ConfigError: if there is neither checkpoint nor file, or one of a different architecture.
     """
     workdir = pathlib.Path(workdir).expanduser()
     given = start_image(config)
     # Process 0 alone writes; the others follow what it finds, and help to draw.
-    step = checkpoint.find_step(
-        workdir,
-        step,
-        instead="the same command without --mode=sample to train first, or another --workdir",
-    )
-    stored = checkpoint.load_config(workdir, step)
-    config = phases.of_checkpoint(config, stored, step, str(workdir))
+    step = saved.find_step(config, workdir, "sample", step)
+    network = saved.at(config, workdir, step)
+    config = network.network(config)
     settings = config.sample
     folder = folder_of(config, workdir, step)
-    said = {"step": step, "workdir": str(workdir), **settings.to_dict()}
+    said = {**network.provenance, **settings.to_dict()}
     said["evaluations"] = draw.evaluations(config, from_image=bool(given))
     with _writing(config, folder):
         if distributed.is_main():
@@ -75,7 +73,7 @@ def write_samples(
             other = "ema" if settings.weights == "raw" else "raw"
             faults.check_finite(
                 params,
-                f"checkpoint {step} of {workdir} ({settings.weights})",
+                f"{network.where} ({settings.weights})",
                 f"another --workdir, or --config.sample.weights={other}",
             )
             drawing = drawing or draw.Drawing(config, mesh, given=given)
@@ -131,25 +129,10 @@ def _picture(config, name, channels):
     return picture
 
 
-def restore(config, workdir: pathlib.Path, step: int, mesh: Mesh, weights: str):
-    """The weights of a checkpoint: "raw", or "ema" for the average of `sample.ema_std`.
-
-    Raises:
-      ConfigError: for an average that this run cannot give.
-      RunError: if the run that trains there has removed the checkpoint meanwhile.
-    """
+def restore(config, workdir: pathlib.Path, step: int | None, mesh: Mesh, weights: str):
+    """The weights of a checkpoint, or (None) of the file; see `saved` for arguments and errors."""
     abstract = draw.abstract_params(config, mesh)
-    try:
-        if weights == "raw":
-            return checkpoint.restore_item(workdir, step, "params", abstract)
-        return averages.restore(config, workdir, step, abstract, config.sample.ema_std)
-    except (FileNotFoundError, ValueError) as error:
-        if step in checkpoint.steps(workdir):
-            raise
-        raise RunError(
-            f"checkpoint {step} of {workdir} was retired meanwhile by the run that trains there; "
-            "the same command takes the newest"
-        ) from error
+    return saved.at(config, workdir, step).restore(config, abstract, weights)
 
 
 @contextlib.contextmanager
@@ -209,15 +192,16 @@ def _draw_missing(config, folder, todo, params, drawing):
                     images.save_png(image_path(folder, i), image)
 
 
-def folder_of(config, workdir: pathlib.Path, step: int) -> pathlib.Path:
-    """The folder of a checkpoint's samples: images that differ in more than their index go to
-    different folders.
+def folder_of(config, workdir: pathlib.Path, step: int | None) -> pathlib.Path:
+    """The folder of the samples of a checkpoint, or (None) of the file of `init.path`.
 
-    What most people vary is in words. The hash at the end covers the checkpoint's bytes and every
+    Images that differ in more than their index go to different folders.
+
+    What most people vary is in words. The hash at the end covers the weights' bytes and every
     field that the images may depend on.
     """
-    s = config.sample
-    name = f"step{step}_{s.weights}_{s.sampler}{s.steps}"
+    s, network = config.sample, saved.at(config, workdir, step)
+    name = f"{network.name}_{s.weights}_{s.sampler}{s.steps}"
     if s.sampler == "ddim":
         name += f"_eta{s.eta:g}"
     if s.spacing != "timestep":
@@ -232,10 +216,9 @@ def folder_of(config, workdir: pathlib.Path, step: int) -> pathlib.Path:
         name += "_inpainted" if s.init_mask else f"_strength{s.strength:g}"
     groups = ("data.image_size", "data.channels", "model.", "diffusion.", "sample.")
     fields = {n: get(config, n) for n in FIELDS if n.startswith(groups) and n not in _FREE}
-    checkpoint_hash = hashes.fingerprint(checkpoint.directory(workdir) / str(step))
     given = [pathlib.Path(path).expanduser() for path in (s.init_image, s.init_mask) if path]
     pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in given]
-    parts = json.dumps([checkpoint_hash, fields, *pictures])
+    parts = json.dumps([network.fingerprint(), fields, *pictures])
     content = hashlib.sha256(parts.encode()).hexdigest()
     return workdir / "samples" / f"{name}_seed{s.seed}_{content[:8]}"
 

@@ -29,7 +29,6 @@ from maskdm_jax import (
 )
 from maskdm_jax.config import check_same_architecture, from_dict, to_json
 from maskdm_jax.data import loader, sources
-from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.fields import quoted
 from maskdm_jax.run import distributed, faults, files, memory, preemption, wandb_mirror
@@ -82,12 +81,8 @@ def train(
     phase = phases.at(config, own_step or 0)
     params = None
     if config.init.path and own_step is None:
-        params, note = start.load_params(
-            phase.config,
-            lambda: fresh_params(phase.config, mesh),
-            lambda betas: ddpm.schedule_of(betas, config.diffusion, config.data.image_size),
-        )
-        say(note)
+        params, table = start.load_params(phase.config, lambda: fresh_params(phase.config, mesh))
+        say(table.text(verbose))
     _make_folder(workdir)
     mirror = wandb_mirror.start(config, workdir)
     checkpoints = checkpoint.Checkpoints(workdir, config, provenance.continued(facts, stored))

@@ -5,7 +5,6 @@ betas the noise schedule; `fields` give what is left.
 """
 
 import hashlib
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -24,7 +23,6 @@ from maskdm_jax.config import (
     validate_devices,
     whole_images,
 )
-from maskdm_jax.diffusion import ddpm
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
 from maskdm_jax.model.sizes import SIZES
@@ -96,14 +94,13 @@ def _find_run(path, step):
 def _official(path, weights, fields):
     try:
         official = torch_io.load_official(str(path), weights)
+        stored = _stored(path, official, fields)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(
             f"{error}; expected an official .pt file, or a run's --workdir; type load(PATH)"
         ) from error
-    except ImportError as error:
-        raise ConfigError(str(error)) from error
-    stored = default_config()
-    stored.update_from_flattened_dict(_official_fields(path, official, fields))
     stored.sample.weights = weights
     free = _NOT_IN_A_FILE + (_IN_BETAS if official.betas is None else ())
     config = _configured(stored, fields, str(path), free)
@@ -118,47 +115,31 @@ def _official(path, weights, fields):
     where = jax.tree.map(lambda x: x.sharding, abstract)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return Trained(config, jax.device_put(official.params, where), None, sha256)
+    return Trained(config, jax.device_put(official.params, where), official.step, sha256)
 
 
-def _official_fields(path, official, fields):
-    """The config fields that follow from an official file's arrays, and from `fields`."""
-    params, patch_size = official.params, official.patch_size
-    num_tokens, width = params["position"].shape
-    depth = 2 * sum(name.startswith("in_block_") for name in params) + 1
-    side = math.isqrt(num_tokens - 1)
-    found = {
-        "data.channels": official.channels,
-        "data.image_size": fields.get("data.image_size", (side * patch_size, side * patch_size)),
-        "model.width": width,
-        "model.depth": depth,
-        "model.patch_size": patch_size,
-        "model.mlp_ratio": params["mid_block"]["mlp_in"]["kernel"].shape[1] / width,
-        "model.qkv_bias": "q_bias" in params["mid_block"],
-        "diffusion.prediction": "eps",
-    }
-    known = {(s.width, s.depth): s.num_heads for s in SIZES.values()}
-    heads = fields.get("model.num_heads", known.get((width, depth)))
-    if heads is None:
-        raise ConfigError(
-            f"{path} has width {width} and depth {depth}, which is none of the sizes "
-            f"{', '.join(SIZES)}, and does not hold its number of attention heads; type "
-            "fields={'model.num_heads': HEADS}"
-        )
-    found["model.num_heads"] = heads
-    if official.betas is not None:
-        default = default_config().diffusion
-        schedule = ddpm.schedule_of(official.betas, default, found["data.image_size"])
-        if schedule == "unknown":
-            raise ConfigError(
-                f"{path} was trained with a noise schedule that is none of "
-                f"{FIELDS['diffusion.schedule'].kind.expected.removeprefix('one of ')}; "
-                "expected the betas of one of them; type load(PATH) of another file"
-            )
-        found |= dict(zip(_IN_BETAS, (schedule, len(official.betas)), strict=True))
-    for name, value in found.items():
+def _stored(path, official, fields):
+    """The config that follows from an official file, and, for what it leaves open, `fields`."""
+    base = default_config()
+    base.model.patch_size = official.patch_size
+    given = {name: fields[name] for name in _NOT_IN_A_FILE if name in fields}
+    for name, value in given.items():
         check_field(name, value)
-    return found
+    base.update_from_flattened_dict(given)
+    stored = torch_io.config_of(official, base)
+    if stored.diffusion.schedule == "unknown":
+        raise ConfigError(
+            f"{path} was trained with a noise schedule that is none of "
+            f"{FIELDS['diffusion.schedule'].kind.expected.removeprefix('one of ')}; "
+            "expected the betas of one of them; type load(PATH) of another file"
+        )
+    if not stored.model.num_heads:
+        raise ConfigError(
+            f"{path} has width {stored.model.width} and depth {stored.model.depth}, which is none "
+            f"of the sizes {', '.join(SIZES)}, and does not hold its number of attention heads; "
+            "type fields={'model.num_heads': HEADS}"
+        )
+    return stored
 
 
 def _configured(stored, fields, where, free=()):

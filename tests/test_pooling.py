@@ -383,18 +383,19 @@ def pretrained(stage1, data_dir):
 def load(config):
     """`start.load_params` of a run from another's workdir."""
     mesh = sharding.make_mesh(config)
-    return start.load_params(config, lambda: state.fresh_params(config, mesh), None)
+    return start.load_params(config, lambda: state.fresh_params(config, mesh))
 
 
 @pytest.mark.parametrize("weights, item", [("raw", "params"), ("ema", "ema")])
 def test_stage_2_starts_from_all_weights_but_the_pooled_ones(stage1, data_dir, weights, item):
     config = pretrained(stage1, data_dir)
     config.init.weights = weights
-    params, note = load(config)
+    params, table = load(config)
     stored = checkpoint.restore_item(stage1[0], 2, item)
     assert len(jax.tree.leaves(stored.pop("pooled"))) == 7
     jax.tree.map(np.testing.assert_array_equal, params, stored)
-    assert "left out its 7 weights of pooled tokens" in note
+    left_out = [row.name for row in table.rows if row.outcome == "left out"]
+    assert len(left_out) == 7 and all(name.startswith("pooled/") for name in left_out)
 
 
 def test_a_misfit_of_stage_2_is_named_without_the_pooled_weights(stage1, data_dir):
@@ -405,17 +406,19 @@ def test_a_misfit_of_stage_2_is_named_without_the_pooled_weights(stage1, data_di
     assert "model.width" in str(error.value) and "mask.hidden" not in str(error.value)
 
 
-def test_a_pooled_stage_needs_pooled_weights_unless_they_are_ignored(stage1, stage2):
+def test_a_pooled_stage_needs_pooled_weights_unless_they_are_named(stage1, stage2):
     config = from_dict(stage1[1].to_dict())
     config.init.path = str(stage2[0])
     with pytest.raises(ConfigError) as error:
         load(config)
     text = str(error.value)
     assert "mask.hidden (drop there, pool here); type --config.mask.hidden=drop" in text
-    assert "--config.init.ignore=\"('pooled/.*',)\"" in text
-    config.init.ignore = ("pooled/.*",)
-    params, note = load(config)
-    assert "fresh because of init.ignore: pooled/" in note
+    assert "--config.init.reinit=\"('pooled/.*',)\"" in text
+    for field in ("ignore", "reinit"):
+        config.init.update(ignore=(), reinit=())
+        config.init[field] = ("pooled/.*",)
+        params, table = load(config)
+        assert table.count("fresh") == 7 and f"init.{field}" in table.text()
     assert (params["pooled"]["norm"]["scale"] == 1).all()
 
 

@@ -26,10 +26,13 @@ ALLOWED = {
     "model": set(),
     "data": {"phases", "run.command_line", "run.faults", "run.lock"},
     "run": set(),
-    "weights": {"averages", "checkpoint", "config", "phases", "run.faults"},
+    "weights": {
+        "averages", "checkpoint", "config", "diffusion.ddpm", "phases", "run.command_line",
+        "run.distributed", "run.faults", "run.hashes",
+    },
     "quality": {
         "data.archives", "data.folders", "data.image_set", "data.pixels", "data.read_ahead",
-        "data.sources", "data.tfds", "run", "weights.torch_io",
+        "data.sources", "data.tfds", "run", "weights.torch_file",
     },
     "checkpoint": {"config", "run"},
     "optim": set(),
@@ -41,7 +44,7 @@ ALLOWED = {
     "transition": {"optim", "phases", "state", "weights"},
     "draw": {"model", "diffusion"},
     "report": {"config", "config_file", "flops", "phases", "quality", "run"},
-    "sample": {"averages", "checkpoint", "config", "draw", "images", "phases", "run"},
+    "sample": {"config", "draw", "images", "run", "weights"},
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},
     "heldout": {"data.read_ahead", "diffusion", "draw", "model"},
@@ -55,11 +58,11 @@ ALLOWED = {
     },
     "evaluate": {
         "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
-        "sample",
+        "sample", "weights",
     },
     "arguments": {"config"},
     "trained": {
-        "arguments", "averages", "checkpoint", "config", "diffusion", "draw", "phases", "run",
+        "arguments", "averages", "checkpoint", "config", "draw", "phases", "run",
         "weights.torch_io",
     },
     "api_sampling": {"arguments", "config", "draw"},

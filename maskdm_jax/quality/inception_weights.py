@@ -20,7 +20,7 @@ import numpy as np
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality.inception import Weights, expected_params
 from maskdm_jax.run import files, progress
-from maskdm_jax.weights import torch_io
+from maskdm_jax.weights import torch_file
 
 NAME = "pt_inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{NAME}"
@@ -140,8 +140,8 @@ def _torch_name(layer):
 
 def _read_torch(path, flag):
     try:
-        state = torch_io.load_tensors(str(path))
-    except (ValueError, ImportError) as error:
+        state = torch_file.load(str(path))
+    except ValueError as error:
         raise ConfigError(f"{flag}: {error}; expected {NAME}; type {flag}=FILE") from error
     if not isinstance(state, dict):
         raise ConfigError(

@@ -1,4 +1,5 @@
-"""Weights for another patch size or another grid of patches, by rules that keep the function.
+"""Weights for another patch size, grid of patches, number of channels or of classes, by rules that
+keep the function.
 
 From patches of side p to smaller ones of side q = p / r, a small patch is taken for the large one
 that it becomes when each pixel is repeated in a cell of r x r pixels: the embedding's kernel is
@@ -18,10 +19,19 @@ from maskdm_jax.model.sizes import grid_shape
 
 
 class Geometry(NamedTuple):
-    """How an image becomes tokens: the patch grid (rows, columns), and pixels on a patch's side."""
+    """How an image becomes tokens.
+
+    Fields:
+      grid: patches (down, across).
+      patch_size: pixels on a patch's side.
+      channels: of the images.
+      num_classes: 0 if there is no class token.
+    """
 
     grid: tuple[int, int]
     patch_size: int
+    channels: int = 3
+    num_classes: int = 0
 
 
 class Outcome(NamedTuple):
@@ -36,7 +46,12 @@ class Outcome(NamedTuple):
 def geometry(config) -> Geometry:
     """The geometry of a config."""
     patch_size = config.model.patch_size
-    return Geometry(grid_shape(config.data.image_size, patch_size), patch_size)
+    return Geometry(
+        grid_shape(config.data.image_size, patch_size),
+        patch_size,
+        config.data.channels,
+        config.model.num_classes,
+    )
 
 
 def carry(params, fresh, old: Geometry, new: Geometry):
@@ -68,29 +83,63 @@ def outcome(params, fresh, old: Geometry, new: Geometry) -> Outcome:
             result.fresh.append(name)
             continue
         made = jax.eval_shape(lambda x, name=name: resized(name, x, old, new), given[name])
-        changed = old != new and name in _RULES and made.shape == leaf.shape
-        if changed:
+        if change(name, old, new) and made.shape == leaf.shape:
             result.resized.append(name)
         else:
             (result.kept if made.shape == leaf.shape else result.fresh).append(name)
     return result
 
 
-def resized(name: str, array: jax.Array, old: Geometry, new: Geometry) -> jax.Array:
-    """The parameter `name`, such as "patch_embed/kernel", for another geometry."""
-    return _RULES[name](array, old, new) if name in _RULES and old != new else array
+def resized(name: str, array: jax.Array, old: Geometry, new: Geometry, fresh=None) -> jax.Array:
+    """The parameter `name`, such as "patch_embed/kernel", for another geometry.
+
+    Args:
+      name: its path in the tree.
+      array: the old network's.
+      old, new: between which `change` names a rule.
+      fresh: the new network's, of which a class row is taken where the old one has no classes.
+    """
+    return _RULES[name](array, old, new, fresh) if name in _RULES and old != new else array
 
 
-def _embed_kernel(kernel_PD, old, new):
-    scale = (old.patch_size / new.patch_size) ** 2  # r**2 means are a sum
-    return _over_cells(kernel_PD, old, new) * scale
+def change(name: str, old: Geometry, new: Geometry) -> str | None:
+    """What `resized` does with a parameter, in words; "" if nothing; None if no rule covers it."""
+    if name in ("patch_embed/kernel", "output/kernel", "output/bias"):
+        p, q = old.patch_size, new.patch_size
+        if (
+            p % q
+            and q % p
+            or old.channels != new.channels
+            and 1 not in (old.channels, new.channels)
+        ):
+            return None
+        parts = [f"patch {p} -> {q}"] if p != q else []
+        if old.channels != new.channels:
+            parts.append(f"channels {old.channels} -> {new.channels}")
+        return ", ".join(parts)
+    if name == "position":
+        parts = []
+        if old.grid != new.grid:
+            sides = ["{} x {}".format(*each.grid) for each in (old, new)]
+            parts.append(f"grid {' -> '.join(sides)}, bicubic")
+        if bool(old.num_classes) != bool(new.num_classes):
+            parts.append("class row " + ("fresh" if new.num_classes else "left out"))
+        return "; ".join(parts)
+    if name == _CLASSES and old.num_classes != new.num_classes:
+        return f"classes {old.num_classes} -> {new.num_classes}"
+    return ""
 
 
-def _output_kernel(kernel_DP, old, new):
+def _embed_kernel(kernel_PD, old, new, _):
+    made = _over_cells(kernel_PD, old, new)
+    return made * (len(kernel_PD) / len(made))  # n means are a sum
+
+
+def _output_kernel(kernel_DP, old, new, _):
     return _over_cells(kernel_DP.T, old, new).T
 
 
-def _over_cells(x, old, new):
+def _over_cells(x, old, new, _=None):
     """Means over cells, or values repeated in cells, of [P, ...]; P is p x p x C."""
     p, q, rest = old.patch_size, new.patch_size, x.shape[1:]
     channels = x.shape[0] // p**2
@@ -98,23 +147,41 @@ def _over_cells(x, old, new):
         cells = x.reshape(q, p // q, q, p // q, channels, *rest).mean((1, 3))
     else:
         cells = x.reshape(p, p, channels, *rest).repeat(q // p, 0).repeat(q // p, 1)
-    return cells.reshape(q**2 * channels, *rest)
+    if old.channels > new.channels:
+        cells = cells.mean(2, keepdims=True)
+    elif old.channels < new.channels:
+        cells = cells.repeat(new.channels, 2)
+    return cells.reshape(-1, *rest)
 
 
-def _position(table_LD, old, new):
-    if old.grid == new.grid:
-        return table_LD
-    extra = table_LD.shape[0] - math.prod(old.grid)  # the rows of time and class
-    rows_HWD = table_LD[extra:].reshape(*old.grid, -1)
-    rows_HWD = jax.image.resize(rows_HWD, (*new.grid, rows_HWD.shape[-1]), "bicubic")
-    return jnp.concatenate([table_LD[:extra], rows_HWD.reshape(-1, rows_HWD.shape[-1])])
+def _position(table_LD, old, new, fresh):
+    extra = table_LD.shape[0] - math.prod(old.grid)  # the rows of class and time
+    rows_ND = table_LD[extra:]
+    if old.grid != new.grid:
+        rows_HWD = rows_ND.reshape(*old.grid, -1)
+        rows_HWD = jax.image.resize(rows_HWD, (*new.grid, rows_HWD.shape[-1]), "bicubic")
+        rows_ND = rows_HWD.reshape(-1, rows_HWD.shape[-1])
+    rows = [table_LD[:extra], rows_ND]
+    if old.num_classes and not new.num_classes:
+        rows[0] = table_LD[1:extra]
+    elif new.num_classes and not old.num_classes:
+        rows.insert(0, fresh[:1])
+    return jnp.concatenate(rows)
 
 
+def _class_rows(table_KD, old, new, _):
+    """[labels; no class]; a label that only the new network has starts as "no class"."""
+    labels, no_class = table_KD[: min(old.num_classes, new.num_classes)], table_KD[-1:]
+    return jnp.concatenate([labels, no_class.repeat(new.num_classes + 1 - len(labels), 0)])
+
+
+_CLASSES = "class_embed/embedding"
 _RULES = {
     "patch_embed/kernel": _embed_kernel,
     "output/kernel": _output_kernel,
     "output/bias": _over_cells,
     "position": _position,
+    _CLASSES: _class_rows,
 }
 
 

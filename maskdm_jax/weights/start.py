@@ -1,97 +1,82 @@
 """Starts from other weights: stage 2 from stage 1's workdir, or from an official `.pt` file.
 
-Weights that are missing, unexpected or of another shape are an error, except those that
-`config.init.ignore` matches; an ignored weight starts fresh. So are weights that are not finite,
-and weights that fit but mean something else: they were trained with another prediction, noise
-schedule, number of timesteps, number of heads or patch grid, and `config.init.allow` does not list
-that field. A `.pt` file does not hold its number of heads.
-
-Parameters of pooled tokens have no place in a model without such tokens: they are left out.
+Each parameter is restored, resized by a rule, left out or fresh (`rules`). Whatever no rule covers
+is an error, unless `config.init.reinit` or `config.init.ignore` names it. So are weights that are
+not finite, and weights that fit but mean something else: they were trained with another prediction,
+noise schedule, number of timesteps or number of heads, and `config.init.allow` does not list that
+field. A `.pt` file holds its number of heads only through its size.
 """
 
 import re
 from collections.abc import Callable
 
 import jax
-import numpy as np
 
 from maskdm_jax import averages, checkpoint, phases
-from maskdm_jax.config import as_flags, described, differences, get
+from maskdm_jax.config import as_flags, block_map, described, differences, get, resolved
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.fields import MEANING, SHAPE
+from maskdm_jax.fields import MEANING, SHAPE, nearest_word, quoted
 from maskdm_jax.run import faults, files
-from maskdm_jax.weights import torch_io
+from maskdm_jax.weights import resize, rules, torch_io
 
-_GRID = ("data.image_size", "model.patch_size")
-_POOLED = "pooled/"  # the parameters of `model.pooling`
+_BLOCK = re.compile(r"(in|out)_block_(\d+)/")
 
 
-def load_params(config, make_fresh: Callable, schedule_of: Callable[[np.ndarray], str]):
+def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
     """Parameters from `config.init`.
 
     Args:
       config: the run's. Its `init` has path (a workdir, or an official .pt file), weights ("raw" or
-        "ema"), ignore (regular expressions, each matched against whole names such as
-        "mid_block/qkv/kernel"), and allow (fields that may differ, see the module).
-      make_fresh: () -> fresh parameters, which give the expected shapes; computed only if `ignore`
-        leaves some fresh.
-      schedule_of: betas -> the name of their noise schedule; a .pt file holds its betas.
+        "ema"), reinit and ignore (regular expressions, each matched against whole names such as
+        "mid_block/qkv/kernel"), map (see `config.block_map`) and allow (fields that may differ).
+      make_fresh: () -> fresh parameters, which give the expected shapes; computed only if some are
+        needed.
 
     Returns:
-      (float32 parameters with the structure of `make_fresh`'s, one sentence on what was loaded).
+      (float32 parameters with the structure of `make_fresh`'s, what became of each).
 
     Raises:
-      ConfigError: naming the weights that do not fit, or the fields that give them another
+      ConfigError: naming the weights that no rule covers, or the fields that give them another
         meaning; also if they are not finite, or the path holds no weights.
     """
     init = config.init
-    loaded, stored, source = _read(config, schedule_of)
+    loaded, stored, source = _read(config)
     expected = jax.eval_shape(make_fresh)
-    ours = _flatten(expected)
-    theirs = _flatten(loaded)
-    pooled = [] if any(map(_is_pooled, ours)) else [n for n in theirs if _is_pooled(n)]
-    if pooled:
-        theirs = {n: x for n, x in theirs.items() if n not in pooled}
-        stored.mask.hidden = config.mask.hidden
+    ours, theirs = _flatten(expected), _flatten(loaded)
+    old, new = resize.geometry(stored), resize.geometry(config)
+    _check_names(init.reinit, ours)
+    _check_map(init.map, theirs, source)
 
-    patterns = [re.compile(pattern) for pattern in init.ignore]
+    def stays_fresh(name):
+        if _matches(init.reinit, name):
+            return "init.reinit"
+        return "init.ignore" if _matches(init.ignore, name) else ""
 
-    def ignored(name):
-        return any(pattern.fullmatch(name) for pattern in patterns)
-
-    problems = {}
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ignored(name):
-            continue
-        if name not in theirs:
-            problems[name] = f"missing {name} {list(ours[name].shape)}"
-        elif name not in ours:
-            problems[name] = f"unexpected {name} {list(theirs[name].shape)}"
-        elif ours[name].shape != theirs[name].shape:
-            problems[name] = (
-                f"{name} has shape {list(theirs[name].shape)}, expected {list(ours[name].shape)}"
-            )
+    rows, problems = rules.plan(
+        theirs,
+        ours,
+        old,
+        new,
+        block_map(init.map),
+        stays_fresh,
+        lambda name: _matches(init.ignore, name),
+    )
     if problems:
-        raise ConfigError(_misfit(config, stored, source, problems, ours.keys() | theirs.keys()))
-
-    left = [n for n in ours if ignored(n)]
-    _check_meaning(config, stored, source, left)
-    fresh = _flatten(make_fresh()) if left else {}
-    used = {n: theirs[n] for n in ours if n not in left}
+        raise ConfigError(_misfit(config, stored, source, problems, ours, theirs))
+    _check_meaning(config, stored, source)
+    carried = [row.source for row in rows if row.outcome in ("restored", "resized")]
+    used = {name: theirs[name] for name in carried}
     if used:
         other = "--config.init.path=PATH of another one"
         faults.check_finite(used, f"init.path {source}", other)
-    leaves = [np.asarray(fresh[n] if n in left else theirs[n], np.float32) for n in ours]
-    params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
-    note = f"loaded {len(ours) - len(left)} weights from {source}"
-    if left:
-        note += f"; fresh because of init.ignore: {', '.join(left)}"
-    if pooled:
-        note += f"; left out its {len(pooled)} weights of pooled tokens, which this model lacks"
-    return params, note
+    needs_fresh = any(row.outcome == "fresh" or "fresh" in row.why for row in rows)
+    fresh = _flatten(make_fresh()) if needs_fresh else {}
+    made = rules.carried(rows, theirs, fresh, old, new)
+    params = jax.tree.unflatten(jax.tree.structure(expected), [made[name] for name in ours])
+    return params, rules.Table(source, rows)
 
 
-def _read(config, schedule_of):
+def _read(config):
     """(parameters, the config that they were trained with, a phrase for their source)."""
     init = config.init
     path = files.local_path(init.path, "init.path")
@@ -103,21 +88,11 @@ def _read(config, schedule_of):
         raise ConfigError(f"init.path {init.path} does not exist; {expected}")
     if path.is_file():
         try:
-            params, betas, *_ = torch_io.load_official(str(path), init.weights)
+            official = torch_io.load_official(str(path), init.weights)
+            stored = torch_io.config_of(official, config)
         except ValueError as error:
             raise ConfigError(f"init.path: {error}; {expected}") from error
-        except ImportError as error:
-            raise ConfigError(f"init.path: {error}") from error
-        # All that is known of the shape and the meaning of such a file's weights.
-        stored = config.copy_and_resolve_references()
-        stored.model.width = params["position"].shape[-1]
-        stored.model.depth = sum(name.startswith("in_block_") for name in params) * 2 + 1
-        stored.diffusion.prediction = "eps"
-        stored.mask.hidden = "drop"
-        if betas is not None:
-            stored.diffusion.num_timesteps = len(betas)
-            stored.diffusion.schedule = schedule_of(betas)
-        return params, stored, str(path)
+        return official.params, stored, f"{path} ({init.weights})"
     # The folder of all checkpoints, or of one, instead of the workdir.
     runs = [parent for parent in path.parents[:2] if checkpoint.steps(parent)]
     step = checkpoint.find_step(
@@ -131,20 +106,53 @@ def _read(config, schedule_of):
     return params, stored, f"{path} ({init.weights}, step {step})"
 
 
-def _misfit(config, stored, source, problems, names):
+def _check_names(patterns, ours):
+    for pattern in patterns:
+        if any(re.fullmatch(pattern, name) for name in ours):
+            continue
+        near = nearest_word(pattern, ours) or "patch_embed/.*"
+        fixed = tuple(near if each == pattern else each for each in patterns)
+        raise ConfigError(
+            f"init.reinit is {patterns!r}, but {pattern!r} matches no parameter of this model; "
+            f"expected expressions over names such as mid_block/qkv/kernel; type "
+            f"--config.init.reinit={quoted(fixed)}"
+        )
+
+
+def _check_map(text, theirs, source):
+    named = [block for block in block_map(text).values() if block != "-"]
+    for block in named:
+        if not any(name.startswith(f"{block}/") for name in theirs):
+            num_there, num_here = _num_skips(theirs), len(block_map(text)) // 2
+            last = f"in_block_{num_there - 1} and out_block_{num_there - 1}"
+            raise ConfigError(
+                f"init.map is {text!r}, but {source} has no {block}; expected blocks up to {last}; "
+                f"type --config.init.map={quoted(_even_map(num_there, num_here))}"
+            )
+
+
+def _misfit(config, stored, source, problems, ours, theirs):
     """What does not fit, and what to type: the fields in which the models differ, or else the
     first of those weights; a few can be left out, whole blocks as one expression."""
-    remedies = []
-    # The optimizer and its averages may differ: only weights are loaded.
-    fields = [n for n in differences(config, stored, [SHAPE]) if not n.startswith("optim.")]
+    remedies, names = [], ours.keys() | theirs.keys()
+    fields = [n for n in differences(config, stored, [SHAPE]) if not _is_covered(n, config, stored)]
     if fields:
         why = described(config, stored, fields)
         remedies.append(f"{as_flags(stored, fields)} to build that model")
     else:
         why = "; ".join([*problems.values()][:3]) + (", ..." if len(problems) > 3 else "")
+    there, here = _num_skips(theirs), _num_skips(ours)
+    if there != here and there * here and all(map(_BLOCK.match, problems)):
+        remedies.append(
+            f"--config.init.map={quoted(_even_map(there, here))} to choose each block's source"
+        )
     if len(problems) <= len(names) / 2:
-        expressions = ", ".join(repr(e) for e in _expressions(problems, names))
-        remedies.append(f'--config.init.ignore="({expressions},)" to leave these out')
+        bad, flags = problems.keys(), []
+        for field, members in (("reinit", bad & ours.keys()), ("ignore", bad - ours.keys())):
+            if members:
+                expressions = ", ".join(repr(e) for e in _expressions(members, names))
+                flags.append(f'--config.init.{field}="({expressions},)"')
+        remedies.append(f"{' '.join(flags)} to leave these out")
     remedies.append("--config.init.path='' for fresh weights")
     return (
         f"init.path: {len(problems)} of {len(names)} weights of {source} do not fit this model: "
@@ -152,21 +160,43 @@ def _misfit(config, stored, source, problems, names):
     )
 
 
+def _is_covered(field, config, stored):
+    """Whether a rule carries weights over although the models differ in this field."""
+    old, new = resize.geometry(stored), resize.geometry(config)
+    if field in ("model.patch_size", "data.channels"):
+        return resize.change("patch_embed/kernel", old, new) is not None
+    if field == "model.depth":
+        depths = [resolved(each, field) // 2 for each in (config, stored)]
+        return config.init.map != "" or depths[0] == depths[1]
+    if field == "mask.hidden":
+        return config.mask.hidden == "drop"  # parameters of pooled tokens are left out
+    # The optimizer and its averages may differ: only weights are loaded.
+    return field in ("data.image_size", "model.num_classes") or field.startswith("optim.")
+
+
+def _num_skips(names):
+    return 1 + max((int(found[2]) for name in names if (found := _BLOCK.match(name))), default=-1)
+
+
+def _even_map(num_there, num_here):
+    """`init.map` from so many blocks on each side to so many, spread evenly; the out-blocks in
+    reverse, since out_block_0 takes the skip of the last in-block."""
+    spread = [i * num_there // num_here for i in range(num_here)]
+    back = [num_there - 1 - i for i in reversed(spread)]
+    return f"in_block={','.join(map(str, spread))} out_block={','.join(map(str, back))}"
+
+
 def _expressions(problems, names):
     """Regular expressions for the names of `problems`, one for a block of which none fits."""
-    for block in dict.fromkeys(name.partition("/")[0] for name in problems):
+    for block in dict.fromkeys(name.partition("/")[0] for name in sorted(problems)):
         members = {name for name in names if name.partition("/")[0] == block}
-        bad = sorted(members & problems.keys())
+        bad = sorted(members & problems)
         yield from bad if len(bad) < len(members) or bad == [block] else [f"{block}/.*"]
 
 
-def _check_meaning(config, stored, source, left):
+def _check_meaning(config, stored, source):
     allowed = config.init.allow
-    different = differences(config, stored, [MEANING])
-    if "position" not in left:
-        # Two grids with the same number of patches: a row would stand for another place.
-        different += [n for n in _GRID if n in differences(config, stored, [SHAPE])]
-    names = [n for n in different if n not in allowed]
+    names = [n for n in differences(config, stored, [MEANING]) if n not in allowed]
     if not names:
         return
     listed = ", ".join(f"'{name}'" for name in (*allowed, *names))
@@ -179,8 +209,8 @@ def _check_meaning(config, stored, source, left):
     )
 
 
-def _is_pooled(name):
-    return name.startswith(_POOLED)
+def _matches(patterns, name):
+    return any(re.fullmatch(pattern, name) for pattern in patterns)
 
 
 def _flatten(tree):
