@@ -36,7 +36,6 @@ setup(
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published
-        "convert": ["torch>=2.6"],  # only to read .pt checkpoints and pytorch-fid's weights
         # Only for tests and benchmarks: the PyTorch network to compare with, and FID.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6"],
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
