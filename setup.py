@@ -52,7 +52,6 @@ setup(
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published
-        "convert": ["torch>=2.6"],  # only to read .pt checkpoints and pytorch-fid's weights
         "wandb": ["wandb>=0.31"],  # only for config.log.wandb
         # Only for tests and benchmarks: the PyTorch network to compare with, FID, and W&B.
         "peer": ["pytorch-fid>=0.3", "torch>=2.6", "wandb>=0.31"],

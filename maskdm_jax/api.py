@@ -35,7 +35,7 @@ class Model(Sampling):
     Attributes:
       config: of the training, with the fields that `load` was given; do not change it.
       params: the network's parameters, a tree of float32 arrays.
-      step: updates of the checkpoint; None for an official file.
+      step: updates of the checkpoint; None for an official file that does not say.
       image_shape: (height, width, channels).
       num_timesteps: T.
       num_classes: 0 for an unconditional model.

@@ -252,7 +252,7 @@ def _validate_map(config):
         numbers = numbers.split(",")
         spread = [numbers[i * len(numbers) // num_skips] for i in range(num_skips)]
         fitted.append(f"{kind}={','.join(spread)}")
-    expected = f"{num_skips} numbers for each side, since model.depth is {2 * num_skips + 1}"
+    expected = f"lists of {num_skips}, the blocks on each side of this model's middle one"
     _fail(config, "init.map", expected, " ".join(fitted) if num_skips else "")
 
 

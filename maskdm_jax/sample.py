@@ -60,6 +60,8 @@ def write_samples(
     folder = folder_of(config, workdir, step)
     said = {**network.provenance, **settings.to_dict()}
     said["evaluations"] = draw.evaluations(config, from_image=bool(given))
+    if step is None and params is None:
+        say(f"{workdir} has no checkpoint: drawing from {network.where} ({settings.weights})")
     with _writing(config, folder):
         if distributed.is_main():
             files.write_text(folder / "settings.json", json.dumps(said, indent=2) + "\n")

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
     Fields:
       config: of the training, with changed fields, for all devices of this process.
       params: float32 parameters on the mesh of `config`.
-      step: updates of the checkpoint; None for an official file.
+      step: updates of the checkpoint; None for an official file that does not say.
       sha256: of the checkpoint or file.
     """
 

@@ -255,7 +255,7 @@ def test_a_map_that_names_no_block_is_refused(tmp_path):
     assert "type --config.init.map='in_block=0,0,1 out_block=0,1,1'" in text
     config = new[0]
     for given, said in (
-        ("in_block=0,1 out_block=0,1", "expected 3 numbers for each side, since model.depth is 7"),
+        ("in_block=0,1 out_block=0,1", "expected lists of 3, the blocks on each side"),
         ("blok=0", "expected two lists of block numbers"),
         ("in_block=0,1,1", "expected two lists of block numbers"),
     ):

@@ -7,6 +7,7 @@ import pickle
 import zipfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import DATA
@@ -84,6 +85,17 @@ def test_a_checkpoint_is_read_back_from_its_official_file_bit_for_bit(tmp_path, 
     made, table = start.load_params(config, lambda: fresh)
     assert_same(made, params)
     assert table.count("restored") == len(jax.tree.leaves(params)) == len(table.rows)
+
+
+def test_labels_of_an_official_file_are_checked_against_its_table(tmp_path):
+    path, *_ = exported(tmp_path, tiny(**KINDS["classes"]))
+    model = maskdm_jax.load(path, fields={"model.num_heads": 4, "model.dtype": "float32"})
+    x = np.zeros((1, 16, 16, 3), np.float32)
+    model.predict(x, 3, label=5)  # no class
+    with pytest.raises(ConfigError, match="label holds 6; expected 0 to 5"):
+        model.predict(x, 3, label=6)
+    with pytest.raises(ConfigError, match="label is 5; expected below"):
+        model.sample(1, label=5)
 
 
 def test_every_entry_of_an_official_state_dict_comes_back_in_its_order(official_model):
@@ -275,16 +287,13 @@ def test_another_resolution_than_the_files_is_resized(tmp_path):
 
 
 def test_bfloat16_numbers_are_read_exactly(tmp_path):
-    import ml_dtypes
-
     _, params, _ = exported(tmp_path, tiny())
     state = {
-        f"model.{k}": x.astype(ml_dtypes.bfloat16)
-        for k, x in torch_io.to_official(params, 4, 3).items()
+        f"model.{k}": x.astype(jnp.bfloat16) for k, x in torch_io.to_official(params, 4, 3).items()
     }
     torch_file.save(str(tmp_path / "half.pt"), {"model": state})
     found = torch_io.load_official(str(tmp_path / "half.pt"), "raw").params
-    rounded = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(np.float32), params)
     assert_same(found, rounded)
     assert not np.array_equal(found["position"], params["position"])
 

@@ -104,6 +104,14 @@ FIELDS = [
     setting("--config.init.ignore=", "init.ignore is ''", "init.ignore="),
     setting("--config.init.ignore='(1, 2)'", "(1, 2)", "init.ignore="),
     setting("--config.init.ignore=\"('[',)\"", "init.ignore is ('[',)", "init.ignore="),
+    setting("--config.init.reinit=\"('[',)\"", "init.reinit is ('[',)", "init.reinit="),
+    setting("--config.init.map=mid_block=0", "init.map is 'mid_block=0'", "init.map="),
+    setting("--config.init.map='in_block=0 out_block=x'", "out_block=x'", "init.map="),
+    setting(
+        "--config.init.map='in_block=0,1 out_block=0,1'",
+        "init.map is 'in_block=0,1 out_block=0,1'",
+        "init.map='in_block=0 out_block=0'",
+    ),
     setting("--config.init.allow=diffusion.shedule", "shedule'", "\"('diffusion.schedule',)\""),
     setting("--config.init.allow=\"('seed',)\"", "('seed',)", "init.allow="),
     setting("--config.seed=1.5", "seed is 1.5", "--config.seed=2"),
@@ -488,6 +496,8 @@ WEIGHTS = [
             ("{tmp}/code.pt", "type", "--config.init.path="),
             ("{tmp}/code_in_zip.pt", "type"),
             ("{tmp}/zip.pt", "type", "--config.init.path="),
+            ("{tmp}/other_uvit.pt", "final_layer.weight [3, 3, 3, 3], a 3x3 convolution", "type"),
+            ("{tmp}/truncated_official.pt", "cut short", "--config.init.path="),
             ("{tmp}/model.safetensors", "safetensors", "--config.init.path="),
             ("{tmp}/a.png", "type", "--config.init.path="),
             ("{tmp}/an_empty_folder", "no checkpoint", "--config.init.path="),
@@ -501,9 +511,20 @@ WEIGHTS = [
         "model.width (32 there, 64 here)", "--config.model.width=32"),
         retry="", after=""),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.model.depth=5", (
-        "model.depth (3 there, 5 here)", "--config.model.depth=3")),
-    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.patch_size=1", (
-        "model.patch_size (2 there, 1 here)", "--config.model.patch_size=2")),
+        "model.depth (3 there, 5 here)", "--config.model.depth=3",
+        "--config.init.map='in_block=0,0 out_block=0,0'")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.mlp_ratio=2", (
+        "model.mlp_ratio (4.0 there, 2.0 here)", "--config.model.mlp_ratio=4",
+        "--config.init.reinit=\"('.*/mlp_in/bias', '.*/mlp_in/kernel', '.*/mlp_out/kernel',)\"")),
+    Wrong(TUNE + "--config.init.path={tmp}/official.pt --config.model.qkv_bias=True", (
+        "model.qkv_bias (False there, True here)", "--config.model.qkv_bias=False",
+        "--config.init.reinit=\"('.*/q_bias', '.*/v_bias',)\"")),
+    Wrong(TUNE + "--config.init.path={tmp}/official.pt --config.diffusion.schedule=linear", (
+        "diffusion.schedule (cosine there, linear here)", "--config.diffusion.schedule=cosine")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.init.map='in_block=4 out_block=0'", (
+        "has no in_block_4", "--config.init.map='in_block=0 out_block=0'")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.init.reinit=positon", (
+        "'positon' matches no parameter", "--config.init.reinit=\"('position',)\"")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.diffusion.prediction=v", (
         "diffusion.prediction (eps there, v here)", "--config.diffusion.prediction=eps")),
     Wrong(POOL + "--config.init.path={tmp}/run", (
@@ -512,7 +533,34 @@ WEIGHTS = [
         "'em'", "--config.init.weights=ema")),
 ]  # fmt: skip
 
+FILE = SAMPLE.replace("{tmp}/run", "{tmp}/w")
+EXPORT = "maskdm_jax.weights.torch_io export {tmp}/run "
 RUNS = [
+    Wrong(FILE + "--config.init.path={tmp}/run", ("{tmp}/w", "--workdir={tmp}/run")),
+    Wrong(FILE + "--config.init.path={tmp}/code_in_zip.pt", ("could run any code", "type")),
+    Wrong(FILE + "--config.init.path={tmp}/truncated_official.pt", ("cut short", "type")),
+    Wrong(FILE + "--config.init.path={tmp}/other_uvit.pt", ("3x3 convolution", "type")),
+    Wrong(FILE + "--config.init.path={tmp}/official.pt --config.model.width=64", (
+        "(32 there, 64 here)", "--config.model.width=32")),
+    Wrong(FILE + "--config.init.path={tmp}/official.pt --config.model.num_classes=9", (
+        "(10 there, 9 here)", "--config.model.num_classes=10")),
+    Wrong(FILE + "--config.init.path={tmp}/official.pt --config.sample.label=10", (
+        "sample.label is 10", "--config.sample.label=-1")),
+    Wrong(FILE + "--config.init.path={tmp}/official.pt --config.diffusion.schedule=linear", (
+        "(cosine there, linear here)", "--config.diffusion.schedule=cosine")),
+    Wrong(FILE.replace("=sample ", "=evaluate ") + "--config.init.path={tmp}/other_uvit.pt", (
+        "3x3 convolution", "type")),
+    Wrong("maskdm_jax.weights.torch_io", ("workdir is missing", "export WORKDIR --out=FILE.pt")),
+    Wrong("maskdm_jax.weights.torch_io exprot {tmp}/run", ("'exprot'", "export")),
+    Wrong("maskdm_jax.weights.torch_io export {tmp}/an_empty_folder --out={tmp}/o", (
+        "an_empty_folder", "type")),
+    Wrong(EXPORT, ("--out is missing", "--out=FILE.pt")),
+    Wrong(EXPORT + "--out={tmp}/an_empty_folder", ("{tmp}/an_empty_folder is a folder", "--out=")),
+    Wrong(EXPORT + "--out=/nowhere/o.pt", ("/nowhere/o.pt", "--out=")),
+    Wrong(EXPORT + "--out={tmp}/o --step=9", ("[1], not 9", "--step=1")),
+    Wrong(EXPORT + "--out={tmp}/o --weights=em", ("'em'", "--weights=ema")),
+    Wrong(EXPORT + "--out={tmp}/o --loss_weight=maybe", ("'maybe'", "--loss_weight=")),
+    Wrong(EXPORT + "--otu={tmp}/o", ("--otu", "--out")),
     Wrong(SAMPLE + "--workdir={tmp}/w", ("{tmp}/w", "no checkpoint", "without --mode=sample")),
     Wrong(SAMPLE + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type")),
     Wrong(SAMPLE + "--config.model.width=64", ("(32 there, 64 here)", "--config.model.width=32")),
@@ -724,6 +772,7 @@ HELP = [
     ("maskdm_jax", ("maskdm train --config=", "maskdm digest")),
     ("launch/compile_check.py", ("--topology", "--config.mask.ratio=0.9", "Exit status")),
     ("maskdm_jax.checkpoint", ("digest", "--step")),
+    ("maskdm_jax.weights.torch_io", ("export", "--weights", "--loss_weight")),
     ("maskdm_jax.report", ("WORKDIRS", "--out")),
     ("maskdm_jax.data.prepare", ("--images", "--size")),
     ("maskdm_jax.quality.score", ("--reference", "--features")),
@@ -822,6 +871,12 @@ def make(folder: pathlib.Path) -> None:
     train = MAIN.replace("{tmp}/w", "{tmp}/run").format(tmp=folder)
     code, out, err = attempt(f"{train} --config.checkpoint.every_steps=1", {})
     assert code == 0, err
+    code, out, err = attempt(f"{EXPORT} --out={{tmp}}/official.pt".format(tmp=folder), {})
+    assert code == 0, err
+    whole = (folder / "official.pt").read_bytes()
+    (folder / "truncated_official.pt").write_bytes(whole[: len(whole) // 2])
+    code, out, err = _fork(lambda: _save_other_uvit(folder / "other_uvit.pt"))
+    assert code == 0, err
     shutil.copytree(folder / "run", folder / "sampled")
     (folder / "sampled/samples/a").mkdir(parents=True)
     (folder / "sampled/samples/a/grid.png").write_bytes(b"")
@@ -829,6 +884,17 @@ def make(folder: pathlib.Path) -> None:
     (folder / "broken/checkpoints/1/state/manifest.ocdbt").write_bytes(b"")
     code, out, err = _fork(lambda: _save_nan(folder))
     assert code == 0, err
+
+
+def _save_other_uvit(path):
+    """The state dict of a U-ViT that ends with a convolution."""
+    import numpy as np
+
+    from maskdm_jax.weights import torch_file
+
+    shapes = {"pos_embed": (1, 5, 8), "in_blocks.0.norm1.weight": (8,),
+              "decoder_pred.weight": (12, 8), "final_layer.weight": (3, 3, 3, 3)}  # fmt: skip
+    torch_file.save(path, {k: np.zeros(shape, np.float32) for k, shape in shapes.items()})
 
 
 def _save_nan(folder):
@@ -871,7 +937,9 @@ def faults(row: Wrong, folder: pathlib.Path) -> tuple[list[str], str]:
         found.append(f"{len(sentence)} characters")
     found += [f"lacks {says}" for says in row.says if says.format(tmp=folder) not in sentence]
     if row.retry is not None and not found:
-        typed = " ".join(re.findall(r'--[\w.]+=(?:"[^"]*"|[^\s,;]+)', sentence.split("type", 1)[1]))
+        typed = " ".join(
+            re.findall(r'--[\w.]+=(?:"[^"]*"|\'[^\']*\'|[^\s,;]+)', sentence.split("type", 1)[1])
+        )
         kept = command.rpartition(" ")[0] if row.instead else command
         again = f"{kept} {typed}{row.retry.format(tmp=folder)}"
         _, _, then = attempt(again, env)

@@ -4,6 +4,7 @@
 `config.init.path` is a file, they take that file, and the workdir holds only what they write.
 """
 
+import contextlib
 import functools
 import hashlib
 import pathlib
@@ -98,8 +99,7 @@ class OfficialFile(NamedTuple):
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        entries = torch_file.load(str(self.path))
-        return tuple(kind for kind, group in torch_io.GROUPS.items() if entries.get(group))
+        return _kinds(self.path)
 
     @property
     def provenance(self) -> dict:
@@ -107,7 +107,7 @@ class OfficialFile(NamedTuple):
 
     def fingerprint(self) -> str:
         """The SHA-256 of the file."""
-        return _sha256(self.path)
+        return _sha256(self.path, self.path.stat().st_mtime_ns)
 
     def network(self, config):
         """`config` for whole images; raises ConfigError if the file holds another network."""
@@ -117,7 +117,7 @@ class OfficialFile(NamedTuple):
                 f"sample.ema_std is {config.sample.ema_std:g}, but {self.path} has one average of "
                 "its own; type --config.sample.ema_std=0"
             )
-        stored = torch_io.config_of(_read(self.path, config.sample.weights), config)
+        stored = torch_io.config_of(self._read(config.sample.weights), config)
         names = [
             name
             for name in differences(config, stored, (SHAPE, MEANING))
@@ -140,7 +140,7 @@ class OfficialFile(NamedTuple):
 
     def restore(self, config, abstract, weights: str):
         """The weights, "raw" or "ema", placed as `abstract`."""
-        params = _read(self.path, weights).params
+        params = self._read(weights).params
         if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, abstract):
             raise ConfigError(
                 f"{self.path} holds weights that do not form the U-ViT of its width and depth; "
@@ -152,6 +152,9 @@ class OfficialFile(NamedTuple):
             return jax.make_array_from_callback(like.shape, like.sharding, array.__getitem__)
 
         return jax.tree.map(placed, params, abstract)
+
+    def _read(self, weights):
+        return _read(self.path, weights, self.path.stat().st_mtime_ns)
 
 
 def find_step(
@@ -190,18 +193,28 @@ def _is_file(path):
 
 
 @functools.lru_cache(maxsize=2)
-def _read(path, weights):
+def _read(path, weights, modified_ns):
     try:
         return torch_io.load_official(str(path), weights)
     except ValueError as error:
-        other = {"ema": "raw", "raw": "ema"}[weights]
+        remedy = "--config.init.path=PATH"
+        with contextlib.suppress(ValueError):
+            kinds = _kinds(path)
+            if kinds and weights not in kinds:
+                remedy = f"--config.sample.weights={kinds[0]}, or {remedy}"
         raise ConfigError(
-            f"init.path: {error}; expected an official .pt file with tensors only; type "
-            f"--config.init.path=PATH, or --config.sample.weights={other}"
+            f"init.path: {error}; expected an official .pt file with tensors only; type {remedy}"
         ) from error
 
 
+def _kinds(path):
+    """The weights of which a file has an entry; raises ValueError for a file that is none."""
+    entries = torch_file.load(str(path))
+    entries = entries if isinstance(entries, dict) else {}
+    return tuple(kind for kind, group in torch_io.GROUPS.items() if entries.get(group))
+
+
 @functools.lru_cache(maxsize=2)
-def _sha256(path):
+def _sha256(path, modified_ns):
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -187,11 +187,22 @@ def _even_map(num_there, num_here):
 
 
 def _expressions(problems, names):
-    """Regular expressions for the names of `problems`, one for a block of which none fits."""
-    for block in dict.fromkeys(name.partition("/")[0] for name in sorted(problems)):
-        members = {name for name in names if name.partition("/")[0] == block}
-        bad = sorted(members & problems)
-        yield from bad if len(bad) < len(members) or bad == [block] else [f"{block}/.*"]
+    """Regular expressions for the names of `problems`: one for a block of which none fits, and one
+    for a parameter that fits in no block."""
+    found = []
+    for name in sorted(problems):
+        block, _, part = name.partition("/")
+        block_fits = {n for n in names if n.partition("/")[0] == block} - problems
+        part_fits = {n for n in names if n.partition("/")[2] == part} - problems
+        if part and not block_fits:
+            found.append(f"{block}/.*")
+        elif part and not part_fits and _BLOCK.match(name):
+            found.append(f".*/{part}")
+        else:
+            found.append(name)
+    # mid_block has its parameters in common with the others.
+    found = [e for e in found if not any(x != e and re.fullmatch(x, e) for x in found)]
+    return list(dict.fromkeys(found))
 
 
 def _check_meaning(config, stored, source):
