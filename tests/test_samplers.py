@@ -11,28 +11,18 @@ from maskdm_jax.model import patches, uvit
 
 
 def ddpm(schedule="linear", prediction="eps"):
-    settings = types.SimpleNamespace(schedule=schedule, num_timesteps=1000, prediction=prediction)
+    settings = types.SimpleNamespace(
+        framework="ddpm", schedule=schedule, num_timesteps=1000, prediction=prediction
+    )
     return make_process(settings, (32, 32))
 
 
 def edm(data_std=0.5):
-    """A second framework (Karras et al. 2022, table 1); samplers and loss need no change for it."""
-
-    def at(sigma):
-        xp = np if isinstance(sigma, np.ndarray) else jnp
-        r = xp.sqrt(sigma**2 + data_std**2)
-        p, q = sigma / (data_std * r), -data_std / r
-        return process.Level(xp.ones_like(sigma), sigma, p, q, 1 / r, xp.log(sigma) / 4)
-
-    def ladder(steps, spacing):
-        ends = 80 ** (1 / 7), 0.002 ** (1 / 7)
-        return at(np.linspace(*ends, steps) ** 7)
-
-    return process.Process(
-        draw=lambda key, batch: jnp.exp(1.2 * jax.random.normal(key, (batch,)) - 1.2),
-        at=at,
-        ladder=ladder,
-    )
+    settings = types.SimpleNamespace(
+        framework="edm", sigma_data=data_std, edm_mean=-1.2, edm_std=1.2,
+        sigma_min=0.002, sigma_max=80.0, rho=7.0,
+    )  # fmt: skip
+    return make_process(settings, (32, 32))
 
 
 def test_ddim_with_the_official_noises_gives_the_official_samples(golden, official_model):
@@ -67,7 +57,7 @@ def frameworks():
     """name: (process, time -> its level)."""
     made = {name: ddpm(prediction=name) for name in ("eps", "x0", "v")}
     found = {name: (process, process.at) for name, process in made.items()}
-    return found | {"edm": (edm(), lambda time: edm().at(jnp.exp(4 * time)))}
+    return found | {"edm": (edm(), lambda time: edm().at(jnp.exp(time / 100)))}
 
 
 def drawn(made, predict, count, steps, spacing="timestep", **settings):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from xml.etree import ElementTree
 
 from maskdm_jax import config_file
-from maskdm_jax.config import as_flags, default_config, differences
+from maskdm_jax.config import as_flags, default_config, differences, is_used
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.report import runs
@@ -43,7 +43,7 @@ def command(config, workdir: str, configs: dict, flags: Iterable[str] = ()) -> s
     sets = [changes.keys() for _, changes in config.phases]
     ignored = set.intersection(*map(set, sets)) if sets else set()
     changed = {
-        file: [name for name in differences(config, other) if name not in ignored]
+        file: [n for n in differences(config, other) if n not in ignored and is_used(config, n)]
         for file, other in choices.items()
     }
     file = min(changed, key=lambda name: (len(changed[name]), -_likeness(name, workdir)))

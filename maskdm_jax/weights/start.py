@@ -112,7 +112,7 @@ def _read(config, schedule_of):
         stored = config.copy_and_resolve_references()
         stored.model.width = params["position"].shape[-1]
         stored.model.depth = sum(name.startswith("in_block_") for name in params) * 2 + 1
-        stored.diffusion.prediction = "eps"
+        stored.diffusion.update(framework="ddpm", prediction="eps")
         stored.mask.hidden = "drop"
         if betas is not None:
             stored.diffusion.num_timesteps = len(betas)
