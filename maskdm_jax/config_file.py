@@ -78,7 +78,7 @@ def _check_effect(config, changes):
             used_by = f"diffusion.framework={framework_of(name)}"
             raise ConfigError(
                 f"--config.{name} is {get(config, name)!r}, but diffusion.framework is "
-                f"{config.diffusion.framework}; expected it with {used_by} alone; type "
+                f"{config.diffusion.framework}; expected it only with {used_by}; type "
                 f"--config.{used_by}, or leave out --config.{name}"
             )
         if config.phases and all(name in phase[1] for phase in config.phases):

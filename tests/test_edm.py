@@ -259,6 +259,7 @@ def test_the_pages_command_has_the_fields_of_the_runs_framework_alone():
     configs = {"configs/edm_digits.py": edm_digits.get_config("edm")}
     typed = commands.command(edm_digits.get_config("ddpm_v"), "W", configs)
     assert "--config.diffusion.prediction=v" in typed and "sigma" not in typed
+    assert all(line.strip(" \\") for line in typed.splitlines())
 
 
 def test_sigma_max_is_above_sigma_min(tiny_config):
