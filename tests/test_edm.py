@@ -19,6 +19,7 @@ from maskdm_jax.diffusion import make_process, objective, process, samplers
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
 from maskdm_jax.report import commands
+from maskdm_jax.weights import start, torch_io
 
 SIGMAS = np.exp(np.linspace(np.log(0.002), np.log(80), 9))
 
@@ -232,6 +233,19 @@ def test_weights_of_another_framework_or_scale_are_refused(trained, tiny_config,
     other = config.copy_and_resolve_references()
     other.diffusion.sigma_data = 0.5
     assert config_lib.differences(config, other, [config_lib.MEANING]) == ["diffusion.sigma_data"]
+
+
+def test_an_official_file_holds_weights_of_ddpm_on_pixels(tiny_config, tmp_path, monkeypatch):
+    config, path = edm_config(tiny_config, model__wavelet="haar"), tmp_path / "official.pt"
+    path.touch()
+    model = uvit.make_model(config)
+    params = jax.device_get(uvit.init_params(model, jax.random.key(0)))
+    official = torch_io.Official(params, None, 2, 1)
+    monkeypatch.setattr(torch_io, "load_official", lambda *args: official)
+    config.init.path = str(path)
+    with pytest.raises(ConfigError, match="framework .ddpm there") as error:
+        start.load_params(config, lambda: params, lambda betas: "cosine")
+    assert "model.wavelet (none there, haar here)" in str(error.value)
 
 
 def test_fields_of_the_other_framework_are_neither_compared_nor_typed():

@@ -113,7 +113,7 @@ def _read(config, schedule_of):
         stored.model.width = params["position"].shape[-1]
         stored.model.depth = sum(name.startswith("in_block_") for name in params) * 2 + 1
         stored.diffusion.update(framework="ddpm", prediction="eps")
-        stored.mask.hidden = "drop"
+        stored.mask.hidden, stored.model.wavelet = "drop", "none"
         if betas is not None:
             stored.diffusion.num_timesteps = len(betas)
             stored.diffusion.schedule = schedule_of(betas)
