@@ -37,7 +37,7 @@ class Model(Sampling):
       params: the network's parameters, a tree of float32 arrays.
       step: updates of the checkpoint; None for an official file that does not say.
       image_shape: (height, width, channels).
-      num_timesteps: T.
+      num_timesteps: T; None for EDM.
       num_classes: 0 for an unconditional model.
       num_patches: N, patches of an image, numbered row by row.
     """
@@ -46,7 +46,8 @@ class Model(Sampling):
         """Compiles nothing yet; the first call of each method does."""
         config, params, self.step, self._sha256 = network
         super().__init__(config, params)
-        self.num_timesteps: int = config.diffusion.num_timesteps
+        edm = config.diffusion.framework == "edm"
+        self.num_timesteps: int | None = None if edm else config.diffusion.num_timesteps
         self.num_classes: int = config.model.num_classes
         self.num_patches = math.prod(grid_shape(config.data.image_size, config.model.patch_size))
         self._process = make_process(config.diffusion, config.data.image_size)
@@ -73,7 +74,8 @@ class Model(Sampling):
         Args:
           x_t: noisy images, float [B, H, W, C], such as `add_noise` makes from images in [-1, 1];
             with `visible_ids`, noisy patches [B, V, P] of (row, column, channel) values.
-          t: timesteps, ints of 0 .. T - 1, one for all images or [B].
+          t: timesteps, ints of 0 .. T - 1, one for all images or [B]; for EDM sigmas, floats above
+            0: the noise's standard deviation on images in [-1, 1].
           label: classes, ints of 0 .. num_classes - 1, one for all images or [B]; num_classes, or
             None for all images, means "no class".
           visible_ids: patch numbers, ints of 0 .. N - 1, [B, V], for `x_t` in the same order.
@@ -95,7 +97,7 @@ class Model(Sampling):
                 "visible_ids", visible_ids, self.num_patches, np.shape(visible_ids)
             )
         batch = x_t.shape[0]
-        t_B = arguments.ids("t", t, self.num_timesteps, (batch,))
+        t_B = self._times(t, batch)
         label_B = self._labels(label, batch)
         return self._predict(self.params, *self._placed(x_t, t_B, label_B, visible_ids))
 
@@ -105,13 +107,11 @@ class Model(Sampling):
         Args:
           x0: clean images in [-1, 1], or their patches: float [B, ...].
           eps: unit normal noise of x0's shape.
-          t: timesteps, ints of 0 .. T - 1, one for all images or [B].
+          t: as for `predict`.
         """
         x0, eps = arguments.floats("x0", x0), arguments.floats("eps", eps)
         arguments.check_shape("eps", eps, x0.shape)
-        level = self._process.at(
-            jnp.asarray(arguments.ids("t", t, self.num_timesteps, x0.shape[:1]))
-        )
+        level = self._process.at(jnp.asarray(self._times(t, x0.shape[0])))
         return noised(level, x0, eps)
 
     def score(
@@ -175,6 +175,11 @@ class Model(Sampling):
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         }
 
+    def _times(self, t, batch):
+        if self.num_timesteps is None:
+            return arguments.sigmas("t", t, (batch,))
+        return arguments.ids("t", t, self.num_timesteps, (batch,))
+
     def _labels(self, label, batch):
         if not self.num_classes:
             if label is not None:
@@ -221,12 +226,7 @@ def load(
 def _make_predict(config, mesh, process):
     model = uvit.make_model(config, mesh)
     patch_size, image_size = config.model.patch_size, config.data.image_size
-    num_timesteps = config.diffusion.num_timesteps
-    # In float64 for every t; a walk of T steps begins at T - 1.
-    inverse = jax.tree.map(
-        lambda x: to_device(np.broadcast_to(x, num_timesteps)[::-1]),
-        invert(process.ladder(num_timesteps, "timestep")),
-    )
+    inverse_at = _make_inverse(config.diffusion, process)
 
     def predict(params, x_t, t_B, label_B, visible_BV):
         x_BVP = patches.patchify(x_t, patch_size) if visible_BV is None else x_t
@@ -239,10 +239,23 @@ def _make_predict(config, mesh, process):
             visible_BV=visible_BV,
             label_B=label_B,
         )
-        at_t = jax.tree.map(lambda x: x[t_B][:, None, None], inverse)
+        at_t = jax.tree.map(lambda x: x[:, None, None], inverse_at(t_B))
         estimates = x0_and_eps(at_t, x_BVP, output)
         if visible_BV is not None:
             return estimates
         return tuple(patches.unpatchify(x, patch_size, image_size) for x in estimates)
 
     return predict
+
+
+def _make_inverse(diffusion, process):
+    """t_B -> the `Inverse` of each level, float32 [B]."""
+    if diffusion.framework == "edm":  # whose coefficients are no differences of large numbers
+        return lambda t_B: invert(process.at(t_B))
+    # In float64 for every t; a walk of T steps begins at T - 1.
+    num_timesteps = diffusion.num_timesteps
+    table = jax.tree.map(
+        lambda x: to_device(np.broadcast_to(x, num_timesteps)[::-1]),
+        invert(process.ladder(num_timesteps, "timestep")),
+    )
+    return lambda t_B: jax.tree.map(lambda x: x[t_B], table)

@@ -101,3 +101,21 @@ def ids(name: str, values: ArrayLike, count: int, shape: tuple[int, ...]) -> np.
         bad = int(values.min() if values.min() < 0 else values.max())
         raise ConfigError(f"{name} holds {bad}; expected 0 to {count - 1}; type {name}={count - 1}")
     return np.broadcast_to(values, shape).astype(np.int32)
+
+
+def sigmas(name: str, values: ArrayLike, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers above 0 as float32 of `shape`; one number stands for all."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "iuf" or values.shape not in ((), shape):
+        raise ConfigError(
+            f"{name} is {values.dtype} of shape {list(values.shape)}; expected a float, or floats "
+            f"of shape {list(shape)}, since diffusion.framework is edm; type {name}=1.0"
+        )
+    found = values.astype(np.float32)
+    good = (found > 0) & np.isfinite(found)
+    if not good.all():
+        raise ConfigError(
+            f"{name} holds {values[~good].flat[0]}; expected floats above 0, since "
+            f"diffusion.framework is edm; type {name}=1.0"
+        )
+    return np.broadcast_to(found, shape)

@@ -16,6 +16,12 @@ from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
 from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
 
+# Fields of `diffusion` that one framework uses; with another one nothing reads or compares them.
+_FRAMEWORK_FIELDS = {
+    "ddpm": ("schedule", "num_timesteps", "prediction", "draw", "draw_mean", "draw_std"),
+    "edm": ("edm_mean", "edm_std", "sigma_data", "sigma_min", "sigma_max", "rho"),
+}
+
 
 class FieldError(ConfigError):
     """A value of a field that cannot work.
@@ -59,10 +65,7 @@ def validate(config) -> None:
     if config.diffusion.loss != "l2" and config.diffusion.loss_weight != "uniform":
         expected = "uniform with diffusion.loss=l1: the weights are defined for squared errors"
         _fail(config, "diffusion.loss_weight", expected, "uniform")
-    timesteps = config.diffusion.num_timesteps
-    for name in ("sample.steps", "sample.preview_steps"):
-        if get(config, name) > timesteps:
-            _fail(config, name, f"1 to diffusion.num_timesteps, {timesteps}", timesteps)
+    _validate_levels(config)
     batch, parts = config.train.batch_size, "optim.accumulate_steps"
     if batch % config.optim.accumulate_steps:
         _fail(config, parts, f"a divisor of train.batch_size, {batch}", 1)
@@ -145,12 +148,26 @@ def whole_images(config) -> config_dict.ConfigDict:
 
 
 def differences(config, stored, roles: Iterable[Role] = tuple(Role)) -> list[str]:
-    """Names of the fields with one of `roles` in which two configs differ."""
+    """Names of the fields with one of `roles` in which two configs differ, and that one uses."""
     return [
         name
         for name, field in FIELDS.items()
-        if field.role in roles and resolved(config, name) != resolved(stored, name)
+        if field.role in roles
+        and (is_used(config, name) or is_used(stored, name))
+        and resolved(config, name) != resolved(stored, name)
     ]
+
+
+def framework_of(name: str) -> str | None:
+    """The only diffusion.framework that uses the field `name`; None if all do."""
+    group, _, leaf = name.rpartition(".")
+    of_leaf = (framework for framework, leaves in _FRAMEWORK_FIELDS.items() if leaf in leaves)
+    return next(of_leaf, None) if group == "diffusion" else None
+
+
+def is_used(config, name: str) -> bool:
+    """Whether the config's diffusion.framework uses the field `name`."""
+    return framework_of(name) in (None, config.diffusion.framework)
 
 
 def described(config, stored, names: Iterable[str]) -> str:
@@ -161,8 +178,9 @@ def described(config, stored, names: Iterable[str]) -> str:
 
 
 def as_flags(config, names: Iterable[str]) -> str:
-    """The flags that give those fields `config`'s values."""
-    return " ".join(f"--config.{name}={quoted(resolved(config, name))}" for name in names)
+    """The flags that give those fields `config`'s values; none for a field that it does not use."""
+    used = (name for name in names if is_used(config, name))
+    return " ".join(f"--config.{name}={quoted(resolved(config, name))}" for name in used)
 
 
 def check_same_architecture(config, stored, where: str) -> None:
@@ -203,6 +221,8 @@ def resolved(config, name: str):
 
 def _validate_geometry(config):
     patch, size = config.model.patch_size, config.data.image_size
+    if config.model.wavelet == "haar":
+        _validate_haar(config)
     if any(side % patch for side in size):
         good = next(p for p in range(patch, 0, -1) if not any(side % p for side in size))
         _fail(config, "model.patch_size", f"a divisor of data.image_size, {tuple(size)}", good)
@@ -210,6 +230,17 @@ def _validate_geometry(config):
     if width % heads:
         good = next(h for h in range(heads, 0, -1) if width % h == 0)
         _fail(config, "model.num_heads", f"a divisor of the width, {width}", good)
+
+
+def _validate_haar(config):
+    patch, size = config.model.patch_size, config.data.image_size
+    if any(side % 2 for side in size):
+        expected = f"none for images with an odd side, data.image_size {tuple(size)}"
+        _fail(config, "model.wavelet", expected, "none")
+    if patch % 2:
+        # An even divisor, which exists: 2 divides both sides.
+        good = max(p for p in range(2, patch + 2, 2) if not any(side % p for side in size))
+        _fail(config, "model.patch_size", "an even number with model.wavelet=haar", good)
 
 
 def _validate_mask(config):
@@ -229,6 +260,21 @@ def _validate_mask(config):
         divisors = [d for d in range(1, mask.block_size + 1) if mask.block_size % d == 0]
         good = min(divisors, key=lambda d: abs(d - mask.pool_size))
         _fail(config, "mask.pool_size", f"a divisor of mask.block_size, {mask.block_size}", good)
+
+
+def _validate_levels(config):
+    diffusion = config.diffusion
+    if diffusion.framework == "edm":
+        low, high = diffusion.sigma_min, diffusion.sigma_max
+        if low >= high:
+            default = FIELDS["diffusion.sigma_max"].default
+            good = default if low < default else 2 * low
+            _fail(config, "diffusion.sigma_max", f"above diffusion.sigma_min, {low}", good)
+        return
+    timesteps = diffusion.num_timesteps
+    for name in ("sample.steps", "sample.preview_steps"):
+        if get(config, name) > timesteps:
+            _fail(config, name, f"1 to diffusion.num_timesteps, {timesteps}", timesteps)
 
 
 def _validate_allowed(config):

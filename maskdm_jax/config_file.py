@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from ml_collections import config_dict
 
 from maskdm_jax import phases
-from maskdm_jax.config import FIELDS, get
+from maskdm_jax.config import FIELDS, framework_of, get, is_used
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import nearest_word, quoted, typed
 from maskdm_jax.run import files
@@ -95,8 +95,16 @@ def _nearest_field(name):
 
 
 def _check_effect(config, changes):
-    """Raises ConfigError for a typed field that every phase sets to something else."""
+    """Raises ConfigError for a typed field that nothing reads: every phase sets it to something
+    else, or it belongs to another diffusion.framework."""
     for name in dict.fromkeys(change.partition("=")[0] for change in changes):
+        if not is_used(config, name):
+            used_by = f"diffusion.framework={framework_of(name)}"
+            raise ConfigError(
+                f"--config.{name} is {get(config, name)!r}, but diffusion.framework is "
+                f"{config.diffusion.framework}; expected it only with {used_by}; type "
+                f"--config.{used_by}, or leave out --config.{name}"
+            )
         if config.phases and all(name in phase[1] for phase in config.phases):
             value = get(config, name)
             typed_in_all = phases.with_changes(config, range(len(config.phases)), {name: value})

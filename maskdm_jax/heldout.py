@@ -1,8 +1,9 @@
 """The held-out loss by noise level: the mean squared error of eps, in ten bins of log SNR.
 
 Each image meets one level of every bin. Levels and noise depend on the image's number alone, so any
-two models solve the same problems; outputs x0 and v are turned into eps first, so their losses can
-be compared with those of eps.
+two models solve the same problems; outputs are turned into eps first, so losses of all predictions
+and frameworks can be compared. (A mean square of eps depends on the level's SNR alone, not on the
+scale of x_t.)
 """
 
 import itertools
@@ -50,6 +51,8 @@ class HeldoutLoss:
     def __call__(self, params) -> dict:
         """{"mean", "bins": {bin of ln SNR: loss}, "n", "schedule", "num_timesteps"} of weights.
 
+        The last two name the levels; for EDM they are its ends and 0.
+
         Raises:
           ConfigError: if the model has classes and an image no label.
         """
@@ -73,10 +76,15 @@ class HeldoutLoss:
             values = self._of_batch(params, image, label, (first + rows).astype(np.int32))
             total += values[: count - first].sum(0)
         bins = total / count
+        diffusion = config.diffusion
+        schedule, num_timesteps = diffusion.schedule, diffusion.num_timesteps
+        if diffusion.framework == "edm":
+            schedule = f"edm (sigma {diffusion.sigma_min:g} to {diffusion.sigma_max:g})"
+            num_timesteps = 0
         return {
             "n": count,
-            "schedule": config.diffusion.schedule,
-            "num_timesteps": config.diffusion.num_timesteps,
+            "schedule": schedule,
+            "num_timesteps": num_timesteps,
             "mean": float(np.nanmean(bins)),
             "bins": dict(zip(NAMES, bins.tolist(), strict=True)),
         }
@@ -102,7 +110,7 @@ def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
 
     Returns:
       (params, image_BHWC uint8, label_B int32, index_B int32) -> float32 [B, NUM_BINS], nan for a
-      bin in which the schedule has no level. The batch is split over the devices, the result is
+      bin in which the process has no level. The batch is split over the devices, the result is
       replicated; index_B numbers the images.
     """
     params = draw.abstract_params(config, mesh)
@@ -118,7 +126,10 @@ def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
 def _make_loss(config, mesh):
     model = uvit.make_model(config, mesh)
     process = make_process(config.diffusion, config.data.image_size)
-    first, count = _levels_of_bins(process, config.diffusion.num_timesteps)
+    if config.diffusion.framework == "edm":
+        has_levels, draw_level = _sigmas_of_bins(process)
+    else:
+        has_levels, draw_level = _timesteps_of_bins(process, config.diffusion.num_timesteps)
 
     def loss(params, image_BHWC, label_B, index_B):
         x0_BNP = patches.cut(image_BHWC, config.model.patch_size)
@@ -131,16 +142,40 @@ def _make_loss(config, mesh):
         def in_bin(k):
             bin_keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)
             eps = jax.vmap(lambda key: jax.random.normal(key, x0_BNP.shape[1:]))(bin_keys)
-            t_B = first[k] + _spread(index_B) * jnp.maximum(count[k], 1) // 2**16
+            t_B = draw_level(k, _spread(index_B))
             level = process.at(t_B)
             # An error of the output is an error of eps, times this coefficient of the inverse.
             per_output = jnp.square(jnp.broadcast_to(invert(level).eps[1], t_B.shape))
             values = denoising_loss(predict, process, x0_BNP, eps, t_B) * per_output
-            return jnp.where(count[k] > 0, values, jnp.nan)
+            return jnp.where(has_levels[k], values, jnp.nan)
 
         return jax.lax.map(in_bin, jnp.arange(NUM_BINS)).T
 
     return loss
+
+
+def _timesteps_of_bins(process, num_timesteps):
+    """For DDPM: which bins have a t, bool [NUM_BINS], and (bin, spread_B) -> t_B, even in t."""
+    first, count = _levels_of_bins(process, num_timesteps)
+
+    def draw_level(k, spread_B):
+        return first[k] + spread_B * jnp.maximum(count[k], 1) // 2**16
+
+    return count > 0, draw_level
+
+
+def _sigmas_of_bins(process):
+    """For EDM: which bins have a sigma, bool [NUM_BINS], and (bin, spread_B) -> sigma_B, even in
+    ln SNR = -2 ln(sigma) between the sampler's ends."""
+    log_snr = -2 * np.log(process.ladder(2, "log_snr").noise)
+    inner = np.clip(EDGES[1:-1], *log_snr)
+    low, high = np.append(log_snr[0], inner), np.append(inner, log_snr[1])
+
+    def draw_level(k, spread_B):
+        low_k, high_k = (jnp.asarray(ends, jnp.float32)[k] for ends in (low, high))
+        return jnp.exp(-(low_k + (high_k - low_k) * (spread_B + 0.5) / 2**16) / 2)
+
+    return jnp.asarray(low < high), draw_level
 
 
 def _levels_of_bins(process, num_timesteps):

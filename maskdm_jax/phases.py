@@ -203,11 +203,13 @@ def _costs(config):
 
 
 def _check_change(config, index, name, value):
-    if name not in FIELDS or not can_change(name):
-        changeable = [field for field in FIELDS if can_change(field)]
+    changeable = [f for f in FIELDS if can_change(f) and config_lib.is_used(config, f)]
+    if name not in changeable:
         leaves = {field.rpartition(".")[2]: field for field in changeable}
         near = leaves.get(name.rpartition(".")[2]) or nearest_word(name, changeable)
         fault = "no phase can change" if name in FIELDS else "is not a field"
+        if name in FIELDS and not config_lib.is_used(config, name):
+            fault = f"diffusion.framework={config.diffusion.framework} does not use"
         share, changes = config.phases[index]
         kept = {k: v for k, v in changes.items() if k != name}
         if near and near not in changes and FIELDS[near].kind.accepts(value):
@@ -246,6 +248,12 @@ def _refuse(config, index, error):
 def _check_patches(config):
     sizes = [each.model.patch_size for each in _configs(config)]
     for index, (before, size) in enumerate(itertools.pairwise(sizes), 1):
+        if size != before and config.model.wavelet != "none":
+            problem = (
+                f"model.patch_size is {size} after {before}; expected the same with "
+                f"model.wavelet={config.model.wavelet}, whose weights have no rule for another one"
+            )
+            _refuse(config, index, FieldError("model.patch_size", problem, before))
         if size % before and before % size:
             problem = f"model.patch_size is {size} after {before}; expected a multiple or a divisor"
             _refuse(config, index, FieldError("model.patch_size", problem, before))

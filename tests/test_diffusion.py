@@ -12,6 +12,7 @@ SIZE = (64, 64)
 
 def settings(schedule="cosine", num_timesteps=1000, prediction="eps", draw="uniform", **fields):
     return types.SimpleNamespace(
+        framework="ddpm",
         schedule=schedule,
         num_timesteps=num_timesteps,
         prediction=prediction,

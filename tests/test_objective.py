@@ -11,7 +11,9 @@ from maskdm_jax.model import patches, uvit
 
 
 def ddpm(prediction="eps"):
-    settings = types.SimpleNamespace(schedule="cosine", num_timesteps=1000, prediction=prediction)
+    settings = types.SimpleNamespace(
+        framework="ddpm", schedule="cosine", num_timesteps=1000, prediction=prediction
+    )
     return make_process(settings, (32, 32))
 
 

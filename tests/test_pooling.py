@@ -265,7 +265,9 @@ def visible_blocks(visible_BV):
 def test_the_loss_is_that_of_the_visible_patches_plus_the_weighted_one_of_pooled_tokens(
     prediction, norm
 ):
-    settings = types.SimpleNamespace(schedule="cosine", num_timesteps=1000, prediction=prediction)
+    settings = types.SimpleNamespace(
+        framework="ddpm", schedule="cosine", num_timesteps=1000, prediction=prediction
+    )
     process, t = make_process(settings, (32, 32)), jnp.asarray([10, 900])
     generator = np.random.default_rng(0)
     x0, eps, noise = generator.normal(size=(3, 2, 7, 4)).astype(np.float32)

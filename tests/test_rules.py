@@ -262,3 +262,10 @@ def test_a_map_that_names_no_block_is_refused(tmp_path):
         config.init.map = given
         with pytest.raises(ConfigError, match=said):
             validate(config)
+
+
+def test_haar_coefficients_have_no_rule_for_another_patch(tmp_path):
+    old = network(model__wavelet="haar", model__patch_size=4)
+    started(tmp_path, old, old)
+    with pytest.raises(ConfigError, match="model.patch_size"):
+        started(tmp_path, old, network(model__wavelet="haar"))

@@ -34,7 +34,9 @@ ERRORS = {
 
 
 def settings(schedule="linear", prediction="eps"):
-    return types.SimpleNamespace(schedule=schedule, num_timesteps=1000, prediction=prediction)
+    return types.SimpleNamespace(
+        framework="ddpm", schedule=schedule, num_timesteps=1000, prediction=prediction
+    )
 
 
 def ddpm(schedule="linear", prediction="eps"):
@@ -42,28 +44,17 @@ def ddpm(schedule="linear", prediction="eps"):
 
 
 def edm(data_std=0.5):
-    """A second framework (Karras et al. 2022, table 1); samplers and loss need no change for it."""
-
-    def at(sigma):
-        xp = np if isinstance(sigma, np.ndarray) else jnp
-        r = xp.sqrt(sigma**2 + data_std**2)
-        p, q = sigma / (data_std * r), -data_std / r
-        return process.Level(xp.ones_like(sigma), sigma, p, q, 1 / r, xp.log(sigma) / 4)
-
-    def ladder(steps, spacing):
-        return at(np.exp(-process.spaced(spacing, -np.log(80), -np.log(0.002), steps)))
-
-    return process.Process(
-        draw=lambda key, batch: jnp.exp(1.2 * jax.random.normal(key, (batch,)) - 1.2),
-        at=at,
-        ladder=ladder,
-    )
+    settings = types.SimpleNamespace(
+        framework="edm", sigma_data=data_std, edm_mean=-1.2, edm_std=1.2,
+        sigma_min=0.002, sigma_max=80.0, rho=7.0,
+    )  # fmt: skip
+    return make_process(settings, (32, 32))
 
 
 def framework(name):
     """(process, real-valued time -> its level, of the process's own prediction)."""
     if name == "edm":
-        return edm(), lambda time: edm().at(jnp.exp(4 * time))
+        return edm(), lambda time: edm().at(jnp.exp(time / 100))
     schedule, prediction = ("cosine", "v") if name == "cosine" else ("linear", name)
     abar = ddpm_lib.make_alphas_cumprod(settings(schedule), (32, 32))
     log_snr = np.log(abar / (1 - abar)) / 2

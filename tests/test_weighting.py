@@ -13,6 +13,7 @@ T = jnp.asarray([0, 100, 500, 800, 999])
 
 def settings(kind, prediction="eps", min_snr_gamma=5.0, sigmoid_bias=-1.0):
     return types.SimpleNamespace(
+        framework="ddpm",
         schedule="cosine",
         num_timesteps=1000,
         prediction=prediction,

@@ -36,6 +36,7 @@ MAIN = f"main.py --config=configs/pretrain_digits.py --workdir={{tmp}}/w {DATA} 
 TUNE = MAIN.replace("pretrain", "finetune")
 POOL = MAIN + "--config.mask.kind=block --config.mask.hidden=pool "
 SAMPLE = MAIN.replace("{tmp}/w", "{tmp}/run") + "--mode=sample --config.sample.num=1 "
+EDM = "--config.diffusion.framework=edm "
 COMPILE = "launch/compile_check.py --config=configs/pretrain_digits.py "
 # Added to a command that is answered with "type --config.FIELD=VALUE": the next refusal, which
 # comes after all checks of the config, must then be this one.
@@ -195,6 +196,28 @@ FIELDS = [
     setting("--config.diffusion.draw=lognormal", "'lognormal'", "draw=logit_normal"),
     setting("--config.diffusion.draw_std=-1", "draw_std is -1", "diffusion.draw_std=0"),
     setting("--config.diffusion.input_perturbation=-1", "perturbation is -1", "perturbation=0"),
+    setting("--config.diffusion.framework=emd", "'emd'", "--config.diffusion.framework=edm"),
+    setting(EDM + "--config.diffusion.schedule=linear", "'linear'", "framework=ddpm, or leave out"),
+    setting(EDM + "--config.diffusion.prediction=v", "prediction is 'v'", "framework=ddpm"),
+    setting(EDM + "--config.diffusion.draw=logit_normal", "is 'logit_normal'", "framework=ddpm"),
+    setting("--config.diffusion.edm_mean=0", "edm_mean is 0", "--config.diffusion.framework=edm"),
+    setting("--config.diffusion.sigma_max=9", "sigma_max is 9", "framework=edm, or leave out"),
+    setting(EDM + "--config.diffusion.sigma_max=0.001", "max is 0.001", "sigma_max=80.0"),
+    setting(EDM + "--config.diffusion.sigma_min=90", "sigma_max is 80.0", "sigma_max=180.0"),
+    setting(EDM + "--config.diffusion.sigma_data=0", "sigma_data is 0", "sigma_data=0.01"),
+    setting(EDM + "--config.diffusion.rho=0.5", "rho is 0.5", "--config.diffusion.rho=1"),
+    setting(EDM + "--config.diffusion.edm_std=-1", "edm_std is -1", "diffusion.edm_std=0"),
+    setting("--config.model.wavelet=harr", "'harr'", "--config.model.wavelet=haar"),
+    setting(
+        "--config.model.wavelet=haar --config.data.image_size='(9, 9)' --config.model.patch_size=3",
+        "(9, 9)",
+        "--config.model.wavelet=none",
+    ),
+    setting(
+        "--config.model.wavelet=haar --config.model.patch_size=1",
+        "patch_size is 1",
+        "--config.model.patch_size=2",
+    ),
     setting("--config.sample.guidance_scale=nan", "guidance_scale is nan", "guidance_scale=1"),
     setting(
         "--config.model.num_classes=0 --config.sample.guidance_scale=2",
@@ -270,6 +293,18 @@ PHASES = [
         "phase 2 of phases: model.patch_size is 6 after 4",
         "(1, {'model.patch_size': 4}))",
         before=f"{NINE}--config.data.image_size='(12, 12)' ",
+    ),
+    phases(
+        "((1, {'model.patch_size': 4}), (1, {'model.patch_size': 2}))",
+        "phase 2 of phases: model.patch_size is 2 after 4",
+        "(1, {'model.patch_size': 4}))",
+        before=f"{NINE}--config.model.wavelet=haar ",
+    ),
+    phases(
+        "((1, {'diffusion.draw': 'logit_normal'}),)",
+        "diffusion.draw, which diffusion.framework=edm does not use",
+        "((1, {}),)",
+        before=EDM,
     ),
     Wrong(
         MAIN + "--config.mask.ratio=0.25 --config.phases=\"((1, {{'mask.ratio': 0.5}}),)\"",
@@ -527,6 +562,11 @@ WEIGHTS = [
         "'positon' matches no parameter", "--config.init.reinit=\"('position',)\"")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.diffusion.prediction=v", (
         "diffusion.prediction (eps there, v here)", "--config.diffusion.prediction=eps")),
+    Wrong(TUNE + EDM + "--config.init.path={tmp}/run", (
+        "diffusion.framework (ddpm there, edm here)", "--config.diffusion.framework=ddpm to keep",
+        "init.allow=\"('diffusion.framework',)")),
+    Wrong(TUNE + "--config.model.wavelet=haar --config.init.path={tmp}/run", (
+        "model.wavelet (none there, haar here)", "--config.model.wavelet=none to keep")),
     Wrong(POOL + "--config.init.path={tmp}/run", (
         "mask.hidden (drop there, pool here)", "--config.mask.hidden=drop", "'pooled/.*'")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.init.weights=em", (
@@ -564,6 +604,7 @@ RUNS = [
     Wrong(SAMPLE + "--workdir={tmp}/w", ("{tmp}/w", "no checkpoint", "without --mode=sample")),
     Wrong(SAMPLE + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type")),
     Wrong(SAMPLE + "--config.model.width=64", ("(32 there, 64 here)", "--config.model.width=32")),
+    Wrong(SAMPLE + EDM, ("framework (ddpm there, edm here)", "--config.diffusion.framework=ddpm")),
     Wrong(SAMPLE + "--config.sample.label=10", ("sample.label is 10", "--config.sample.label=-1")),
     Wrong(SAMPLE + "--config.sample.guidance_scale=x", ("scale is 'x'", "guidance_scale=1")),
     Wrong(SAMPLE + "--config.sample.steps=1001", ("sample.steps is 1001", "sample.steps=1000")),

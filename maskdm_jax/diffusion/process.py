@@ -31,11 +31,12 @@ class Process(NamedTuple):
     """A diffusion framework.
 
     Fields:
-      draw: (key, batch) -> t_B, the training draw for each image.
+      draw: (key, batch) -> t_B, the training draw for each image: timesteps for DDPM, sigmas for
+        EDM.
       at: t_B -> the Level of each t, float32, under jit.
       ladder: (steps, spacing) -> the Level of each sampler step, noisiest first, float64 NumPy
-        [steps]. The clean image follows the last. `spacing` is "timestep", even in t, or a
-        spacing of `spaced`.
+        [steps]. The clean image follows the last. `spacing` is "timestep", the framework's own
+        (even in t for DDPM, Karras's for EDM), or a spacing of `spaced`.
     """
 
     draw: Callable[[jax.Array, int], jax.Array]

@@ -24,6 +24,8 @@ def loss_weight(diffusion) -> Callable[[Level], jax.Array] | None:
         eps          min(snr, g) / snr        sigmoid(b - ln snr)
         v            min(snr, g) / (snr + 1)  sigmoid(b - ln snr) snr / (snr + 1)
 
+    and for EDM's output by c_out^2 times the row of x0.
+
     "min_snr" is Hang et al. 2023. "sigmoid" is the w of Kingma & Gao 2023 with the bias of
     Hoogeboom et al. 2024 (SiD2). Those two papers also divide by the density with which levels are
     drawn; here `diffusion.draw` and the schedule keep their effect.

@@ -3,6 +3,10 @@
 A patch is `patch_size` x `patch_size` pixels. Its P = patch_size * patch_size * C values are in
 (row, column, channel) order, and patches are in row-major order, as in the official model's output.
 Pixels 0 .. 255 map to -1 .. 1 in tokens.
+
+With `model.wavelet = "haar"` the network reads and writes Haar coefficients of these values, see
+`to_haar`. That is an orthogonal matrix on each token at the two ends of the network (`uvit.apply`):
+unit noise stays unit noise, squared errors stay the same, and a sampler clips pixels as ever.
 """
 
 import einops
@@ -79,3 +83,37 @@ def unpatchify(x_BNP: jax.Array, patch_size: int, image_size: tuple[int, int]) -
     return einops.rearrange(
         x_BNP, "b (h w) (p1 p2 c) -> b (h p1) (w p2) c", h=rows, p1=patch_size, p2=patch_size
     )
+
+
+def to_haar(x_BVP: jax.Array, patch_size: int) -> jax.Array:
+    """One level of the orthonormal Haar transform of each token's pixels, float32 [B, V, P].
+
+    The coefficients are in (row, column, band, channel) order: those of a patch of p x p x C pixels
+    are the patch of p/2 x p/2 x 4C values of the transformed image, in the order of `patchify`.
+
+    Args:
+      x_BVP: pixels in (row, column, channel) order, float32.
+      patch_size: p, even.
+    """
+    half = patch_size // 2
+    squares = einops.rearrange(
+        x_BVP, "b v (h i w j c) -> (i j) b v h w c", h=half, i=2, w=half, j=2
+    )
+    return einops.rearrange(jnp.stack(_haar(*squares)), "k b v h w c -> b v (h w k c)")
+
+
+def from_haar(x_BVP: jax.Array, patch_size: int) -> jax.Array:
+    """The inverse of `to_haar`."""
+    half = patch_size // 2
+    bands = einops.rearrange(x_BVP, "b v (h w k c) -> k b v h w c", h=half, w=half, k=4)
+    return einops.rearrange(
+        jnp.stack(_haar(*bands)), "(i j) b v h w c -> b v (h i w j c)", i=2, j=2
+    )
+
+
+def _haar(a, b, c, d):
+    """From a square of pixels a b / c d to its bands: mean, left - right, top - bottom, diagonal.
+
+    The matrix is orthogonal and symmetric, so it is its own inverse.
+    """
+    return (a + b + c + d) / 2, (a - b + c - d) / 2, (a + b - c - d) / 2, (a - b - c + d) / 2

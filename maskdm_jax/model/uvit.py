@@ -39,6 +39,7 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
         dtype=jnp.dtype(config.model.dtype),
         grid=grid,
         pool_size=config.mask.pool_size if config.mask.hidden == "pool" else 0,
+        haar_patch_size=config.model.patch_size if config.model.wavelet == "haar" else 0,
         mesh=mesh,
     )
 
@@ -82,8 +83,13 @@ def apply(
       The network's output, float32, of x_BVP's shape.
     """
     rngs = None if dropout_key is None else {"dropout": dropout_key}
+    if model.haar_patch_size:
+        x_BVP = patches.to_haar(x_BVP, model.haar_patch_size)
     given = x_BVP, t_B, visible_BV, label_B, dropout_key is None, pooled_BG
-    return model.apply({"params": params}, *given, rngs=rngs)
+    out_BVP = model.apply({"params": params}, *given, rngs=rngs)
+    if model.haar_patch_size:
+        out_BVP = patches.from_haar(out_BVP, model.haar_patch_size)
+    return out_BVP
 
 
 def timestep_embedding(t_B: jax.Array, width: int, max_period: float = 10000.0) -> jax.Array:
@@ -113,6 +119,7 @@ class UViT(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     grid: tuple[int, int] = (0, 0)  # which pooled tokens need
     pool_size: int = 0
+    haar_patch_size: int = 0  # side of the patches that `apply` transforms; 0: none
     mesh: Mesh | None = None
 
     @property

@@ -5,7 +5,7 @@ import pathlib
 from xml.etree import ElementTree
 
 from maskdm_jax import config_file
-from maskdm_jax.config import as_flags, differences
+from maskdm_jax.config import as_flags, differences, is_used
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.report import runs
@@ -44,7 +44,7 @@ def command(config, workdir: str, configs: dict, mode: str = "train") -> str:
     sets = [changes.keys() for _, changes in config.phases]
     ignored = set.intersection(*map(set, sets)) if sets else set()
     changed = {
-        file: [name for name in differences(config, other) if name not in ignored]
+        file: [n for n in differences(config, other) if n not in ignored and is_used(config, n)]
         for file, other in configs.items()
     }
     file = min(changed, key=lambda name: (len(changed[name]), -_likeness(name, workdir)))

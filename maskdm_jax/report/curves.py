@@ -76,10 +76,8 @@ def heldout(found: list[runs.Run], configs: dict) -> list:
             style = "-" if weights == "ema" else ":"
             drawn.append((plots.colour(found.index(run)), style, values))
             said.append(f"{run.name}, step {step}, {weights} weights")
-        what = (
-            f"{count:,} held-out images ({split[:8]}), {schedule} noise schedule of "
-            f"{timesteps} timesteps: {'; '.join(said)}"
-        )
+        levels = f"{schedule} noise schedule" + (f" of {timesteps} timesteps" if timesteps else "")
+        what = f"{count:,} held-out images ({split[:8]}), {levels}: {'; '.join(said)}"
         picture = plots.by_noise_level(drawn, names, f"Held-out loss by noise level: {what}")
         caption = element("figcaption", f"{what}. Solid: ema; dotted: raw weights.")
         shown = [run for run in found if run in [line[0] for line in lines]]

@@ -26,12 +26,14 @@ class Geometry(NamedTuple):
       patch_size: pixels on a patch's side.
       channels: of the images.
       num_classes: 0 if there is no class token.
+      wavelet: `model.wavelet`; with "haar", kernels are in the order of coefficients, not pixels.
     """
 
     grid: tuple[int, int]
     patch_size: int
     channels: int = 3
     num_classes: int = 0
+    wavelet: str = "none"
 
 
 class Outcome(NamedTuple):
@@ -51,6 +53,7 @@ def geometry(config) -> Geometry:
         patch_size,
         config.data.channels,
         config.model.num_classes,
+        config.model.wavelet,
     )
 
 
@@ -112,6 +115,9 @@ def change(name: str, old: Geometry, new: Geometry) -> str | None:
             or old.channels != new.channels
             and 1 not in (old.channels, new.channels)
         ):
+            return None
+        same_pixels = p == q and old.channels == new.channels
+        if not same_pixels and "haar" in (old.wavelet, new.wavelet):
             return None
         parts = [f"patch {p} -> {q}"] if p != q else []
         if old.channels != new.channels:

@@ -229,6 +229,8 @@ def config_of(official: Official, config):
         "model.qkv_bias": "q_bias" in params["mid_block"],
         "model.mlp_time_embed": "time_mlp_in" in params,
         "model.num_classes": num_classes,
+        "model.wavelet": "none",
+        "diffusion.framework": "ddpm",
         "diffusion.prediction": "eps",
         "mask.hidden": "drop",
     }
