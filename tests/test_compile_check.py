@@ -92,6 +92,17 @@ def test_the_sampler_compiles_and_its_loop_counts_once_per_iteration():
 
 
 @needs_libtpu
+def test_heun_compiles_for_tpus_and_costs_its_evaluations():
+    fields = ("sampler=heun", "guidance_interval=(0.2,0.8)", "threshold=0.99", "steps=10")
+    flags = [f"--config.sample.{field}" for field in fields]
+    done = check("finetune_digits", "v4-8", "--mode=sample", *flags, SMALL)
+    plain = check("finetune_digits", "v4-8", "--mode=sample", "--config.sample.steps=10", SMALL)
+    found, guided = (number(run.stdout, r"FLOPs +([\d.]+)") for run in (done, plain))
+    # Some of 19 evaluations are guided, and all of 10.
+    assert 19 < found / (guided / 20) < 38
+
+
+@needs_libtpu
 def test_a_batch_that_is_too_large_does_not_fit_and_the_output_has_what_to_type():
     done = check("pretrain_digits", "v5e-4", "--config.train.batch_size=4194304")
     assert done.returncode == 1, done.stderr

@@ -159,6 +159,18 @@ def test_image_i_is_the_same_on_any_number_of_devices(tiny_config, fields, known
             np.testing.assert_array_equal(found, expected)
 
 
+def test_unknown_pixels_enter_a_walk_only_below_full_strength(tiny_config, monkeypatch):
+    monkeypatch.setattr(draw.samplers, "walk", lambda *args, image, **settings: image)
+    pixels = np.random.default_rng(0).integers(0, 120, (3, 8, 8, 1), np.uint8)
+    known = np.eye(8, dtype=bool)
+    mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
+    for strength, expected in ((1.0, np.where(known[..., None], pixels, 128)), (0.5, pixels)):
+        tiny_config.sample.strength = strength
+        jitted = draw.jit_draw(tiny_config, mesh, sharding.replicated(mesh))
+        seen = jitted({}, np.array([4, 3], np.int32), images=pixels, known=known)
+        np.testing.assert_array_equal(seen, expected[[1, 0]])
+
+
 @pytest.mark.parametrize(
     "fields, expected",
     [

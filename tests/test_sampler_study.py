@@ -1,5 +1,8 @@
 """The study of samplers: one scored row for each solver and number of evaluations."""
 
+import itertools
+import types
+
 import pytest
 
 from maskdm_jax.errors import ConfigError
@@ -30,7 +33,7 @@ def test_the_table_has_what_it_takes_to_equal_ddim_with_250_evaluations():
     ]
 
 
-def test_rows_are_scored_and_continued(trained, data_dir, tmp_path, capsys):
+def test_rows_are_scored_and_continued(trained, data_dir, tmp_path, capsys, monkeypatch):
     argv = [
         f"--workdir={trained}", f"--out={tmp_path}", "--num=16", "--evaluations", "4", "2",
         "--config.eval.metrics=swd", f"--config.data.dir={data_dir}",
@@ -44,7 +47,10 @@ def test_rows_are_scored_and_continued(trained, data_dir, tmp_path, capsys):
     ]  # fmt: skip
     assert all(float(r["swd"]) > 0 and r["n"] == "16" for r in rows)
     capsys.readouterr()
-    samplers.main([*argv, "--solvers", "ddim:timestep", "dpm_solver:log_snr", "--until=1"])
+    with monkeypatch.context() as patch:
+        clock = types.SimpleNamespace(perf_counter=itertools.count(0, 10).__next__)
+        patch.setattr(samplers, "time", clock)
+        samplers.main([*argv, "--solvers", "ddim:timestep", "dpm_solver:log_snr", "--until=5"])
     said = capsys.readouterr().out
     assert "4 rows, of which 2 are not in" in said and "no time for 2 rows" in said
     assert "| heun:karras |" in said
