@@ -9,8 +9,8 @@ Command:  python main.py --config=configs/scratch_celebahq.py --workdir=W
 Device:   as for configs/finetune_celebahq.py, but on an H200 58 h (paper: 86 h)
 Expected: score: not measured yet
 
-Ours has the settings of our stage 2 and was measured at no size. In the study at 128x128
-(docs/study.md) batch 32 was the best of scratch's three runs, but scratch is not tuned there.
+Ours has the settings of our stage 2 and was not measured at this size. In the study at 128x128
+(docs/study.md) Muon with batch 32 was the best of scratch's nine runs.
 """
 
 from configs import finetune_celebahq

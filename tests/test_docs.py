@@ -29,7 +29,7 @@ from maskdm_jax.run import command_line
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others: only their names are known here.
-OTHERS = {"cd", "git", "tfds", "kubectl", "wandb"}
+OTHERS = {"cd", "git", "tfds", "kubectl", "tensorboard", "wandb"}
 
 _FENCE = re.compile(
     r"(?P<run><!-- run -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
@@ -194,7 +194,9 @@ def test_commands_and_fields_in_the_text_exist(page, accept):
     for span in spans(page):
         if re.match(r"(make|pip install) \w|(python|maskdm|launch/\S+\.sh) .*--", span):
             accept(shlex.split(span))
-        for name, value in re.findall(r"""--config\.([\w.]+)(?:=("[^"]*"|[^\s"]+))?""", span):
+        for name, value in re.findall(
+            r"""--config\.([\w.]+)(?:=("[^"]*"|'[^']*'|[^\s"]+))?""", span
+        ):
             if name == "FIELD":
                 continue
             assert name in FIELDS, span

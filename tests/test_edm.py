@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from close import assert_close
 from test_pooling import pooled_config
-from test_samplers import best_output
 from test_step import curve
 
 import maskdm_jax
@@ -31,6 +30,19 @@ def settings(**fields):
 
 def edm(**fields):
     return make_process(settings(**fields), (8, 8))
+
+
+def best_output(level_at, mean, std):
+    """(scaled x_t, time) -> output of the best network for data N(mean, std^2)."""
+
+    def predict(x_in, time_B):
+        level = level_at(time_B)
+        x_t = x_in / level.scale
+        signal, noise = level.signal, level.noise
+        eps = noise * (x_t - signal * mean) / (signal**2 * std**2 + noise**2)
+        return level.p * (x_t - noise * eps) / signal + level.q * eps
+
+    return predict
 
 
 # ------------------------------------------------------------------------------ the paper's numbers
@@ -244,7 +256,7 @@ def test_an_official_file_holds_weights_of_ddpm_on_pixels(tiny_config, tmp_path,
     monkeypatch.setattr(torch_io, "load_official", lambda *args: official)
     config.init.path = str(path)
     with pytest.raises(ConfigError, match="framework .ddpm there") as error:
-        start.load_params(config, lambda: params, lambda betas: "cosine")
+        start.load_params(config, lambda: params)
     assert "model.wavelet (none there, haar here)" in str(error.value)
 
 

@@ -9,6 +9,7 @@ weights under `online_model.model.*`). PyTorch is not needed.
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -263,9 +264,12 @@ def _some(names):
     return f"{', '.join(names[:5])}{more}"
 
 
-if __name__ == "__main__":
-    import sys
-
+def main(argv: list[str] | None = None) -> int:
+    """The command line: export."""
     from maskdm_jax.weights import export
 
-    sys.exit(export.main())
+    return export.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
