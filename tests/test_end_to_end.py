@@ -38,7 +38,7 @@ def test_pretrain_finetune_sample_without_tensorflow(run_main, tmp_path, without
 
     result = run_main("finetune_digits", second, steps, f"--config.init.path={first}", *fast)
     assert result.returncode == 0, result.stderr
-    assert re.search(r"loaded \d+ weights from .*w1 \(raw, step 120\)\n", result.stdout)
+    assert re.search(r"weights from .*w1 \(raw, step 120\): 47 restored\n", result.stdout)
     assert "| Name " not in result.stdout
     finetune = [r["loss"] for r in read_metrics(second)]
     # Fine-tuning starts where pre-training ended, not at a fresh model's loss of 1.

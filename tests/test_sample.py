@@ -273,12 +273,12 @@ def test_a_checkpoint_that_is_retired_while_sampling_waits_is_one_sentence(
     tiny_config, trained, tmp_path, monkeypatch
 ):
     tiny_config.sample.num = 4
-    restore = sample.checkpoint.restore_item
+    restore = checkpoint.restore_item
 
     def retired(*args):
         shutil.rmtree(trained / "checkpoints" / "2")
         return restore(*args)
 
-    monkeypatch.setattr(sample.checkpoint, "restore_item", retired)
+    monkeypatch.setattr(checkpoint, "restore_item", retired)
     with pytest.raises(RunError, match="checkpoint 2 .* was retired meanwhile"):
         sample.write_samples(tiny_config, trained)
