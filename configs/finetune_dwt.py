@@ -1,8 +1,8 @@
 """Claim: whole 256x256 or 512x512 images by the large model on Haar coefficients.
 
 From the paper (arXiv 2306.11363): fine-tuning for 550k steps. Ours: all that
-configs/finetune_celebahq.py has too, that is batch 32 and a learning rate of 1e-5 after 5k steps of
-warm-up, and what configs/pretrain_dwt.py calls ours.
+configs/finetune_celebahq.py:paper has too, that is batch 32 and a learning rate of 1e-5 after 5k
+steps of warm-up, and what configs/pretrain_dwt.py calls ours.
 
 Command:  python main.py --config=configs/finetune_dwt.py:256 --workdir=W2 --config.init.path=W1
           where W1 is the --workdir of configs/pretrain_dwt.py:256

@@ -5,9 +5,9 @@ transform, pre-trained with 70 % of the patches hidden for 200k steps.
 
 From the paper: the size L, the transform, 70 %, 200k steps.
 Ours, since the sources at hand do not give them: patches of 8 pixels (4x4 places of the 12
-channels), 2x2 blocks, and what configs/pretrain_celebahq.py has: the cosine schedule, batch 256,
-learning rate 2e-4, clipping at 1. 512x512 is the same with 4 times the patches. 256: 309 tokens
-instead of 1,025; 512: 1,233 instead of 4,097.
+channels), 2x2 blocks, and what configs/pretrain_celebahq.py:paper has: the cosine schedule, batch
+256, learning rate 2e-4, clipping at 1. 512x512 is the same with 4 times the patches. 256: 309
+tokens instead of 1,025; 512: 1,233 instead of 4,097.
 
 Prepare:  python -m maskdm_jax.data.prepare --images FOLDER --name faces256 --size 256
 Command:  python main.py --config=configs/pretrain_dwt.py:256 --workdir=W1

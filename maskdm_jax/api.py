@@ -156,7 +156,7 @@ class Model(Sampling):
             arguments.change(config, given)
             if "memorisation" in config.eval.metrics:
                 raise ConfigError(
-                    "memorisation needs held-out images, which --mode=evaluate reads; type "
+                    "memorisation needs held-out images, which evaluating a run reads; type "
                     "metrics=('fid',)"
                 )
             scorer = evaluation.Evaluation(config, self._mesh)

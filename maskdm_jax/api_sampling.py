@@ -54,7 +54,8 @@ class Sampling:
         Args:
           num: images. `config.sample.batch_size` of them are drawn at a time.
           sampler: "ddim", "ddpm", "dpm_solver" or "heun".
-          steps: 1 to T. Each is one evaluation of the network; all but heun's last are two.
+          steps: 1 to T; any number for EDM. Each is one evaluation of the network; with "heun" two,
+            but one in the last.
           eta: DDIM's noise: 0 is deterministic, 1 adds as much as DDPM.
           guidance_scale: 1 is the plain model; any other needs a model with classes.
           label: the class of all images; None: image i has class i mod num_classes.

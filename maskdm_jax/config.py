@@ -16,6 +16,12 @@ from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
 from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
 
+# Fields that came after the first scores and folders of samples were named by hashes.
+_LATER = (
+    "model.wavelet", "diffusion.framework", "diffusion.edm_mean", "diffusion.edm_std",
+    "diffusion.sigma_data", "diffusion.sigma_min", "diffusion.sigma_max", "diffusion.rho",
+    "sample.recompute_eps", "sample.threshold", "sample.guidance_interval", "sample.strength",
+)  # fmt: skip
 # Fields of `diffusion` that one framework uses; with another one nothing reads or compares them.
 _FRAMEWORK_FIELDS = {
     "ddpm": ("schedule", "num_timesteps", "prediction", "draw", "draw_mean", "draw_std"),
@@ -163,6 +169,14 @@ def framework_of(name: str) -> str | None:
     group, _, leaf = name.rpartition(".")
     of_leaf = (framework for framework, leaves in _FRAMEWORK_FIELDS.items() if leaf in leaves)
     return next(of_leaf, None) if group == "diffusion" else None
+
+
+def without_later(fields: dict) -> dict:
+    """Those fields, without the ones of a later version that are at their default.
+
+    A hash of the result is that of the version without them, so what it names is still found.
+    """
+    return {n: x for n, x in fields.items() if n not in _LATER or x != FIELDS[n].default}
 
 
 def is_used(config, name: str) -> bool:

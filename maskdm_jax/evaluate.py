@@ -5,6 +5,7 @@ Images are drawn as by --mode=sample, into the same folders, so an interrupted e
 with the missing images, and a score that is already there is not computed again.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import jax
 import numpy as np
 
 from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
+from maskdm_jax.config import FIELDS, get, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
 from maskdm_jax.run import distributed, progress, telemetry, wandb_mirror
@@ -51,30 +53,32 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     say(f"scoring {what} by {config.eval.num:,} images each: {which}")
     mirror = wandb_mirror.start(config, workdir, "evaluate")
     scorer, records = None, []
-    for config, steps in groups:
-        scorer = scorer.of_phase(config) if scorer else evaluation.Evaluation(config, mesh)
-        pairs = list(itertools.product(steps, stds))
-        drawing = _expected(config, workdir, pairs, mesh, scorer)
-        scorer.measure_sets()
-        for step, std in pairs:
-            config.sample.ema_std = std
-            key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
-            record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
-            (is_scored,) = distributed.agreed([record is not None])
-            if is_scored:
-                say(f"{saved.at(config, workdir, step).where} is scored already, in scores.jsonl")
-                if distributed.is_main():
-                    say(telemetry.described_scores(record))
-            else:
-                record = _evaluate(config, workdir, step, mesh, scorer, drawing) | {"key": key}
-                if distributed.is_main():
-                    telemetry.add_scores(workdir, record)
-            if mirror is not None:
-                mirror.evaluated(*telemetry.plotted(record))
-            distributed.agreed([0])  # the others wait while process 0 scores
-            records.append(record)
-    if mirror is not None:
-        mirror.close()
+    with contextlib.ExitStack() as stack:
+        if mirror is not None:
+            stack.callback(mirror.close)
+        for config, steps in groups:
+            scorer = scorer.of_phase(config) if scorer else evaluation.Evaluation(config, mesh)
+            pairs = list(itertools.product(steps, stds))
+            drawing = _expected(config, workdir, pairs, mesh, scorer)
+            scorer.measure_sets()
+            for step, std in pairs:
+                config.sample.ema_std = std
+                key = _key(config, workdir, step, scorer) if distributed.is_main() else ""
+                record = next((r for r in telemetry.read_scores(workdir) if r["key"] == key), None)
+                (is_scored,) = distributed.agreed([record is not None])
+                if is_scored:
+                    where = saved.at(config, workdir, step).where
+                    say(f"{where} is scored already, in scores.jsonl")
+                    if distributed.is_main():
+                        say(telemetry.described_scores(record))
+                else:
+                    record = _evaluate(config, workdir, step, mesh, scorer, drawing) | {"key": key}
+                    if distributed.is_main():
+                        telemetry.add_scores(workdir, record)
+                if mirror is not None:
+                    mirror.evaluated(*telemetry.plotted(record))
+                distributed.agreed([0])  # the others wait while process 0 scores
+                records.append(record)
     return records
 
 
@@ -166,11 +170,21 @@ def _key(config, workdir, step, scorer):
     """A hash of all that a record depends on."""
     parts = [
         saved.at(config, workdir, step).fingerprint(),
-        {group: config[group].to_dict() for group in ("model", "diffusion")},
+        _meaning(config),
         scorer.definition(config.eval.num),
         list(config.eval.metrics),
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _meaning(config):
+    """The fields of model and diffusion, by group."""
+    found = {"model": {}, "diffusion": {}}
+    names = [name for name in FIELDS if name.partition(".")[0] in found]
+    for name, value in without_later({name: get(config, name) for name in names}).items():
+        group, _, leaf = name.partition(".")
+        found[group][leaf] = value
+    return found
 
 
 def _ema_stds(config):
@@ -201,7 +215,7 @@ def _steps(config, workdir):
     which = config.eval.checkpoints
     found = distributed.agreed(checkpoint.steps(workdir))
     if which == "newest" or (which == "all" and not found):
-        return [saved.find_step(config, workdir, "evaluate")]
+        return [saved.find_step(config, workdir)]
     match = re.fullmatch(r"(\d*):(\d*)", which)
     if which == "all":
         wanted = found

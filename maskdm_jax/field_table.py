@@ -205,8 +205,8 @@ FIELDS: dict[str, Field] = {
         "see docs/sampling.md"),
     "sample.spacing": Field("timestep", one_of("timestep", "log_snr", "karras"), FREE,
         "levels spaced evenly in t (as the official code has them), in log(signal / noise), or in "
-        "(noise / signal)^(1 / 7)"),
-    "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps"),
+        "(noise / signal)^(1 / 7); with EDM timestep and karras are even in sigma^(1 / rho)"),
+    "sample.steps": Field(250, COUNT, FREE, "1 to diffusion.num_timesteps; any with EDM"),
     "sample.eta": Field(1.0, number(0, 1), FREE,
         "DDIM's noise: 0 is deterministic, 1 adds as much as DDPM"),
     "sample.recompute_eps": Field(False, FLAG, FREE,

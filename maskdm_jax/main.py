@@ -46,7 +46,10 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
     parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
     if mode is None:
         parser.flag("--mode", one_of(*MODES), "train, draw samples, or score them", "train")
-    parser.add_argument("--verbose", action="store_true", help="list all parameters of the network")
+    if mode in (None, "train"):
+        parser.add_argument(
+            "--verbose", action="store_true", help="train: list all parameters of the network"
+        )
     parser.flag("--coordinator", TEXT, "host:port of process 0; only if started by hand")
     parser.flag("--num_processes", whole(1), "processes over all hosts; only if started by hand")
     parser.flag("--process_id", whole(0), "index of this process, from 0; only if started by hand")
@@ -64,7 +67,7 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
         distributed.start(args.coordinator, args.num_processes, args.process_id)
         phases.validate_devices(config, distributed.num_devices(), mode)
         _use_compilation_cache(workdir)
-        _run(config, mode, workdir, args.verbose)
+        _run(config, mode, workdir, getattr(args, "verbose", False))
 
 
 def _run(config, mode, workdir, verbose):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import draw, images, sharding
-from maskdm_jax.config import FIELDS, get
+from maskdm_jax.config import FIELDS, get, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.run import distributed, faults, files, lock, progress
@@ -53,7 +53,7 @@ def write_samples(
     workdir = pathlib.Path(workdir).expanduser()
     given = start_image(config)
     # Process 0 alone writes; the others follow what it finds, and help to draw.
-    step = saved.find_step(config, workdir, "sample", step)
+    step = saved.find_step(config, workdir, step)
     network = saved.at(config, workdir, step)
     config = network.network(config)
     settings = config.sample
@@ -79,7 +79,7 @@ def write_samples(
                 f"another --workdir, or --config.sample.weights={other}",
             )
             drawing = drawing or draw.Drawing(config, mesh, given=given)
-            _draw_missing(config, folder, todo, params, drawing)
+            _draw_missing(config, folder, todo, params, drawing, said["evaluations"])
         if distributed.is_main():
             _draw_grid(config, folder)
     return folder
@@ -181,10 +181,10 @@ def _draw_grid(config, folder):
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
 
 
-def _draw_missing(config, folder, todo, params, drawing):
-    size, num_steps = config.sample.batch_size, config.sample.steps
+def _draw_missing(config, folder, todo, params, drawing, evaluations):
+    size = config.sample.batch_size
     say(
-        f"drawing {len(todo)} images with {config.sample.sampler}, {num_steps} steps, "
+        f"drawing {len(todo)} images with {config.sample.sampler}, {evaluations} evaluations each, "
         f"{min(size, len(todo))} at a time, into {folder}"
     )
     with progress.Progress("drawing", len(todo), "images") as shown:
@@ -218,6 +218,7 @@ def folder_of(config, workdir: pathlib.Path, step: int | None) -> pathlib.Path:
         name += "_inpainted" if s.init_mask else f"_strength{s.strength:g}"
     groups = ("data.image_size", "data.channels", "model.", "diffusion.", "sample.")
     fields = {n: get(config, n) for n in FIELDS if n.startswith(groups) and n not in _FREE}
+    fields = without_later(fields)
     given = [pathlib.Path(path).expanduser() for path in (s.init_image, s.init_mask) if path]
     pictures = [hashlib.sha256(path.read_bytes()).hexdigest() for path in given]
     parts = json.dumps([network.fingerprint(), fields, *pictures])

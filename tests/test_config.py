@@ -8,7 +8,7 @@ from conftest import DATA, ROOT
 
 from maskdm_jax import config as config_lib
 from maskdm_jax import config_file, optim
-from maskdm_jax.config import FIELDS, default_config, validate, validate_devices
+from maskdm_jax.config import FIELDS, default_config, get, validate, validate_devices, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import FREE, MEANING, UPDATE, Role
 
@@ -253,3 +253,9 @@ def test_the_papers_recipe_keeps_its_values(name):
     groups = ("data.flip", "diffusion", "optim", "train.num_steps", "train.batch_size")
     for group in groups:
         assert config_lib.get(config, group) == config_lib.get(expected, group)
+
+
+def test_hashes_of_earlier_versions_name_the_same_fields():
+    fields = {name: get(default_config(), name) for name in ("model.wavelet", "model.depth")}
+    assert without_later(fields) == {"model.depth": 0}
+    assert without_later(fields | {"model.wavelet": "haar"}) == fields | {"model.wavelet": "haar"}

@@ -57,8 +57,8 @@ ALLOWED = {
         "train",
     },
     "evaluate": {
-        "averages", "checkpoint", "draw", "evaluation", "images", "phases", "quality", "run",
-        "sample", "weights",
+        "averages", "checkpoint", "config", "draw", "evaluation", "images", "phases", "quality",
+        "run", "sample", "weights",
     },
     "arguments": {"config"},
     "trained": {

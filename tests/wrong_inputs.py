@@ -601,7 +601,7 @@ RUNS = [
     Wrong(EXPORT + "--out={tmp}/o --weights=em", ("'em'", "--weights=ema")),
     Wrong(EXPORT + "--out={tmp}/o --loss_weight=maybe", ("'maybe'", "--loss_weight=")),
     Wrong(EXPORT + "--otu={tmp}/o", ("--otu", "--out")),
-    Wrong(SAMPLE + "--workdir={tmp}/w", ("{tmp}/w", "no checkpoint", "without --mode=sample")),
+    Wrong(SAMPLE + "--workdir={tmp}/w", ("{tmp}/w", "no checkpoint", "command that trains first")),
     Wrong(SAMPLE + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type")),
     Wrong(SAMPLE + "--config.model.width=64", ("(32 there, 64 here)", "--config.model.width=32")),
     Wrong(SAMPLE + EDM, ("framework (ddpm there, edm here)", "--config.diffusion.framework=ddpm")),

@@ -1,5 +1,6 @@
 """The command lines that reproduce, resume, sample and score a run."""
 
+import contextlib
 import difflib
 import pathlib
 from xml.etree import ElementTree
@@ -21,12 +22,12 @@ def shipped() -> dict:
     found = {}
     here = map(str, pathlib.Path("configs").glob("[a-z]*.py"))
     for path in sorted({*here, *config_file.shipped()}):
-        try:
+        with contextlib.suppress(ConfigError):
             found[path] = config_file.load(path)
-        except ConfigError:
-            continue
-        for argument in config_file.arguments(path)[1:]:
-            found[f"{path}:{argument}"] = config_file.load(f"{path}:{argument}")
+        if path in found:
+            for argument in config_file.arguments(path)[1:]:
+                with contextlib.suppress(ConfigError):
+                    found[f"{path}:{argument}"] = config_file.load(f"{path}:{argument}")
     return found
 
 

@@ -157,15 +157,12 @@ class OfficialFile(NamedTuple):
         return _read(self.path, weights, self.path.stat().st_mtime_ns)
 
 
-def find_step(
-    config, workdir: str | pathlib.Path, mode: str, step: int | None = None
-) -> int | None:
+def find_step(config, workdir: str | pathlib.Path, step: int | None = None) -> int | None:
     """The step of the checkpoint to draw from; None for the file of `init.path`.
 
     Args:
       config: the run's.
       workdir: the run's folder.
-      mode: "sample" or "evaluate", for messages.
       step: of the checkpoint; None for the newest that is whole, or else the file.
 
     Raises:
@@ -175,7 +172,7 @@ def find_step(
     (is_file,) = distributed.agreed([_is_file(config.init.path)])
     if step is None and not has_checkpoints and is_file:
         return None
-    instead = f"the same command without --mode={mode} to train first, or another --workdir"
+    instead = "the command that trains first, or another --workdir"
     if config.init.path and not has_checkpoints:
         instead = f"--workdir={config.init.path} to use that run's, or {instead}"
     return checkpoint.find_step(workdir, step, instead=instead)

@@ -2,9 +2,9 @@
 
 Each parameter is restored, resized by a rule, left out or fresh (`rules`). Whatever no rule covers
 is an error, unless `config.init.reinit` or `config.init.ignore` names it. So are weights that are
-not finite, and weights that fit but mean something else: they were trained with another prediction,
-noise schedule, number of timesteps or number of heads, and `config.init.allow` does not list that
-field. A `.pt` file holds its number of heads only through its size.
+not finite, and weights that fit but mean something else: they were trained with another value of a
+field of the role MEANING, such as the prediction, and `config.init.allow` does not list that field.
+A `.pt` file holds its number of heads only through its size.
 """
 
 import re
