@@ -5,7 +5,7 @@ training takes as long as both stages together. As set here, this run costs less
 
 Command:  python main.py --config=configs/scratch_digits.py --workdir=W
 Device:   2 CPU cores
-Expected: loss about 0.19 at the end, swd about 44, in 2,753 steps (one run of `make demo`)
+Expected: loss about 0.19 at the end, swd about 44, in 2,706 steps (one run of `make demo`)
 """
 
 from configs import finetune_digits
