@@ -98,4 +98,9 @@ PIECES = {
         [f"{name}_{share}" for share in (60, 75, 30, 90) for name in ("drop", "pool")], 120
     ),
     "patch8": runs(["patch8_80", "patch8_50"], 120),
+    "muon": runs(
+        [f"{name}_b32_muon" for name in ("scratch", "drop_60", "drop_30", "patch8_50", "pool_60")],
+        120,
+    ),
+    "longer": runs(["scratch_b32_muon", "drop_60_b32_muon"], 300),
 }
