@@ -69,6 +69,9 @@ ARMS = (
         "scratch_b32_muon_logit_normal": whole(
             train__batch_size=32, optim__name="muon", diffusion__draw="logit_normal"
         ),
+        "scratch_b32_muon_lr16": whole(
+            train__batch_size=32, optim__name="muon", optim__lr_peak=1.6e-3
+        ),
         "scratch_p8": whole(model__patch_size=8),
         "scratch_b32_logit_normal": whole(train__batch_size=32, diffusion__draw="logit_normal"),
         "scratch_b32_perturbed": whole(train__batch_size=32, diffusion__input_perturbation=0.1),
@@ -90,6 +93,11 @@ ARMS = (
         for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
         for share in (15, 30, 50, 60, 75, 80)
     }
+    | {
+        "drop_60_b32_muon_lr16": cheap_first(
+            0.6, DROP, {"train.batch_size": 32}, optim__name="muon", optim__lr_peak=1.6e-3
+        ),
+    }
 )
 
 PIECES = {
@@ -102,5 +110,6 @@ PIECES = {
         [f"{name}_b32_muon" for name in ("scratch", "drop_60", "drop_30", "patch8_50", "pool_60")],
         120,
     ),
+    "muon_lr": runs(["scratch_b32_muon_lr16", "drop_60_b32_muon_lr16"], 120),
     "longer": runs(["scratch_b32_muon", "drop_60_b32_muon"], 300),
 }
