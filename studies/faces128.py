@@ -52,6 +52,12 @@ def cheap_first(share: float, first: dict, last: dict | None = None, **fields) -
     return [(1.0, fields | {"phases": ((share, first), (1 - share, last or {}))})]
 
 
+def changed(arm: list, **fields) -> list:
+    """The same arm with other fields in all its runs."""
+    fields = {name.replace("__", "."): value for name, value in fields.items()}
+    return [(share, given | fields) for share, given in arm]
+
+
 DROP = {"mask.kind": "block", "train.batch_size": 256, "optim.lr_end": 0.3}
 POOL = DROP | {"mask.hidden": "pool"}
 PATCH8 = {"model.patch_size": 8, "train.batch_size": 256, "optim.lr_end": 0.3}
@@ -68,9 +74,6 @@ ARMS = (
         "scratch_b32_muon": whole(train__batch_size=32, optim__name="muon"),
         "scratch_b32_muon_logit_normal": whole(
             train__batch_size=32, optim__name="muon", diffusion__draw="logit_normal"
-        ),
-        "scratch_b32_muon_lr16": whole(
-            train__batch_size=32, optim__name="muon", optim__lr_peak=1.6e-3
         ),
         "scratch_p8": whole(model__patch_size=8),
         "scratch_b32_logit_normal": whole(train__batch_size=32, diffusion__draw="logit_normal"),
@@ -93,12 +96,14 @@ ARMS = (
         for name, first in (("drop", DROP), ("pool", POOL), ("patch8", PATCH8))
         for share in (15, 30, 50, 60, 75, 80)
     }
-    | {
-        "drop_60_b32_muon_lr16": cheap_first(
-            0.6, DROP, {"train.batch_size": 32}, optim__name="muon", optim__lr_peak=1.6e-3
-        ),
-    }
 )
+
+# A peak learning rate of 16e-4, 32e-4, 64e-4.
+ARMS |= {
+    f"{name}_lr{rate}": changed(ARMS[name], optim__lr_peak=rate / 1e4)
+    for name in ("scratch_b32_muon", "drop_60_b32_muon", "pool_60_b32_muon")
+    for rate in (16, 32, 64)
+}
 
 PIECES = {
     "tune_scratch": runs([name for name in ARMS if name.startswith("scratch")], 120),
@@ -110,6 +115,9 @@ PIECES = {
         [f"{name}_b32_muon" for name in ("scratch", "drop_60", "drop_30", "patch8_50", "pool_60")],
         120,
     ),
-    "muon_lr": runs(["scratch_b32_muon_lr16", "drop_60_b32_muon_lr16"], 120),
+    "muon_lr": runs(
+        [f"{name}_b32_muon_lr{rate}" for rate in (16, 32, 64) for name in ("scratch", "drop_60")],
+        120,
+    ),
     "longer": runs(["scratch_b32_muon", "drop_60_b32_muon"], 300),
 }

@@ -8,6 +8,7 @@ of its name; "scratch" is what the others are compared with. Needs matplotlib: p
 """
 
 import base64
+import collections
 import html
 import io
 import json
@@ -144,6 +145,12 @@ def compared_budget(found: list[Point]) -> float:
     return max(shared or families)
 
 
+def widest_budget(found: list[Point]) -> float:
+    """The budget at which most arms were run; of two, the longer."""
+    arms = collections.Counter(point.seconds for point in found)
+    return max(arms, key=lambda seconds: (arms[seconds], seconds))
+
+
 def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None = None) -> None:
     """Writes page.html and its plots to `out`.
 
@@ -159,7 +166,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     budget = compared_budget(found)
     best = best_of_families(found, budget)
     figures = {
-        "arms.png": plot_arms(found, floor, score, budget),
+        "arms.png": plot_arms(found, floor, score, widest_budget(found)),
         "scores.png": plot_scores(found, floor, score),
         "noise_levels.png": plot_bins(best),
     }

@@ -57,6 +57,11 @@ def test_families_are_compared_where_scratch_and_another_were_run():
     assert page.compared_budget(as_points(row(), row(seconds=300.0))) == 300
 
 
+def test_arms_are_shown_at_the_budget_that_most_of_them_had():
+    most = [row(), row(arm="drop"), row(arm="pool"), row(seconds=300.0)]
+    assert page.widest_budget(as_points(*most)) == 120
+
+
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
     page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
