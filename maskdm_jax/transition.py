@@ -5,6 +5,7 @@ state alone: a run that resumes there goes through the same transition.
 """
 
 import warnings
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -12,26 +13,25 @@ from jax.sharding import Mesh
 from maskdm_jax import optim
 from maskdm_jax.phases import Phase
 from maskdm_jax.state import TrainState, abstract_state, fresh_params
-from maskdm_jax.weights import resize
+from maskdm_jax.weights import resize, rules
 
 
 def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainState:
     """The first state of `phase`, from the last state of the phase `before`, which is donated.
 
-    Weights are carried over by the rules of `weights.resize`; the averaged weights likewise, or
-    they start anew (`optim.ema_at_phase`). Moments start at zero, or are kept for weights whose
+    Weights are carried over by the rules of `weights.rules`; the averaged weights likewise, or they
+    start anew (`optim.ema_at_phase`). Moments start at zero, or are kept for weights whose
     shape stays (`optim.moments_at_phase`). The learning rate's count starts at 0.
     """
-    config = phase.config
-    old, new = resize.geometry(before.config), resize.geometry(config)
+    config, plan = phase.config, _plan(phase, before, mesh)
 
     def made(state):
         fresh = fresh_params(config, mesh)
-        params = resize.carry(state.params, fresh, old, new)
+        params = plan.carried(state.params, fresh)
         if phase.ema_first_step == phase.first_step:
             ema = optim.init_ema(params, config)
         else:
-            ema = resize.carry(state.ema, fresh, old, new)
+            ema = plan.carried(state.ema, fresh)
         opt_state = optim.make_optimizer(config, phase.num_steps).init(params)
         if config.optim.moments_at_phase == "keep":
             opt_state = optim.with_moments(opt_state, state.opt_state)
@@ -52,12 +52,38 @@ def rescheduled(state: TrainState, count: int) -> TrainState:
 
 def described(phase: Phase, before: Phase, mesh: Mesh) -> str:
     """One line on what `enter` does with the weights."""
-    given, fresh = (abstract_state(each.config, mesh).params for each in (before, phase))
-    old, new = resize.geometry(before.config), resize.geometry(phase.config)
-    found = resize.outcome(given, fresh, old, new)
-    parts = [f"{len(found.kept)} weights kept"]
-    for what, names in (
-        ("resized", found.resized), ("left out", found.left_out), ("fresh", found.fresh),
-    ):  # fmt: skip
-        parts.append(f"{len(names)} {what}" + (f" ({', '.join(names)})" if names else ""))
+    rows, parts = _plan(phase, before, mesh).rows, []
+    for outcome in ("restored", "resized", "left out", "fresh"):
+        names = [row.name for row in rows if row.outcome == outcome]
+        named = f" ({', '.join(names)})" if names and outcome != "restored" else ""
+        parts.append(f"{len(names)} {outcome}{named}")
     return f"phase {phase.index + 1} starts after step {phase.first_step}: {', '.join(parts)}"
+
+
+class _Plan(NamedTuple):
+    """What becomes of each parameter between two networks of these geometries."""
+
+    rows: list[rules.Row]
+    old: resize.Geometry
+    new: resize.Geometry
+
+    def carried(self, params, fresh):
+        """A tree like `fresh`, from the tree `params`."""
+        theirs, ours = rules.by_name(params), rules.by_name(fresh)
+        made = rules.carried(self.rows, theirs, ours, self.old, self.new)
+        return jax.tree.unflatten(jax.tree.structure(fresh), [made[name] for name in ours])
+
+
+def _plan(phase, before, mesh):
+    theirs, ours = (
+        rules.by_name(abstract_state(each.config, mesh).params) for each in (before, phase)
+    )
+    old, new = resize.geometry(before.config), resize.geometry(phase.config)
+
+    def stays_fresh(name):  # pooled tokens come, or have another size
+        same = name in theirs and theirs[name].shape == ours[name].shape
+        return "pooled tokens" if name.startswith(rules.POOLED) and not same else ""
+
+    rows, problems = rules.plan(theirs, ours, old, new, {}, stays_fresh, lambda name: False)
+    assert not problems, problems  # `phases.validate` refuses what no rule covers
+    return _Plan(rows, old, new)

@@ -21,8 +21,8 @@ from maskdm_jax.run import memory
 from maskdm_jax.run.preemption import Preempted
 from maskdm_jax.run.telemetry import read_metrics
 from maskdm_jax.state import init_state
-from maskdm_jax.transition import enter, rescheduled
-from maskdm_jax.weights import resize
+from maskdm_jax.transition import described, enter, rescheduled
+from maskdm_jax.weights import resize, rules
 
 MASKED = {"model.patch_size": 4, "mask.ratio": 0.25, "train.batch_size": 24}
 WHOLE = {"mask.kind": "none"}
@@ -152,6 +152,14 @@ def network(patch_size, side):
     return config, model, uvit.init_params(model, jax.random.key(patch_size))
 
 
+def carried(params, fresh, old, new):
+    theirs, ours = rules.by_name(params), rules.by_name(fresh)
+    rows, problems = rules.plan(theirs, ours, old, new, {}, lambda name: "", lambda name: False)
+    assert not problems
+    made = rules.carried(rows, theirs, ours, old, new)
+    return jax.tree.unflatten(jax.tree.structure(fresh), [made[name] for name in ours])
+
+
 def by_cells(x, p, q):
     """Means over cells of patches [..., p x p x 2], or (q > p) each value repeated in a cell."""
     if q < p:
@@ -171,14 +179,14 @@ def test_patches_that_are_constant_on_cells_give_the_same_outputs_at_either_size
     apply = jax.jit(uvit.apply, static_argnums=0)
     geometries = resize.geometry(big), resize.geometry(little)
 
-    shrunk = resize.carry(big_params, little_params, *geometries)
+    shrunk = carried(big_params, little_params, *geometries)
     expected = by_cells(apply(big_model, big_params, repeated, t), large, small)
     assert_close(apply(little_model, shrunk, x, t), expected, 1e-5)
 
-    grown = resize.carry(little_params, big_params, *geometries[::-1])
+    grown = carried(little_params, big_params, *geometries[::-1])
     expected = by_cells(apply(little_model, little_params, x, t), small, large)
     assert_close(apply(big_model, grown, repeated, t), expected, 1e-5)
-    back = resize.carry(grown, little_params, *geometries)
+    back = carried(grown, little_params, *geometries)
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-6), back, little_params)
 
 
@@ -193,15 +201,14 @@ def test_position_rows_are_interpolated_and_those_of_time_and_class_are_kept():
     assert_close(inner, np.add.outer([1.25, 1.75], np.arange(1.25, 4, 0.5) * 10), 1e-5)
 
 
-def test_weights_of_one_phase_alone_are_left_out_or_fresh():
-    old = new = resize.Geometry((2, 2), 2)
-    given = {"norm": {"scale": jnp.ones(3)}, "pooled": jnp.ones(2)}
-    fresh = {"norm": {"scale": jnp.zeros(3)}, "other": jnp.zeros(5)}
-    carried = resize.carry(given, fresh, old, new)
-    assert carried.keys() == fresh.keys() and float(carried["norm"]["scale"].sum()) == 3
-    assert float(jnp.abs(carried["other"]).sum()) == 0
-    found = resize.outcome(given, fresh, old, new)
-    assert found == (["norm/scale"], [], ["pooled"], ["other"])
+def test_weights_of_one_phase_alone_are_left_out_or_fresh(tiny_config):
+    pooled = {"mask.kind": "block", "mask.hidden": "pool", "mask.ratio": 0.5}
+    config = phased(tiny_config, (1, pooled), (1, WHOLE), (1, pooled), model__depth=1)
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    first, second, third = phases.phases(config)
+    assert "0 fresh" in described(second, first, mesh)
+    assert re.search(r"\d left out \(pooled/", described(second, first, mesh))
+    assert re.search(r"0 left out, \d fresh \(pooled/", described(third, second, mesh))
 
 
 # --------------------------------------------------------------------------------- the runs

@@ -36,15 +36,6 @@ class Geometry(NamedTuple):
     wavelet: str = "none"
 
 
-class Outcome(NamedTuple):
-    """Names of the parameters that `carry` keeps, resizes, leaves out and leaves fresh."""
-
-    kept: list[str]
-    resized: list[str]
-    left_out: list[str]
-    fresh: list[str]
-
-
 def geometry(config) -> Geometry:
     """The geometry of a config."""
     patch_size = config.model.patch_size
@@ -55,42 +46,6 @@ def geometry(config) -> Geometry:
         config.model.num_classes,
         config.model.wavelet,
     )
-
-
-def carry(params, fresh, old: Geometry, new: Geometry):
-    """Parameters for a network with `fresh` ones, from those of a network of the same width.
-
-    Args:
-      params: float32 arrays of the old network, for the geometry `old`.
-      fresh: those of the new network, for `new`; the result has their structure. A parameter that
-        only they have stays fresh, and one that only `params` has is left out.
-      old: its patch size must be a multiple or a divisor of the new one.
-      new: see `old`.
-    """
-    given = _by_name(params)
-
-    def chosen(path, leaf):
-        name = _name(path)
-        found = resized(name, given[name], old, new) if name in given else leaf
-        return found if found.shape == leaf.shape else leaf
-
-    return jax.tree_util.tree_map_with_path(chosen, fresh)
-
-
-def outcome(params, fresh, old: Geometry, new: Geometry) -> Outcome:
-    """What `carry` does with each parameter; arrays or their shapes."""
-    given, wanted = _by_name(params), _by_name(fresh)
-    result = Outcome([], [], [n for n in given if n not in wanted], [])
-    for name, leaf in wanted.items():
-        if name not in given:
-            result.fresh.append(name)
-            continue
-        made = jax.eval_shape(lambda x, name=name: resized(name, x, old, new), given[name])
-        if change(name, old, new) and made.shape == leaf.shape:
-            result.resized.append(name)
-        else:
-            (result.kept if made.shape == leaf.shape else result.fresh).append(name)
-    return result
 
 
 def resized(name: str, array: jax.Array, old: Geometry, new: Geometry, fresh=None) -> jax.Array:
@@ -189,11 +144,3 @@ _RULES = {
     "position": _position,
     _CLASSES: _class_rows,
 }
-
-
-def _by_name(tree):
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _name(path):
-    return jax.tree_util.keystr(path, simple=True, separator="/")

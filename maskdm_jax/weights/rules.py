@@ -1,4 +1,5 @@
-"""Which parameter of one network becomes which of another: the plan of a start from other weights.
+"""Which parameter of one network becomes which of another: the plan of a start from other weights,
+and of a new phase.
 
 Every parameter of either network has a row: it is restored, resized by a rule of `resize`, left out
 (it has no place in the new network) or fresh. Whatever no rule covers is a problem, which the
@@ -16,7 +17,7 @@ import numpy as np
 from maskdm_jax.weights import resize
 from maskdm_jax.weights.resize import Geometry
 
-_POOLED = "pooled/"  # the parameters of `model.pooling`
+POOLED = "pooled/"  # the parameters of `model.pooling`
 _CLASSES = "class_embed/"
 _BLOCK = re.compile(r"(in|mid|out)_block(_\d+)?(?=/)")
 
@@ -86,6 +87,12 @@ def _grouped(rows):
     ]
 
 
+def by_name(params) -> dict[str, jax.Array]:
+    """The leaves of a tree of parameters by name, in the tree's order."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
+
+
 def plan(
     theirs: dict[str, jax.Array],
     ours: dict[str, jax.ShapeDtypeStruct],
@@ -98,7 +105,8 @@ def plan(
     """The rows, and the problems by name: what no rule covers, in words.
 
     Args:
-      theirs: parameters of the old network by name, such as "mid_block/qkv/kernel".
+      theirs: parameters of the old network by name, such as "mid_block/qkv/kernel"; arrays or
+        their shapes.
       ours: those of the new network.
       old, new: the networks' geometries.
       blocks: of theirs for each block of ours that `init.map` names; "-": it stays fresh.
@@ -123,11 +131,11 @@ def plan(
                 problems[name] = f"{name} has shape {list(there)}, expected {list(shape)}"
             outcome = "resized" if rule else "restored"
             rows.append(Row(name, outcome, source, there, shape, rule or ""))
-    has_pooled = any(name.startswith(_POOLED) for name in ours)
+    has_pooled = any(name.startswith(POOLED) for name in ours)
     for name in theirs:
         if name in used:
             continue
-        if name.startswith(_POOLED) and not has_pooled:
+        if name.startswith(POOLED) and not has_pooled:
             why = "no pooled tokens here"
         elif name.startswith(_CLASSES) and not new.num_classes:
             why = "no classes here"
@@ -147,9 +155,13 @@ def _shape_after(name, array, leaf, old, new):
 
 
 def carried(
-    rows: Iterable[Row], theirs: dict, fresh: dict, old: Geometry, new: Geometry
-) -> dict[str, np.ndarray]:
-    """The new network's parameters by name, float32, as the rows have it.
+    rows: Iterable[Row],
+    theirs: dict[str, jax.Array],
+    fresh: dict[str, jax.Array],
+    old: Geometry,
+    new: Geometry,
+) -> dict[str, jax.Array]:
+    """The new network's parameters by name, as the rows have it.
 
     Args:
       rows: of `plan`.
@@ -160,10 +172,10 @@ def carried(
     made = {}
     for row in rows:
         if row.outcome == "fresh":
-            made[row.name] = np.asarray(fresh[row.name], np.float32)
+            made[row.name] = fresh[row.name]
         elif row.outcome != "left out":
             array = theirs[row.source]
             if row.outcome == "resized":
                 array = resize.resized(row.source, array, old, new, fresh.get(row.name))
-            made[row.name] = np.asarray(array, np.float32)
+            made[row.name] = array
     return made

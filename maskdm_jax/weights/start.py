@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from maskdm_jax import averages, checkpoint, phases
 from maskdm_jax.config import as_flags, block_map, described, differences, get, resolved
@@ -42,7 +43,7 @@ def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
     init = config.init
     loaded, stored, source = _read(config)
     expected = jax.eval_shape(make_fresh)
-    ours, theirs = _flatten(expected), _flatten(loaded)
+    ours, theirs = rules.by_name(expected), rules.by_name(loaded)
     old, new = resize.geometry(stored), resize.geometry(config)
     _check_names(init.reinit, ours)
     _check_map(init.map, theirs, source)
@@ -70,9 +71,10 @@ def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
         other = "--config.init.path=PATH of another one"
         faults.check_finite(used, f"init.path {source}", other)
     needs_fresh = any(row.outcome == "fresh" or "fresh" in row.why for row in rows)
-    fresh = _flatten(make_fresh()) if needs_fresh else {}
+    fresh = rules.by_name(make_fresh()) if needs_fresh else {}
     made = rules.carried(rows, theirs, fresh, old, new)
-    params = jax.tree.unflatten(jax.tree.structure(expected), [made[name] for name in ours])
+    leaves = [np.asarray(made[name], np.float32) for name in ours]
+    params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     return params, rules.Table(source, rows)
 
 
@@ -222,8 +224,3 @@ def _check_meaning(config, stored, source):
 
 def _matches(patterns, name):
     return any(re.fullmatch(pattern, name) for pattern in patterns)
-
-
-def _flatten(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): leaf for p, leaf in leaves}
