@@ -46,7 +46,7 @@ _EXAMPLE = (
 )
 
 # Images in the sets that the shipped configs keep on the device.
-_NUM_EXAMPLES_OF = {"digits": 1_797, "celeba64": 202_599}
+_NUM_EXAMPLES_OF = {"digits": 1_797, "swiss_roll": 50_000, "cifar10": 50_000, "celeba64": 202_599}
 
 
 def main():
@@ -249,7 +249,8 @@ def _too_large(config, mode, tpu, reason):
 
 
 def _row_of(args, phase, tpu, cells):
-    name = pathlib.Path(args.config.replace(".py:", ":")).stem + _named(phase, args.mode)
+    file, colon, argument = args.config.partition(":")
+    name = pathlib.Path(file).stem + colon + argument + _named(phase, args.mode)
     batch = str(_batch(phase.config, args.mode))
     return f"| {' | '.join((name, tpu.name, batch, *cells))} |"
 

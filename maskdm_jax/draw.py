@@ -245,6 +245,11 @@ def make_interpolation(config, mesh: Mesh):
     return draw
 
 
+def classes_in_turn(config) -> int:
+    """n, if image i has class i mod n; 0 if all have the same class, or none."""
+    return config.model.num_classes if config.sample.label < 0 else 0
+
+
 def evaluations(config, from_image: bool = False) -> int:
     """Evaluations of the network for one image of `config.sample`; guidance takes two at a time."""
     levels = _ladder(config, config.sample.steps, from_image)

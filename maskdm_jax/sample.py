@@ -177,7 +177,8 @@ def _draw_grid(config, folder):
     channels = config.data.channels
     shown = [images.read_png(image_path(folder, i), channels) for i in range(min(settings.num, 64))]
     scale = images.shown_scale(config.data.image_size)
-    images.save_png(folder / "grid.png", images.grid(np.stack(shown), scale))
+    picture = images.grid(np.stack(shown), scale, draw.classes_in_turn(config))
+    images.save_png(folder / "grid.png", picture)
     say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
 
 

@@ -200,7 +200,8 @@ def _draw_preview(telemetry, config, preview, ema, step):
     if not distributed.is_main():
         return
     path = telemetry.previews / f"step_{step:07d}.png"
-    picture = images.grid(drawn, images.shown_scale(config.data.image_size))
+    scale = images.shown_scale(config.data.image_size)
+    picture = images.grid(drawn, scale, draw.classes_in_turn(config))
     remedy = "make room, then the same command resumes"
     with faults.explain_full_disk("the preview", path.parents[1], remedy, lambda: picture.nbytes):
         path.parent.mkdir(exist_ok=True)

@@ -165,6 +165,25 @@ def test_a_copy_of_a_data_set_has_its_fingerprint_and_another_set_has_not(copied
     assert dataclasses.replace(other, records=other.records[:-1]).fingerprint != other.fingerprint
 
 
+@pytest.mark.parametrize("cache", ["none", "host", "device"])
+@pytest.mark.parametrize("label", [-1, 10])
+def test_a_label_that_is_no_class_is_refused_unless_classes_are_ignored(copied, cache, label):
+    config, _ = copied
+    config.data.cache, config.train.batch_size = cache, 8
+    source = sources.open_source(config)
+    records = [dict(zip(("image", "label"), source._read(i), strict=True)) for i in range(8)]
+    records[5]["label"] = label
+    source = dataclasses.replace(source, records=records)
+
+    def first_batch():
+        return next(Loader(config, source, sharding.make_mesh(config)).batches(0))
+
+    with pytest.raises(ConfigError, match=f"train of digits has the label {label}; .* 0 to 9, "):
+        first_batch()
+    config.model.num_classes = 0
+    first_batch()
+
+
 def test_images_of_more_than_8_bits_are_refused(tiny_config, tmp_path):
     import tensorflow_datasets as tfds
 

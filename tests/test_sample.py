@@ -11,6 +11,7 @@ from close import assert_close
 
 from maskdm_jax import checkpoint, draw, images, sample, sharding, state
 from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.model import uvit
 
 # (means, standard deviations) of images 3 and 8.
 PINNED_DRAWS = {
@@ -231,6 +232,28 @@ def test_image_i_has_class_i_unless_a_class_is_chosen(tiny_config):
     np.testing.assert_array_equal(each[0], threes[0])
     np.testing.assert_array_equal(each[1], eights[1])
     assert (threes[0] != eights[0]).any() and (threes[1] != eights[1]).any()
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm_solver", "heun"])
+def test_guidance_of_0_draws_without_a_class_in_one_call_of_the_network(
+    tiny_config, sampler, monkeypatch
+):
+    mesh = sharding.make_mesh(tiny_config, jax.devices()[:1])
+    params = textbook.perturbed(state.fresh_params(tiny_config, mesh), scale=0.3)
+    tiny_config.sample.update(sampler=sampler, steps=2, guidance_scale=0.0)
+    apply, batches = uvit.apply, []
+
+    def seen(model, params, x_BNP, time_B, label_B):
+        batches.append((len(x_BNP), len(label_B)))
+        return apply(model, params, x_BNP, time_B, label_B=label_B)
+
+    monkeypatch.setattr(uvit, "apply", seen)
+    jitted = draw.jit_draw(tiny_config, mesh, sharding.replicated(mesh))
+    index_B = np.arange(3, dtype=np.int32)
+    drawn = [np.asarray(jitted(params, index_B, label=np.int32(label))) for label in (3, 10, 8)]
+    assert set(batches) == {(6, 6)} and drawn[0].std() > 10
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    np.testing.assert_array_equal(drawn[0], drawn[2])
 
 
 def test_a_full_disk_is_one_sentence_and_keeps_what_is_whole(

@@ -446,6 +446,13 @@ CONFIGS = [
             "one of ours, paper",
             "--config=configs/pretrain_celebahq.py:paper",
         ),
+        (
+            "configs/ablation_celeba64.py:blok4",
+            "'blok4'",
+            "block8,0.9, crop,0.1",
+            "--config=configs/ablation_celeba64.py:block4,0.",
+        ),
+        ("cifar10:finetun", "one of pretrain, finetune", "--config=cifar10:finetune"),
         ("{tmp}/variants.py:papr", "one of ours, paper", "--config={tmp}/variants.py:paper"),
         ("{tmp}/variants.py:", "one of ours, paper", "--config={tmp}/variants.py:ours"),
         ("{tmp}/variant.py:paper", "not there", "type"),

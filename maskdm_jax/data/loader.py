@@ -70,6 +70,8 @@ class Loader:
         if config.data.cache == "device":
             _check_device_room(config, source, mesh)
         self._cache = None if config.data.cache == "none" else _open_cache(config, source)
+        if self._cache:
+            _check_labels(config, source, self._cache["label"])
         self.arrays = {}
         if config.data.cache == "device":
             # From a callback: `device_put` would compare the set's bytes across processes.
@@ -107,9 +109,12 @@ class Loader:
         return _prefetched(reads, step, 4, _PREFETCH_BATCHES)
 
     def _decoded(self, local_ids, step, last_step, share):
-        examples = _ByStep(
-            last_step * share, lambda i: self._source[local_ids(i // share)[i % share]]
-        )
+        def read(i):
+            example = self._source[local_ids(i // share)[i % share]]
+            _check_labels(self._config, self._source, example["label"])
+            return example
+
+        examples = _ByStep(last_step * share, read)
         threads = self._config.data.num_threads
         return _prefetched(examples, step * share, threads, _PREFETCH_BATCHES * share, share)
 
@@ -137,6 +142,18 @@ def _prefetched(source, first, num_threads, buffer_size, batch_size=None):
     if batch_size is not None:
         dataset = dataset.batch(batch_size, drop_remainder=True)
     return iter(dataset)
+
+
+def _check_labels(config, source, label):
+    """Raises ConfigError for a label that is no class of the model, such as TFDS's -1 for none."""
+    classes = config.model.num_classes
+    if classes and not (0 <= np.min(label) and np.max(label) < classes):
+        found = np.min(label) if np.min(label) < 0 else np.max(label)
+        raise ConfigError(
+            f"data.split {source.split} of {config.data.name} has the label {found}; expected 0 to "
+            f"{classes - 1}, since model.num_classes is {classes}; type --config.data.split=NAME "
+            "with a split that has labels, or --config.model.num_classes=0 to train without classes"
+        )
 
 
 def _decoded_bytes(source):
