@@ -316,6 +316,17 @@ def test_large_pictures_are_reduced(tmp_path):
     assert runs.picture(tmp_path / "small.png")[0] == "image/png"
 
 
+def test_large_numbers_on_an_axis_can_be_read():
+    def ticks(top):
+        x, y = np.linspace(0, top, 10), np.ones(10)
+        svg = plots.loss([("#000000", x, y)], "images", "Loss")
+        return {text.strip() for text in svg.itertext()}
+
+    assert {"0.5", "1"} <= ticks(1.2)
+    assert {"20,000", "100,000"} <= ticks(100_000)
+    assert {"2 T", "10 T"} <= ticks(1e13)
+
+
 def test_a_smoothed_curve_keeps_a_constant_and_skips_nan():
     y = np.full(200, 3.0)
     y[50] = np.nan

@@ -109,9 +109,13 @@ def section(found: list[runs.Run], configs: dict) -> list:
         element(
             "p",
             "The first command resumes a run from its newest checkpoint, or says that it is "
-            "finished; a larger --config.train.num_steps continues it. With another --workdir the "
-            "same command reproduces the run from its start. The others draw and score. python -m "
-            "maskdm_jax.checkpoint digest WORKDIR prints the hash by which two runs are compared.",
+            "finished; a larger ",
+            element("code", "--config.train.num_steps"),
+            " continues it. With another ",
+            element("code", "--workdir"),
+            " the same command reproduces the run from its start. The others draw and score. ",
+            element("code", "python -m maskdm_jax.checkpoint digest WORKDIR"),
+            " prints the hash by which two runs are compared.",
             class_="soft",
         )
     ]
