@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 from ml_collections import config_dict
 
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
 from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
@@ -27,6 +27,8 @@ _FRAMEWORK_FIELDS = {
     "ddpm": ("schedule", "num_timesteps", "prediction", "draw", "draw_mean", "draw_std"),
     "edm": ("edm_mean", "edm_std", "sigma_data", "sigma_min", "sigma_max", "rho"),
 }
+# What the fields of a group build, in words; those of the others build the architecture.
+_BUILDS = {"diffusion": "noise process", "optim": "optimizer"}
 
 
 class FieldError(ConfigError):
@@ -197,14 +199,30 @@ def as_flags(config, names: Iterable[str]) -> str:
     return " ".join(f"--config.{name}={quoted(resolved(config, name))}" for name in used)
 
 
-def check_same_architecture(config, stored, where: str) -> None:
-    """Raises ConfigError if the run stored at `where` differs from `config` in architecture."""
+def check_same_architecture(
+    config, stored, where: str, instead: str = "another --workdir to start afresh"
+) -> None:
+    """Checks that `config` builds the state of the run that is stored at `where`.
+
+    Args:
+      config: as typed.
+      stored: the run's.
+      where: the run's folder.
+      instead: what to type for another run than that one.
+
+    Raises:
+      OtherRecipe: if the network, its noise process or the optimizer differs.
+    """
     names = differences(config, stored, (SHAPE, MEANING))
     if names:
-        raise ConfigError(
-            f"the checkpoint in {where} has a different architecture: "
+        groups = (name.partition(".")[0] for name in names)
+        what = " and ".join(dict.fromkeys(_BUILDS.get(group, "architecture") for group in groups))
+        raise OtherRecipe(
+            f"the checkpoint in {where} has a different {what}: "
             f"{described(config, stored, names)}; type {as_flags(stored, names)} to use it, or "
-            "another --workdir to start afresh"
+            f"{instead}",
+            stored,
+            names,
         )
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator
 from ml_collections import config_dict
 
 from maskdm_jax import phases
-from maskdm_jax.config import FIELDS, framework_of, get, is_used
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.config import FIELDS, differences, framework_of, get, is_used
+from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.fields import nearest_word, quoted, typed
 from maskdm_jax.run import files
 
@@ -60,6 +60,32 @@ def arguments(path: str) -> tuple[str, ...]:
     file = _found(path)
     with _configs_importable(file):
         return runpy.run_path(str(file)).get("ARGUMENTS", ())
+
+
+@contextlib.contextmanager
+def naming_recipe(path: str, changes: Iterable[str] = ()) -> Iterator[None]:
+    """Inside, the refusal of a stored run also names the FILE:ARGUMENT that has the run's values.
+
+    Args: as for `load`.
+    """
+    try:
+        yield
+    except OtherRecipe as error:
+        file = _split(path)[0]
+        typed = (f"{file}:{argument}" for argument in arguments(file))
+        fitting = next((each for each in typed if _has_values(each, changes, error)), None)
+        if fitting is None:
+            raise
+        raise ConfigError(f"{error}, or --config={fitting}, which has these values") from error
+
+
+def _has_values(path, changes, error):
+    """Whether the config has the stored run's values of the fields that an OtherRecipe names."""
+    try:
+        differing = differences(load(path, changes), error.stored)
+    except ConfigError:  # the typed changes do not suit this recipe
+        return False
+    return bool(error.names) and not set(error.names) & set(differing)
 
 
 def set_field(config: config_dict.ConfigDict, change: str) -> None:

@@ -7,6 +7,19 @@ class ConfigError(ValueError):
     exit_code = 2
 
 
+class OtherRecipe(ConfigError):
+    """A config that does not fit a stored run.
+
+    Attributes:
+      stored: the run's config.
+      names: the fields that differ.
+    """
+
+    def __init__(self, text: str, stored, names: list[str]):
+        super().__init__(text)
+        self.stored, self.names = stored, names
+
+
 class RunError(RuntimeError):
     """A run that started well must stop: one sentence, with what the user can do about it."""
 

@@ -67,7 +67,8 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
         distributed.start(args.coordinator, args.num_processes, args.process_id)
         phases.validate_devices(config, distributed.num_devices(), mode)
         _use_compilation_cache(workdir)
-        _run(config, mode, workdir, getattr(args, "verbose", False))
+        with config_file.naming_recipe(args.config, args.changes):
+            _run(config, mode, workdir, getattr(args, "verbose", False))
 
 
 def _run(config, mode, workdir, verbose):

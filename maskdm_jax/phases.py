@@ -17,7 +17,7 @@ from ml_collections import config_dict
 
 from maskdm_jax import config as config_lib
 from maskdm_jax.config import FIELDS, FieldError, get
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.fields import MEANING, SHAPE, UPDATE, nearest_word, quoted
 
 # Besides the fields with the role UPDATE in these groups.
@@ -90,12 +90,13 @@ def of_checkpoint(config, stored, step: int, where: str) -> config_dict.ConfigDi
       where: the run's folder.
 
     Raises:
-      ConfigError: if that phase's network differs from what `config` builds.
+      OtherRecipe: if that phase's network differs from what `config` builds.
     """
     phase = at(stored, step)
     changes = stored.phases[phase.index][1] if stored.phases else {}
     config = config_lib.whole_images(_changed(config, changes))
-    config_lib.check_same_architecture(config, config_lib.whole_images(phase.config), where)
+    there = config_lib.whole_images(phase.config)
+    config_lib.check_same_architecture(config, there, where, "the --workdir of another run")
     return config
 
 
@@ -118,10 +119,12 @@ def check_resumes(config, stored, step: int, where: str) -> None:
     if not names:
         return
     typed = [n for n in names if not can_change(n)] + (plan or [n for n in names if can_change(n)])
-    raise ConfigError(
+    raise OtherRecipe(
         f"the checkpoint of step {step} in {where} is from a phase with another network: "
         f"{config_lib.described(here.config, there.config, names)}; type "
-        f"{config_lib.as_flags(stored, typed)} to use it, or another --workdir to start afresh"
+        f"{config_lib.as_flags(stored, typed)} to use it, or another --workdir to start afresh",
+        stored,
+        typed,
     )
 
 

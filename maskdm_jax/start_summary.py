@@ -18,6 +18,10 @@ _CACHES = {
     "host": "kept decoded in a file of this host",
     "device": "kept decoded on the device",
 }
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "muon": "Muon on the matrices of the blocks, AdamW on all else",
+}
 # Records of metrics.jsonl that say how fast the run was.
 _NEWEST = 10
 
@@ -39,8 +43,11 @@ def described(
     rows = {
         "data": _data(config, len(source)),
         "model": _model(phases.at(config, step).config, params),
+        "noise": _noise(config.diffusion),
+        "optim": _OPTIMIZERS[config.optim.name],
         "image": _image(config),
         "steps": _steps(every, len(source), step),
+        "scores": _scores(config.eval),
         "device": _device(mesh),
         "time": _time(every, workdir, step),
         "writes": _writes(config, workdir),
@@ -79,6 +86,12 @@ def _model(config, params):
     )
 
 
+def _noise(diffusion):
+    if diffusion.framework == "edm":
+        return f"edm, sigma_data {diffusion.sigma_data:g}"
+    return f"ddpm, {diffusion.schedule} schedule; the network predicts {diffusion.prediction}"
+
+
 def _image(config):
     if config.phases:
         return ""  # the table of the phases has it
@@ -99,6 +112,15 @@ def _steps(every, num_examples, step):
     return (
         f"{num_steps:,}{left}; batch {batch}{split}; {work.images:,} images in all, "
         f"{work.images / num_examples:,.3g} epochs, {_amount(work.flops)}"
+    )
+
+
+def _scores(evaluation):
+    if not evaluation.every_steps:
+        return "none in training (eval.every_steps is 0); --mode=evaluate measures them"
+    return (
+        f"every {evaluation.every_steps:,} steps: {', '.join(evaluation.metrics)} of "
+        f"{evaluation.num_in_training:,} samples, and the loss on held-out images if there are any"
     )
 
 

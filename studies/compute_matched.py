@@ -169,7 +169,8 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         "trained_s": round(trained * jax.device_count(), 1),
         "updates": sum(phase.steps for phase in cost),
         "images": sum(phase.steps * phase.batch for phase in cost),
-        "pflop": round(sum(p.steps * p.batch * p.gflop_per_image for p in cost) / 1e6, 1),
+        # Four digits of it, however small: a plot has its logarithm.
+        "pflop": f"{sum(p.steps * p.batch * p.gflop_per_image for p in cost) / 1e6:.4g}",
         "set_up_s": round(trained_at - start - trained, 1),
         "scoring_s": round(time.perf_counter() - trained_at, 1),
         "phases": json.dumps([phase._asdict() for phase in cost]),

@@ -122,6 +122,8 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     assert (last["steps"], last["batch"], last["tokens"]) == (2, 16, 18)
     assert (found["updates"], found["images"], found["seed"]) == ("5", "128", "1")
     assert float(found["trained_s"]) == 16 and float(found["swd"]) > 0
+    cost = sum(p["steps"] * p["batch"] * p["gflop_per_image"] for p in (first, last)) / 1e6
+    assert float(found["pflop"]) == pytest.approx(cost, rel=1e-3) and cost < 1e-3
     assert found["heldout_loss"] == found["floor"] == ""  # digits have no test split
     assert [path.name for path in (out / "grids").iterdir()] == ["pool_75_16s_seed1.png"]
     assert not (out / "runs").exists()

@@ -184,6 +184,19 @@ def test_another_architecture_is_refused_with_the_flags_that_match():
     assert "--config.model.size=S" in text and "--config.diffusion.prediction=v" in text
 
 
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"optim__name": "muon"}, "optimizer"),
+        ({"diffusion__prediction": "v"}, "noise process"),
+        ({"model__size": "S", "optim__ema": "power"}, "architecture and optimizer"),
+    ],
+)
+def test_a_refused_run_is_told_what_differs(fields, words):
+    with pytest.raises(ConfigError, match=f"in W has a different {words}: .* or another --workdir"):
+        config_lib.check_same_architecture(default_config(), changed(**fields), "W")
+
+
 STAGES = ("pretrain", "finetune", "scratch")
 
 
@@ -221,6 +234,22 @@ def test_a_second_stage_refuses_the_other_recipes_weights(name):
             config_lib.check_same_architecture(
                 shipped("finetune", here), shipped("pretrain", there), "W"
             )
+
+
+def test_the_refusal_of_a_run_names_the_recipe_that_it_has():
+    def refused(stored, changes=(), path="configs/finetune_celeba64.py"):
+        with pytest.raises(ConfigError) as error, config_file.naming_recipe(path, changes):
+            config = config_file.load(path, changes)
+            config_lib.check_same_architecture(config, stored, "W")
+        return str(error.value)
+
+    paper, hint = shipped("finetune", "celeba64:paper"), "or --config=configs/finetune_celeba64.py:"
+    assert refused(paper).endswith(f"{hint}paper, which has these values")
+    assert f"{hint}paper" in refused(paper, ["diffusion.prediction=eps"])
+    # Another value than either recipe's, one that is typed, and a file without recipes.
+    assert hint not in refused(shipped("finetune", "celebahq"))
+    assert hint not in refused(paper, ["model.size=B"])
+    assert ", or --config=" not in refused(paper, path="configs/finetune_digits.py")
 
 
 @pytest.mark.parametrize("name", ["celeba64", "celebahq"])

@@ -240,7 +240,7 @@ def test_weights_of_another_framework_or_scale_are_refused(trained, tiny_config,
     with pytest.raises(ConfigError, match=r"diffusion.framework \(ddpm there, edm here\)") as error:
         train.train(config, tmp_path / "w")
     assert "--config.diffusion.framework=ddpm to keep their meaning" in str(error.value)
-    with pytest.raises(ConfigError, match="different architecture: diffusion.framework"):
+    with pytest.raises(ConfigError, match="a different noise process: diffusion.framework"):
         train.train(edm_config(tiny_config, init__path=""), trained)
     other = config.copy_and_resolve_references()
     other.diffusion.sigma_data = 0.5

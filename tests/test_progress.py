@@ -239,6 +239,7 @@ def test_the_summary_fits_80_columns_and_says_what_will_be_done(tiny_config, tmp
     mesh = sharding.make_mesh(tiny_config)
     params = state.fresh_params(tiny_config, mesh)
     tiny_config.train.update(num_steps=500, sample_every_steps=50)
+    tiny_config.eval.update(every_steps=1000, metrics=("swd", "kid"), num_in_training=2000)
     text = start_summary.described(tiny_config, range(1797), mesh, params, tmp_path, 100)
     assert max(len(line) for line in text.splitlines() if str(tmp_path) not in line) <= 80
     count = sum(x.size for x in jax.tree.leaves(params))
@@ -246,6 +247,8 @@ def test_the_summary_fits_80_columns_and_says_what_will_be_done(tiny_config, tmp
     for part in (
         "1,797 images of digits, 8 x 8 x 1",
         f"U-ViT of {count:,} parameters: width 32, 3 blocks",
+        "noise ddpm, cosine schedule; the network predicts eps optim AdamW image",
+        "every 1,000 steps: swd, kid of 2,000 samples, and the loss on held-out images",
         "10 tokens (mask.kind patch), 0.002465 GFLOP",
         "500, of which 400 are left; batch 16; 8,000 images in all, 4.45 epochs, 19.7 GFLOP",
         f"{jax.device_count()} x cpu (data {jax.device_count()}, fsdp 1)",
@@ -260,7 +263,17 @@ def test_the_summary_of_phases_has_their_table():
     mesh = sharding.make_mesh(config, jax.devices()[:1])
     text = start_summary.described(config, range(1797), mesh, {}, pathlib.Path("/w"), 0)
     assert max(map(len, text.splitlines())) <= 80
+    assert "noise    ddpm, cosine schedule; the network predicts eps" in text
+    assert "optim    AdamW\n" in text and "scores   none in training" in text
     assert "batch 32 / 32" in text and "share of FLOPs" in text and "1001 to 3200" in text
+
+
+def test_the_summary_names_edm_and_muon():
+    config = config_file.load(str(ROOT / "configs/edm_digits.py:edm"), ["optim.name=muon"])
+    mesh = sharding.make_mesh(config, jax.devices()[:1])
+    text = start_summary.described(config, range(1797), mesh, {}, pathlib.Path("/w"), 0)
+    assert "noise    edm, sigma_data 0.75\n" in text
+    assert "optim    Muon on the matrices of the blocks, AdamW on all else\n" in text
 
 
 def test_the_parameters_are_listed_on_request_and_a_resumed_run_expects_an_end(

@@ -157,6 +157,45 @@ def test_a_run_without_scores_says_what_to_type(tmp_path):
         assert flag in typed and f"--workdir={workdir}" in typed
 
 
+def evaluation_of_a_file(workdir):
+    """What evaluating an official file leaves: samples and scores, no config.json."""
+    folder = add_pictures(workdir)
+    settings = json.loads((folder / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps(settings | {"init_path": "official.pt"}))
+    write_jsonl(workdir / "scores.jsonl", [score(33.5, folder.name)])
+    return str(workdir)
+
+
+def test_a_folder_with_samples_and_scores_alone_shows_them(tmp_path):
+    text = page.make(runs.read([evaluation_of_a_file(tmp_path / "file")]))
+    outline = Outline(text)
+    assert outline.headings == ["Runs", "Samples", "Scores", "Held-out loss by noise level"]
+    assert "samples or scores alone, of official.pt" in outline.text and "33.5" in outline.text
+    assert "data:image/png" in text and "file, step 100: 2 samples" in outline.text
+    assert "Trained for" not in outline.text and "main.py" not in outline.text
+    (tmp_path / "file" / "scores.jsonl").unlink()
+    text = Outline(page.make(runs.read([str(tmp_path / "file")]))).text
+    assert "file has no scores." in text and "file has no held-out loss." in text
+
+
+def test_a_folder_with_samples_alone_stands_beside_runs(stages, tmp_path):
+    alone = evaluation_of_a_file(tmp_path / "file")
+    found = runs.read([alone, *stages])
+    assert [run.name for run in found] == ["pre", "fine", "scratch", "file"]
+    outline = Outline(page.make(found))
+    assert tuple(outline.headings) == SECTIONS
+    assert outline.text.count("file, step 100") == 2  # its samples, its held-out loss
+
+
+def test_a_set_that_has_no_held_out_images_is_sent_to_no_command(tmp_path):
+    config = scratch_digits.get_config()
+    config.eval.heldout_split = ""
+    workdir = fake_run(tmp_path / "run", config)
+    write_jsonl(tmp_path / "run" / "scores.jsonl", [score(1.5) | {"heldout_loss": {}}])
+    text = Outline(page.make(runs.read([workdir]))).text
+    assert "run was scored without held-out images.Previews" in text
+
+
 def test_a_run_that_has_not_trained_says_so(tmp_path):
     workdir = fake_run(tmp_path / "run", pretrain_digits.get_config())
     (tmp_path / "run" / "metrics.jsonl").unlink()
@@ -275,6 +314,17 @@ def test_large_pictures_are_reduced(tmp_path):
     kind, content = runs.picture(tmp_path / "large.png")
     assert kind == "image/jpeg" and len(content) < (tmp_path / "large.png").stat().st_size / 3
     assert runs.picture(tmp_path / "small.png")[0] == "image/png"
+
+
+def test_large_numbers_on_an_axis_can_be_read():
+    def ticks(top):
+        x, y = np.linspace(0, top, 10), np.ones(10)
+        svg = plots.loss([("#000000", x, y)], "images", "Loss")
+        return {text.strip() for text in svg.itertext()}
+
+    assert {"0.5", "1"} <= ticks(1.2)
+    assert {"20,000", "100,000"} <= ticks(100_000)
+    assert {"2 T", "10 T"} <= ticks(1e13)
 
 
 def test_a_smoothed_curve_keeps_a_constant_and_skips_nan():

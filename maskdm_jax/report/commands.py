@@ -65,7 +65,7 @@ MASKED = (
 
 
 def train(run: runs.Run, configs: dict) -> str:
-    """The command that starts or resumes a run."""
+    """The command that starts or resumes a run that has a config."""
     return command(run.config, run.workdir, configs)
 
 
@@ -78,8 +78,13 @@ def with_previews(run: runs.Run, configs: dict) -> str:
     return command(config, again if finished else run.workdir, configs)
 
 
-def mode(run: runs.Run, configs: dict, name: str) -> str:
-    """The command that draws a run's samples, with the settings of its newest, or scores it."""
+def mode(run: runs.Run, configs: dict, name: str) -> str | None:
+    """The command that draws a run's samples, with the settings of its newest, or scores it.
+
+    None for a run without a config.
+    """
+    if run.config is None:
+        return None
     config = run.config.copy_and_resolve_references()
     if name == "sample" and run.samples:
         settings = run.samples[-1].settings
@@ -87,21 +92,30 @@ def mode(run: runs.Run, configs: dict, name: str) -> str:
     return command(config, run.workdir, configs, name)
 
 
-def missing(problem: str, remedy: str) -> ElementTree.Element:
-    """What a run lacks, and what to type to get it."""
+def missing(problem: str, remedy: str | None) -> ElementTree.Element:
+    """What a run lacks, and what to type to get it; None if no command is known."""
+    if remedy is None:
+        return element("p", f"{problem}.", class_="missing")
     head = element("p", f"{problem}; to get it, type:")
     return element("div", head, element("pre", remedy), class_="missing")
 
 
 def section(found: list[runs.Run], configs: dict) -> list:
-    """The command lines of each run, in the order in which they can be typed."""
+    """The command lines of each run that has a config, in the order in which they can be typed."""
+    found = [run for run in found if run.config]
+    if not found:
+        return []
     parts = [
         element(
             "p",
             "The first command resumes a run from its newest checkpoint, or says that it is "
-            "finished; a larger --config.train.num_steps continues it. With another --workdir the "
-            "same command reproduces the run from its start. The others draw and score. python -m "
-            "maskdm_jax.checkpoint digest WORKDIR prints the hash by which two runs are compared.",
+            "finished; a larger ",
+            element("code", "--config.train.num_steps"),
+            " continues it. With another ",
+            element("code", "--workdir"),
+            " the same command reproduces the run from its start. The others draw and score. ",
+            element("code", "python -m maskdm_jax.checkpoint digest WORKDIR"),
+            " prints the hash by which two runs are compared.",
             class_="soft",
         )
     ]

@@ -17,6 +17,8 @@ def section(found: list[runs.Run]) -> list:
     ]  # fmt: skip
     rows = []
     for run in found:
+        if not run.config:
+            continue
         rates = [_median(run, key) for key in ("images_per_s", "mfu")]
         speed = [_number(rates[0], "{:,.0f}"), _number(rates[1], "{:.1%}")]
         devices = runs.devices(run) or "not recorded"
@@ -29,11 +31,13 @@ def section(found: list[runs.Run]) -> list:
         "scores. Device-hours are this time x the number of devices. FLOPs are the model's: 2 per "
         "multiply-add, a backward pass counted as two forward passes (docs/speed.md)."
     )
-    return [table(head, rows), element("p", text, class_="soft")]
+    return [table(head, rows), element("p", text, class_="soft")] if rows else []
 
 
 def sentence(run: runs.Run, found: list[runs.Run]) -> str:
-    """A run's training time in words, with that of the runs before it."""
+    """A run's training time in words, with that of the runs before it; "" if it is none."""
+    if not run.config:
+        return ""
     whole, earlier = _whole(run, found), runs.before(run, found)
     own = _time(runs.cost(run).seconds)
     if not earlier:

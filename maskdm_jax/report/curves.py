@@ -13,7 +13,7 @@ def losses(found: list[runs.Run], configs: dict) -> list:
     parts = [
         commands.missing(f"{run.name} has not trained yet", commands.train(run, configs))
         for run in found
-        if not run.metrics
+        if run.config and not run.metrics
     ]
     if not trained:
         return parts
@@ -89,6 +89,8 @@ def heldout(found: list[runs.Run], configs: dict) -> list:
 def _no_heldout(run, configs):
     if run.is_masked:
         return element("p", f"{run.name}: {commands.MASKED}", class_="missing")
+    if run.scores and not (run.config and run.config.eval.heldout_split):
+        return commands.missing(f"{run.name} was scored without held-out images", None)
     if run.scores:
         problem = (
             f"{run.name} was scored without held-out images; prepare its data with a test split "

@@ -34,6 +34,7 @@ svg { display: block; width: 100%; max-width: 36rem; height: auto; }
 svg text { fill: currentColor; }
 pre { background: var(--panel); padding: 0.6rem; margin: 0.4rem 0; overflow-x: auto;
   font-size: 0.8125rem; border-radius: 4px; }
+p code { display: inline-block; max-width: 100%; }
 .run { white-space: nowrap; }
 .swatch { display: inline-block; width: 0.8em; height: 0.8em; border-radius: 2px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0.2rem 1.2rem; list-style: none; padding: 0;

@@ -49,4 +49,5 @@ def make(found: list[runs.Run]) -> str:
         "Time and cost": cost.section(found),
         "Resume and reproduce": commands.section(found, configs),
     }
-    return markup.page(", ".join(run.name for run in found), sections)
+    shown = {name: parts for name, parts in sections.items() if parts}
+    return markup.page(", ".join(run.name for run in found), shown)

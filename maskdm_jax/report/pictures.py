@@ -44,6 +44,8 @@ def previews(found: list[runs.Run], configs: dict) -> list:
     """Some previews of each run, evenly spaced over training, first and last included."""
     parts = []
     for run in found:
+        if not run.config:
+            continue
         if not run.previews:
             what = "previews, which are drawn during training"
             parts.append(_none(run, what, commands.with_previews(run, configs)))

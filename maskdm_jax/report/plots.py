@@ -12,7 +12,7 @@ from maskdm_jax.errors import ConfigError
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 except ImportError as error:
     raise ConfigError(
         "the report needs matplotlib; type: pip install 'maskdm_jax[demo]'"
@@ -60,6 +60,8 @@ def loss(
         every = -(-len(x) // _MAX_POINTS)
         axis.plot(x[::every], y[::every], color=shade, alpha=0.25, linewidth=0.8)
         axis.plot(x[::every], smoothed(y)[::every], color=shade, linewidth=1.8)
+    large = axis.get_xlim()[1] >= 1e6
+    axis.xaxis.set_major_formatter(EngFormatter() if large else "{x:,g}")  # 8 T; 20,000
     return _svg(axis.figure, label)
 
 

@@ -38,7 +38,8 @@ class Run:
     Fields:
       name: how the page calls the run.
       workdir: as typed.
-      config: from config.json.
+      config: from config.json; None for a folder that holds samples or scores alone, such as those
+        of an official file.
       metrics, scores: the records of metrics.jsonl and scores.jsonl.
       previews: (step, picture), ascending.
       samples: by step, and by time of drawing.
@@ -46,7 +47,7 @@ class Run:
 
     name: str
     workdir: str
-    config: config_dict.ConfigDict
+    config: config_dict.ConfigDict | None
     metrics: list[dict]
     scores: list[dict]
     previews: list[tuple[int, pathlib.Path]]
@@ -55,7 +56,7 @@ class Run:
     @property
     def is_masked(self) -> bool:
         """Whether training hides patches to the end: it is to be fine-tuned, not sampled."""
-        return phases.phases(self.config)[-1].config.mask.kind != "none"
+        return bool(self.config) and phases.phases(self.config)[-1].config.mask.kind != "none"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,37 +92,38 @@ class Cost:
 def read(workdirs: list[str]) -> list[Run]:
     """Reads workdirs; the runs are called by the folders' names, or whole paths if these repeat.
 
+    Those without a config come last.
+
     Raises:
-      ConfigError: for a folder without config.json, or with a file that cannot be read.
+      ConfigError: for a folder without config.json, samples and scores, or with a file that cannot
+        be read.
     """
     paths = {workdir: files.local_path(workdir, "workdirs") for workdir in workdirs}
     names = [path.name for path in paths.values()]
-    return [
+    found = [
         _read(path.name if names.count(path.name) == 1 else str(path), workdir, path)
         for workdir, path in paths.items()
     ]
+    return sorted(found, key=lambda run: run.config is None)
 
 
 def _read(name, workdir, path):
+    grids = (path / "samples").glob("*/grid.png")
+    samples = [_samples(grid.parent) for grid in sorted(grids, key=lambda p: p.stat().st_mtime)]
+    samples = sorted(samples, key=lambda found: found.settings["step"])
+    scores = read_scores(path)
     if not (path / "config.json").is_file():
-        raise ConfigError(
-            f"{workdir} holds no config.json; expected the --workdir of a run; type another one"
-        )
+        if not samples and not scores:
+            raise ConfigError(
+                f"{workdir} holds no config.json, no samples and no scores; expected the --workdir "
+                "of a run; type another one"
+            )
+        return Run(name, workdir, None, [], scores, [], samples)
     with _damage_explained(path / "config.json"):
         config = load_json(path / "config.json")
     previews = (path / "previews").glob("step_*.png")
     numbered = [(int(match[1]), p) for p in previews if (match := re.search(r"_(\d+)$", p.stem))]
-    grids = (path / "samples").glob("*/grid.png")
-    samples = [_samples(grid.parent) for grid in sorted(grids, key=lambda p: p.stat().st_mtime)]
-    return Run(
-        name,
-        workdir,
-        config,
-        read_metrics(path),
-        read_scores(path),
-        sorted(numbered),
-        sorted(samples, key=lambda found: found.settings["step"]),
-    )
+    return Run(name, workdir, config, read_metrics(path), scores, sorted(numbered), samples)
 
 
 def _samples(folder):
@@ -187,7 +189,7 @@ def before(run: Run, others: list[Run]) -> list[Run]:
 
 
 def _starts_from(run, other):
-    if not run.config.init.path or run.workdir == other.workdir:
+    if not run.config or not run.config.init.path or run.workdir == other.workdir:
         return False
     start, folder = (
         pathlib.Path(path).expanduser().absolute() for path in (run.config.init.path, other.workdir)

@@ -13,10 +13,13 @@ def section(found: list[runs.Run]) -> list:
     """A table of runs, then their configs side by side."""
     head = ["run", "stage", "data", "network", "tokens per image", "steps"]
     rows = [[named(run, found), *_described(run, found)] for run in found]
+    parts = [table(head, rows)]
+    found = [run for run in found if run.config]
+    if not found:
+        return parts
     changed = [set(differences(run.config, default_config())) for run in found]
     first = found[0].config
     differ = {name for run in found for name in differences(run.config, first)}
-    parts = [table(head, rows)]
     if len(found) > 1:
         parts += [element("h3", "Where the configs differ"), _side_by_side(found, differ)]
     shared = set().union(*changed) - differ
@@ -41,6 +44,10 @@ def named(run: runs.Run, found: list[runs.Run]) -> ElementTree.Element:
 
 def _described(run, found):
     config = run.config
+    if config is None:
+        files = dict.fromkeys(each.settings.get("init_path", "") for each in run.samples)
+        of = ", ".join(path for path in files if path)
+        return [f"none here: samples or scores alone{of and f', of {of}'}", *["-"] * 4]
     width, depth, heads = dimensions(config.model)
     size = "x".join(map(str, config.data.image_size))
     parts = [phase.config for phase in phases.phases(config)]

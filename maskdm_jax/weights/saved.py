@@ -15,7 +15,7 @@ import numpy as np
 
 from maskdm_jax import averages, checkpoint, phases
 from maskdm_jax.config import as_flags, described, differences, get, whole_images
-from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.errors import ConfigError, OtherRecipe, RunError
 from maskdm_jax.fields import MEANING, SHAPE
 from maskdm_jax.run import distributed, files, hashes
 from maskdm_jax.weights import torch_file, torch_io
@@ -132,9 +132,11 @@ class OfficialFile(NamedTuple):
             allow = f'--config.init.allow="({allow},)" to use it anyway'
             meaning = all(name in differences(config, stored, (MEANING,)) for name in names)
             remedies = [use] * bool(use) + [allow] * meaning
-            raise ConfigError(
+            raise OtherRecipe(
                 f"{self.path} holds another network: {described(config, stored, names)}; type "
-                f"{', or '.join(remedies)}"
+                f"{', or '.join(remedies)}",
+                stored,
+                known,
             )
         return config
 

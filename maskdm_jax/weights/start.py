@@ -15,7 +15,7 @@ import numpy as np
 
 from maskdm_jax import averages, checkpoint, phases
 from maskdm_jax.config import as_flags, block_map, described, differences, get, resolved
-from maskdm_jax.errors import ConfigError
+from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.fields import MEANING, SHAPE, nearest_word, quoted
 from maskdm_jax.run import faults, files
 from maskdm_jax.weights import resize, rules, torch_io
@@ -215,10 +215,12 @@ def _check_meaning(config, stored, source):
     listed = ", ".join(f"'{name}'" for name in (*allowed, *names))
     as_trained = [n for n in names if get(stored, n) != "unknown"]
     use = f"{as_flags(stored, as_trained)} to keep their meaning, or " if as_trained else ""
-    raise ConfigError(
+    raise OtherRecipe(
         f"init.path: the weights of {source} mean something else: "
         f"{described(config, stored, names)}; type {use}"
-        f'--config.init.allow="({listed},)" to start from them anyway'
+        f'--config.init.allow="({listed},)" to start from them anyway',
+        stored,
+        as_trained,
     )
 
 
