@@ -26,15 +26,16 @@ Measured at this size: the rates of the steps alone, with AdamW; Muon adds to ea
 not timed here. No score of either recipe, so ours is not shown to be better here.
 
 Carried over from the study at 128x128 (docs/study.md, arm drop_60_b32_muon: U-ViT-S, 120 s of
-training, one seed): Muon, output, noise, b1, flips, clipping, 4x4 blocks, batches 256 and 32 and
+training, two seeds): Muon, output, noise, b1, flips, clipping, 4x4 blocks, batches 256 and 32 and
 60 % of the time in stage 1, and a warm-up and a cosine decay in each stage, to 0.3 of the peak and
-to 0. The arm reached FID-768 0.256; whole images alone with these settings reached 0.344 in the
-same time and 0.273 in 180 s; without Muon, whole images reached 1.393, and two stages (75 %) 0.645.
+to 0. The arm reached FID-768 0.256 and 0.244, whole images alone with these settings 0.344 and
+0.337; without Muon, whole images reached 1.393, and two stages (75 %) 0.645.
 
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
-study has a peak of 8e-4 and a warm-up of 200 for some 4,000 updates; its run at 1.2e-3 diverged. A
-rate that suits minutes may be too high for days and for a wider network. For a shorter run, divide
-the updates of both stages, and the warm-ups, by one number.
+study has a warm-up of 200 for some 4,000 updates; with Muon its score still falls from a peak of
+8e-4 to the highest tried (1.6e-3 for two stages, 3.2e-3 for whole images). A rate that suits
+minutes may be too high for days and for a wider network. For a shorter run, divide the updates of
+both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config
