@@ -29,15 +29,15 @@ of 100, no decay in stage 1, and another share of the time: FID-768 0.155, again
 images. No run of the whole recipe, and none of the paper's to compare with.
 
 Carried over from the study at 128x128 (docs/study.md, arm drop_60_b32_muon: U-ViT-S, 120 s of
-training, two seeds): Muon, stage 1's 60 % of the time, and its decay to 0.3 of the peak. Our batches
-give an update about as many tokens as 256 and 64 do there (the arm has 256 and 32); its blocks are
-of 4x4 patches. It reached FID-768 0.256 and 0.244, whole images alone with its settings 0.344 and
-0.337.
+training, two seeds): Muon, stage 1's 60 % of the time, and its decay to 0.3 of the peak. Our
+batches give an update about as many tokens as 256 and 64 do there (the arm has 256 and 32); its
+blocks are of 4x4 patches. It reached FID-768 0.256 and 0.244, whole images alone with its settings
+0.344 and 0.337.
 
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many. There the score still falls up to the highest rates tried, 1.6e-3 for two stages and
-3.2e-3 for whole images. A rate that suits minutes may be too high for hours. For a shorter run, divide the
-updates of both stages, and the warm-ups, by one number.
+3.2e-3 for whole images. A rate that suits minutes may be too high for hours. For a shorter run,
+divide the updates of both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config
