@@ -11,7 +11,7 @@ tokens instead of 1,025; 512: 1,233 instead of 4,097.
 
 Prepare:  python -m maskdm_jax.data.prepare --images FOLDER --name faces256 --size 256
 Command:  python main.py --config=configs/pretrain_dwt.py:256 --workdir=W1
-Device:   not measured yet
+Device:   not measured yet; for 512, 16 chips of TPU v5e need --config.model.remat=blocks
 Expected: initial weights for configs/finetune_dwt.py; score: not measured yet
 """
 

@@ -118,6 +118,11 @@ def test_what_a_header_says_to_type_is_accepted(file):
         load(flags["--config"], *changes)
 
 
+@pytest.mark.parametrize("file", FILES)
+def test_the_page_on_slices_has_a_row_for_each_file_or_names_it_as_lacking_one(file):
+    assert re.search(rf"^\| {file}\b|`{file}\b", (ROOT / "docs/tpu.md").read_text(), re.M)
+
+
 def test_a_wrong_argument_is_answered_with_the_nearest():
     for typed, near in {
         "ablation_celeba64.py:blok4": "ablation_celeba64.py:block4,0",
