@@ -383,7 +383,7 @@ def test_a_run_that_loses_its_bucket_ends_with_75_and_the_bucket_stays_whole(
         wait_for(lambda: _has(own, "commit_success.txt"), process)
         own.process.kill()
     else:
-        wait_for(lambda: checkpoint.steps(folder), process)
+        wait_for(lambda: len(checkpoint.steps(folder)) > 1, process)
         own.fail(503)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
@@ -391,10 +391,9 @@ def test_a_run_that_loses_its_bucket_ends_with_75_and_the_bucket_stays_whole(
     assert "Traceback" not in err
     if how == "503":
         own.fail(0)
-        newest = checkpoint.steps(folder)[-1]
-        assert checkpoint.find_step(folder) == newest
-        seen = [r["step"] for r in telemetry.read_metrics(folder)]
-        assert seen[-1] >= newest
+        # The newest may lack its hashes, and then counts as unfinished.
+        assert checkpoint.find_step(folder) in checkpoint.steps(folder)[-2:]
+        assert telemetry.read_metrics(folder)[-1]["step"] >= checkpoint.steps(folder)[-1]
 
 
 def _has(emulator, text):
