@@ -1,9 +1,9 @@
 """Checkpoints, by Orbax: saving, restoring, retention, and the digest that compares two runs.
 
 A workdir holds checkpoints/<step>/{state,config,sha256.json}. A save is asynchronous and gets its
-final name only once it is complete, so a run killed at any moment still has its last complete
-checkpoint. Then the SHA-256 of every file is stored beside it, also while training continues, and
-compared before a checkpoint is used: later damage, by a disk or a copy, is never used in silence.
+final name (in a bucket, Orbax's mark) only once it is complete, so a run killed at any moment still
+has its last complete checkpoint. Then each file's SHA-256 is stored beside it, also while training
+continues, and compared before use: later damage, by a disk or a copy, is never used in silence.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
@@ -11,7 +11,6 @@ compared before a checkpoint is used: later damage, by a disk or a copy, is neve
 import concurrent.futures
 import hashlib
 import itertools
-import os
 import pathlib
 import socket
 import sys
@@ -33,6 +32,7 @@ _PATTERN = frozenset("*?[]\\")
 # What Orbax and TensorStore raise for truncated, empty or missing files; JSONDecodeError and
 # TensorStore's own errors are ValueErrors.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError)
+_COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint in a bucket
 # Stored with the config. From this format on, a checkpoint without hashes is not finished.
 _FORMAT = 2
 _UNFINISHED = hashes.DamageError(f"is not finished ({hashes.NAME} is missing)")
@@ -44,7 +44,7 @@ def directory(workdir: str | pathlib.Path) -> pathlib.Path:
     Raises:
       ConfigError: for a path that cannot hold checkpoints.
     """
-    path = files.local_path(workdir, "--workdir")
+    path = files.place(workdir, "--workdir")
     if not _PATTERN.isdisjoint(str(path)):
         raise ConfigError(
             f"--workdir {path} has one of {' '.join(sorted(_PATTERN))} in it, which Orbax takes "
@@ -144,14 +144,13 @@ class Checkpoints:
 
     def _full_disk_explained(self):
         step, size = self._saving or (None, 0)
+        what = f"checkpoint {step}"
+        return faults.explain_full_disk(what, self._directory, self._remedy, lambda: size)
+
+    def _remedy(self):
         whole = steps(self._directory.parent)
         start = f"resumes from step {whole[-1]}" if whole else "starts again"
-        return faults.explain_full_disk(
-            f"checkpoint {step}",
-            self._directory,
-            f"the older checkpoints are whole: make room, then the same command {start}",
-            lambda: size,
-        )
+        return f"the older checkpoints are whole: make room, then the same command {start}"
 
 
 def steps(workdir: str | pathlib.Path) -> list[int]:
@@ -159,7 +158,8 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
     path = directory(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
+    found = files.holding(path, _COMMITTED) if files.is_remote(path) else path.iterdir()
+    return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 
 def find_step(
@@ -245,10 +245,10 @@ def _verify(workdir, step):
 
 def _set_aside(workdir, step):
     folder = directory(workdir).parent / "damaged_checkpoints"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
     place = next(folder / name for name in names if not (folder / name).exists())
-    os.rename(directory(workdir) / str(step), place)
+    files.move(directory(workdir) / str(step), place)
     return place
 
 

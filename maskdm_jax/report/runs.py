@@ -98,7 +98,7 @@ def read(workdirs: list[str]) -> list[Run]:
       ConfigError: for a folder without config.json, samples and scores, or with a file that cannot
         be read.
     """
-    paths = {workdir: files.local_path(workdir, "workdirs") for workdir in workdirs}
+    paths = {workdir: files.place(workdir, "workdirs") for workdir in workdirs}
     names = [path.name for path in paths.values()]
     found = [
         _read(path.name if names.count(path.name) == 1 else str(path), workdir, path)
@@ -109,7 +109,7 @@ def read(workdirs: list[str]) -> list[Run]:
 
 def _read(name, workdir, path):
     grids = (path / "samples").glob("*/grid.png")
-    samples = [_samples(grid.parent) for grid in sorted(grids, key=lambda p: p.stat().st_mtime)]
+    samples = [_samples(grid.parent) for grid in sorted(grids, key=files.modified)]
     samples = sorted(samples, key=lambda found: found.settings["step"])
     scores = read_scores(path)
     if not (path / "config.json").is_file():

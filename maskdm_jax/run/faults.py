@@ -6,10 +6,12 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
 from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.run import files
 
 # A full disk, a used-up quota, a file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -84,7 +86,7 @@ def disk_is_full(error: BaseException) -> bool:
 def explain_full_disk(
     what: str,
     where: str | pathlib.Path,
-    remedy: str,
+    remedy: str | Callable[[], str],
     needed_bytes: Callable[[], int] | None = None,
 ) -> Iterator[None]:
     """Raises RunError, in these words, if the block finds the disk full.
@@ -92,7 +94,7 @@ def explain_full_disk(
     Args:
       what: what could not be written.
       where: the folder it goes to.
-      remedy: what to do.
+      remedy: what to do; or what returns that, called after the failure.
       needed_bytes: returns about how much room it takes in all; called after the failure.
     """
     try:
@@ -106,8 +108,10 @@ def explain_full_disk(
         reason = next((words for words in known if words in str(error)), str(error))
         room = ""
         if needed_bytes is not None:
-            needed, free = needed_bytes() / 2**20, shutil.disk_usage(where).free / 2**20
+            disk = tempfile.gettempdir() if files.is_remote(where) else where
+            needed, free = needed_bytes() / 2**20, shutil.disk_usage(disk).free / 2**20
             room = f"about {needed:,.1f} MiB are needed, and {free:,.1f} MiB are free; "
+        remedy = remedy() if callable(remedy) else remedy
         raise RunError(
             f"{what} could not be written to {where}: {reason}; {room}{remedy}"
         ) from error
