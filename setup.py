@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 # JAX requires the matching libtpu, which has wheels for Linux on x86-64 only.
 _TPU_COMPILER = "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'"
+_GCS = "gcsfs>=2026.2"
 
 setup(
     name="maskdm_jax",
@@ -48,7 +49,8 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda13]>=0.10,<0.12"],
-        "tpu": ["jax[tpu]>=0.10,<0.12"],
+        "gcs": [_GCS],  # for gs:// places
+        "tpu": ["jax[tpu]>=0.10,<0.12", _GCS],
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published
@@ -58,6 +60,8 @@ setup(
         "demo": ["matplotlib>=3.8", "scikit-learn>=1.5"],
         "notebook": ["ipykernel>=7", "nbclient>=0.10", "nbformat>=5.10"],  # to run notebooks/
         "test": [
+            _GCS,
+            "gcp-storage-emulator>=2026.7",
             "lmdb>=1.4",
             "matplotlib>=3.8",
             "pytest>=8",

@@ -13,6 +13,12 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class BucketError(RunError):
+    """A bucket stopped answering; what is in it is whole, and the next attempt may succeed."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 class StartError(RuntimeError):
     """The processes of a run cannot find each other; the next attempt may succeed."""
 

@@ -14,7 +14,8 @@ GROUND = {
     "sharding": set(),
     "model.sizes": set(),
     "run.progress": set(),
-    "run.files": {"errors"},
+    "run.bucket": {"errors"},
+    "run.files": {"errors", "run.bucket"},
 }
 # room or module -> what it may import besides itself and the ground.
 ALLOWED = {

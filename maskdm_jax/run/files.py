@@ -1,14 +1,44 @@
-"""Local paths, and files that are whole or absent: a reader never finds half of one."""
+"""Places, and files that are whole or absent: a reader never finds half of one.
+
+A place is a folder or file of the local file system (a pathlib.Path), or of a bucket (an
+epath.Path, which has the same methods). This module and `lock` alone know the difference.
+"""
 
 import contextlib
 import os
 import pathlib
 import re
+import shutil
 import socket
+import tempfile
 import unicodedata
 from collections.abc import Iterator
 
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import bucket
+
+_BUCKET = "gs://"
+
+
+def place(path, name: str):
+    """The place that a user typed, which a program may then read and write.
+
+    Args:
+      path: a local path, as for `local_path`; or gs://BUCKET/FOLDER.
+      name: the flag or field it was typed for.
+
+    Returns:
+      A pathlib.Path or, in a bucket, an epath.Path.
+
+    Raises:
+      ConfigError: as `local_path`; for a bucket that does not exist or cannot be used from here,
+        within seconds.
+      BucketError: for a bucket that does not answer.
+    """
+    _check_printable(path, name)
+    if is_remote(path):
+        return bucket.checked(str(path), name)
+    return _local_path(path, name, f"or {_BUCKET}BUCKET/FOLDER in Google Cloud Storage")
 
 
 def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
@@ -23,18 +53,37 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
         for control characters other than white space, and bytes that are not UTF-8, which no
         terminal can show; for ~ if no home folder is known; for a name that is too long.
     """
+    _check_printable(path, name)
+    return _local_path(path, name, "since buckets are not supported")
+
+
+def is_remote(path) -> bool:
+    """Whether a path, as text or as a place, is in a bucket."""
+    return str(path).startswith(_BUCKET)
+
+
+def as_place(path):
+    """`path`, which `place` has checked before, as a place; a text may have become one."""
+    return bucket.path(str(path)) if is_remote(path) else pathlib.Path(path)
+
+
+def _check_printable(path, name):
     path = str(path)
     if any(unicodedata.category(c) in ("Cc", "Cs") and not c.isspace() for c in path):
         raise ConfigError(
             f"{name} is {path!r}; expected a path that can be printed; type another {name}"
         )
-    if not str(path):
+
+
+def _local_path(path, name, buckets):
+    path = str(path)
+    if not path:
         flag = name if name.startswith("--") else f"--config.{name}"
         raise ConfigError(f"{name} is ''; expected a path; type {flag}=FOLDER")
     if re.match(r"[A-Za-z][\w+.-]*:/", path):
         raise ConfigError(
-            f"{name} is {path}; expected a folder of a local or mounted file system, since buckets "
-            "are not supported; type its path, such as /mnt/share/run"
+            f"{name} is {path}; expected a path of a local or mounted file system, {buckets}; type "
+            "such a path, for example /mnt/share/run"
         )
     try:
         absolute = pathlib.Path(path).expanduser().absolute()
@@ -53,12 +102,18 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary path, which is renamed to `path` if the block ends without an error.
+def whole(path) -> Iterator[pathlib.Path]:
+    """Yields a temporary local path, whose file becomes `path` if the block ends without an error.
 
-    Its name starts with a dot and is unique to this process, even among hosts that share the
-    folder.
+    Locally its name starts with a dot and is unique to this process, even among hosts that share
+    the folder. For a bucket it lies in the folder for temporary files, and is uploaded.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            unfinished = pathlib.Path(folder) / as_place(path).name
+            yield unfinished
+            bucket.upload(unfinished, path)
+        return
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}")
     try:
@@ -69,18 +124,28 @@ def whole(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         raise
 
 
-def remove_leftovers(folder: str | pathlib.Path, pattern: str) -> None:
+def remove_leftovers(folder, pattern: str) -> None:
     """Removes what `whole` left of files named like `pattern` when its process was killed.
 
-    The caller holds the folder's lock, so nobody is writing them now.
+    The caller holds the folder's lock, so nobody is writing them now. In a bucket nothing is left.
     """
+    if is_remote(folder):
+        return
     for unfinished in pathlib.Path(folder).glob(f".{pattern}.*-*"):
         unfinished.unlink(missing_ok=True)
 
 
-def write_text(path: str | pathlib.Path, text: str) -> None:
+def write_text(path, text: str) -> None:
     """Writes a text file that is whole or absent."""
+    if is_remote(path):
+        bucket.upload(text.encode(), path)
+        return
     with whole(path) as unfinished, unfinished.open("w") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # a power cut would otherwise leave the name with nothing in it
+
+
+def remove_tree(folder) -> None:
+    """Removes a folder with all that is in it."""
+    folder.rmtree() if is_remote(folder) else shutil.rmtree(folder)
