@@ -32,6 +32,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+from bucket_emulator import bucket_dir, emulated_storage  # noqa: E402, F401
 
 from configs import pretrain_digits  # noqa: E402
 from maskdm_jax import train  # noqa: E402

@@ -10,7 +10,6 @@ import zipfile
 
 import numpy as np
 import pytest
-from bucket_emulator import bucket_dir, emulated_storage  # noqa: F401
 from conftest import ROOT
 from PIL import Image
 
@@ -49,7 +48,7 @@ def local_dir(tmp_path):
 
 
 @pytest.fixture
-def in_bucket(bucket_dir, prepared):  # noqa: F811
+def in_bucket(bucket_dir, prepared):
     """A folder of data sets in a bucket that holds "small"."""
     put(bucket_dir / "small" / "1.0.0", prepared / "small" / "1.0.0")
     return bucket_dir
@@ -117,9 +116,7 @@ def test_later_runs_use_the_copy(in_bucket, local_dir, gets):
 
 
 def test_a_set_that_changed_in_the_bucket_is_copied_again_where_it_differs(
-    bucket_dir,  # noqa: F811
-    local_dir,
-    gets,
+    bucket_dir, local_dir, gets
 ):
     place = bucket_dir / "x" / "1.0.0"
     shards(place)
@@ -131,6 +128,14 @@ def test_a_set_that_changed_in_the_bucket_is_copied_again_where_it_differs(
     assert mirror.local_copy(bucket_dir, "x", local_dir) == folder
     assert contents(folder) == {path.name: path.read_bytes() for path in place.iterdir()}
     assert gets == [names[1], INDEX]
+
+
+def test_a_run_reads_the_state_of_the_set_that_it_found_first(in_bucket, local_dir, gets):
+    (place,) = (in_bucket / "small" / "1.0.0").glob("*.array_record-*")
+    first = opened(in_bucket, "small", local_dir)
+    gets.clear()
+    place.write_bytes(b"another")
+    assert opened(in_bucket, "small", local_dir).fingerprint == first.fingerprint and not gets
 
 
 def test_a_local_file_that_changed_is_copied_again(in_bucket, prepared, local_dir, gets):
@@ -145,7 +150,7 @@ def test_a_local_file_that_changed_is_copied_again(in_bucket, prepared, local_di
     assert contents(folder) == contents(prepared / "small" / "1.0.0")
 
 
-def test_a_killed_copy_leaves_no_set_and_the_next_one_copies_the_rest(bucket_dir, local_dir, gets):  # noqa: F811
+def test_a_killed_copy_leaves_no_set_and_the_next_one_copies_the_rest(bucket_dir, local_dir, gets):
     shards(bucket_dir / "x" / "1.0.0", count=12)
     code = """if True:
         import os, pathlib, signal, sys
@@ -173,12 +178,7 @@ def test_a_killed_copy_leaves_no_set_and_the_next_one_copies_the_rest(bucket_dir
     assert len(gets) == 9 and gets[-1] == INDEX
 
 
-def test_one_process_of_a_host_copies_and_the_others_wait(
-    bucket_dir,  # noqa: F811
-    local_dir,
-    gets,
-    monkeypatch,
-):
+def test_one_process_of_a_host_copies_and_the_others_wait(bucket_dir, local_dir, gets, monkeypatch):
     shards(bucket_dir / "x" / "1.0.0")
     waits, download = threading.Event(), transfer.download
     monkeypatch.setattr(lock, "say", lambda text: waits.set())
@@ -202,7 +202,7 @@ def test_one_process_of_a_host_copies_and_the_others_wait(
 
 
 @pytest.mark.parametrize("kind", ["md5Hash", "crc32c"])
-def test_what_arrives_damaged_is_not_believed(bucket_dir, local_dir, monkeypatch, kind):  # noqa: F811
+def test_what_arrives_damaged_is_not_believed(bucket_dir, local_dir, monkeypatch, kind):
     shards(bucket_dir / "x" / "1.0.0", count=2)
     system = bucket.system()
     get_file, find = system.get_file, system.find
@@ -229,7 +229,7 @@ def test_what_arrives_damaged_is_not_believed(bucket_dir, local_dir, monkeypatch
     assert len(contents(mirror.local_copy(bucket_dir, "x", local_dir))) == 3
 
 
-def test_the_newest_version_is_read_unless_another_is_named(bucket_dir, local_dir):  # noqa: F811
+def test_the_newest_version_is_read_unless_another_is_named(bucket_dir, local_dir):
     for seed, version in enumerate(("1.9.0", "1.10.0")):
         shards(bucket_dir / "x" / "wide" / version, seed=seed)
     for name, version in [
@@ -241,7 +241,7 @@ def test_the_newest_version_is_read_unless_another_is_named(bucket_dir, local_di
         assert contents(folder) == {path.name: path.read_bytes() for path in place.iterdir()}
 
 
-def test_decoded_images_and_hidden_files_stay_in_the_bucket(bucket_dir, local_dir):  # noqa: F811
+def test_decoded_images_and_hidden_files_stay_in_the_bucket(bucket_dir, local_dir):
     place = bucket_dir / "x" / "1.0.0"
     shards(place, count=1)
     for name in ("decoded/train.npy", ".hidden"):
@@ -250,7 +250,7 @@ def test_decoded_images_and_hidden_files_stay_in_the_bucket(bucket_dir, local_di
     assert len(contents(local_dir)) == len(list(folder.iterdir())) == 2
 
 
-def test_zips_and_lmdbs_are_read_from_a_bucket(bucket_dir, local_dir, pictures, tmp_path):  # noqa: F811
+def test_zips_and_lmdbs_are_read_from_a_bucket(bucket_dir, local_dir, pictures, tmp_path):
     with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
         for path in sorted(pictures.rglob("*.png")):
             archive.write(path, path.relative_to(pictures))
@@ -268,13 +268,13 @@ def test_zips_and_lmdbs_are_read_from_a_bucket(bucket_dir, local_dir, pictures, 
     assert len(opened(bucket_dir, "cats_lmdb", local_dir)) == 1
 
 
-def test_sets_that_are_made_here_need_nothing_in_the_bucket(bucket_dir, local_dir):  # noqa: F811
+def test_sets_that_are_made_here_need_nothing_in_the_bucket(bucket_dir, local_dir):
     source = opened(bucket_dir, "digits", local_dir)
     assert len(source) == 1797 and local_dir in source.cache_dir.parents
     assert not bucket_dir.exists()
 
 
-def test_an_absolute_path_is_local(bucket_dir, local_dir, tmp_path, pictures):  # noqa: F811
+def test_an_absolute_path_is_local(bucket_dir, local_dir, tmp_path, pictures):
     with zipfile.ZipFile(tmp_path / "faces.zip", "w") as archive:
         archive.write(next(pictures.rglob("*.png")), "0.png")
     assert len(opened(bucket_dir, str(tmp_path / "faces.zip"), local_dir)) == 1
@@ -307,7 +307,7 @@ def test_a_set_that_is_not_there_is_one_sentence(in_bucket, local_dir, name, say
     assert not local_dir.exists()
 
 
-def test_a_folder_without_sets_is_answered_with_how_to_upload_one(bucket_dir, local_dir):  # noqa: F811
+def test_a_folder_without_sets_is_answered_with_how_to_upload_one(bucket_dir, local_dir):
     with pytest.raises(ConfigError, match=f"holds no data sets; .* --data_dir {bucket_dir}"):
         opened(bucket_dir, "small", local_dir)
 
@@ -349,12 +349,7 @@ def prepare_in(place, pictures, local_dir):
 
 
 def test_prepare_uploads_and_this_host_need_not_copy(
-    bucket_dir,  # noqa: F811
-    pictures,
-    prepared,
-    local_dir,
-    gets,
-    monkeypatch,
+    bucket_dir, pictures, prepared, local_dir, gets, monkeypatch
 ):
     (bucket_dir / "small" / "1.0.0" / "left_by_another_upload").write_bytes(b"1")
     puts, put_file = [], bucket.system().put_file
@@ -374,10 +369,7 @@ def test_prepare_uploads_and_this_host_need_not_copy(
 
 
 def test_an_upload_that_fails_leaves_no_set_in_the_bucket(
-    bucket_dir,  # noqa: F811
-    pictures,
-    local_dir,
-    monkeypatch,
+    bucket_dir, pictures, local_dir, monkeypatch
 ):
     monkeypatch.setattr(bucket, "LOST_S", 0)
     put_file = bucket.system().put_file
@@ -397,10 +389,7 @@ def test_an_upload_that_fails_leaves_no_set_in_the_bucket(
 
 
 def test_a_bucket_that_may_not_be_written_is_noticed_before_the_work(
-    bucket_dir,  # noqa: F811
-    pictures,
-    local_dir,
-    monkeypatch,
+    bucket_dir, pictures, local_dir, monkeypatch
 ):
     monkeypatch.setattr(bucket.system(), "pipe_file", forbidden)
     monkeypatch.setattr(prepare, "encode_all", None)

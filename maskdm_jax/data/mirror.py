@@ -71,7 +71,7 @@ def local_copy(data_dir, name: str, local_dir: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def new_set(name: str, data_dir, local_dir: pathlib.Path) -> Iterator[pathlib.Path]:
+def new_set(name: str, data_dir, local_dir: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the local folder of data sets into which the block, and nobody else, writes a set.
 
     If `data_dir` is in a bucket, the set is uploaded after the block, its index last: until then it
@@ -80,14 +80,16 @@ def new_set(name: str, data_dir, local_dir: pathlib.Path) -> Iterator[pathlib.Pa
     Args:
       name: the set's name.
       data_dir: the folder of data sets, local or in a bucket.
-      local_dir: `data.local_dir`.
+      local_dir: as `data.local_dir`; not looked at if `data_dir` is local.
 
     Raises:
       ConfigError: if there is a set of that name, or `data_dir` cannot be written to.
       BucketError: if the bucket does not answer.
     """
     is_remote = files.is_remote(data_dir)
-    folder = folder_of(data_dir, local_dir) if is_remote else data_dir
+    folder = data_dir
+    if is_remote:
+        folder = folder_of(data_dir, files.local_path(local_dir, "--local_dir"))
     with writer.sole_writer(name, folder, "--local_dir" if is_remote else "--data_dir"):
         if _uploaded(name, data_dir) if is_remote else writer.exists(name, data_dir):
             raise ConfigError(

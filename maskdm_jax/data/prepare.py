@@ -69,7 +69,6 @@ def prepare(
       RunError: if the disk is full, a process was killed, or a bucket stopped answering.
     """
     root, data_dir = files.local_path(images, "--images"), files.place(data_dir, "--data_dir")
-    local_dir = files.local_path(local_dir, "--local_dir")
     target = Target(size, channels, encoding, quality, _colour(background))
     _check(root, name)
     found = folders.find(root)

@@ -18,6 +18,8 @@ from maskdm_jax.fields import nearest_word, quoted
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
+# Once per process: a run does not change under itself when its set changes in the bucket.
+_local_copy = functools.cache(mirror.local_copy)
 
 
 class NoSplitError(ConfigError):
@@ -165,13 +167,19 @@ def open_source(config) -> Source:
 def _find(config, data_dir) -> ImageSet:
     """The one place where a name becomes a set."""
     name = config.data.name
-    typed = files.local_path(name, "data.name")  # refuses a URL
+    if files.is_remote(name):
+        folder, _, file = name.rpartition("/")
+        raise ConfigError(
+            f"data.name is {name}; expected a set's name, or a local path; type "
+            f"--config.data.dir={quoted(folder)} --config.data.name={quoted(file)}"
+        )
+    typed = files.local_path(name, "data.name")  # refuses any other URL
     is_absolute = name.startswith(("/", "~"))
     copied = None
     if files.is_remote(data_dir):
         local_dir = files.local_path(config.data.local_dir, "data.local_dir")
         if not is_absolute and name not in (toy.NAME, digits.NAME):
-            copied = mirror.local_copy(data_dir, name, local_dir)
+            copied = _local_copy(data_dir, name, local_dir)
         data_dir = mirror.folder_of(data_dir, local_dir)
     path = typed if is_absolute else copied or data_dir / name
     cache_dir = data_dir / "decoded" / path.name
