@@ -39,9 +39,9 @@ class Object(NamedTuple):
 
 def objects_below(place) -> dict[str, Object]:
     """All files in a folder of a bucket, by their paths in it; {"": the file} if it is a file."""
-    system, key = bucket.system(), _key(place)
-    listed = bucket.retried(system.find, key, detail=True)
-    found = {}
+    system, key, found = bucket.system(), _key(place), {}
+    with _explained("list", "objectViewer", place, "type the same command later"):
+        listed = bucket.retried(system.find, key, detail=True)
     for path, info in listed.items():
         if info["type"] == "file" and not path.endswith("/"):  # some tools mark folders like that
             kind = "md5Hash" if info.get("md5Hash") else "crc32c"
@@ -53,8 +53,10 @@ def objects_below(place) -> dict[str, Object]:
 def names_in(place) -> list[str]:
     """The names of the files and folders directly in a folder of a bucket, folders with a slash at
     the end."""
+    system = bucket.system()
     try:
-        entries = bucket.retried(bucket.system().ls, _key(place), detail=True)
+        with _explained("list", "objectViewer", place, "type the same command later"):
+            entries = bucket.retried(system.ls, _key(place), detail=True)
     except FileNotFoundError:
         return []
     ends = {"directory": "/", "file": ""}
