@@ -8,7 +8,6 @@ any other length is the combination of snapshots whose profile is nearest, by le
 
 import functools
 import pathlib
-import shutil
 from collections.abc import Iterable
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.optim import POWER_STDS, power_gamma
-from maskdm_jax.run import distributed, hashes
+from maskdm_jax.run import distributed, files, hashes
 from maskdm_jax.run.progress import say
 
 _FOLDER = "ema_snapshots"
@@ -43,7 +42,7 @@ class Snapshots:
                     beyond = f"it is beyond step {first_step}, from which the run resumes"
                     reason = beyond if step > first_step else f"{hashes.NAME} is missing in it"
                     say(f"removing the snapshot of the averages {place}: {reason}")
-                    shutil.rmtree(place)
+                    files.remove_tree(place)
         distributed.agreed([0])  # the others wait for that
         config = config.copy_and_resolve_references()
         config.checkpoint.update(every_steps=1, keep_last=2**31, keep_every_steps=0)
@@ -62,7 +61,7 @@ class Snapshots:
 
 def folder(workdir: str | pathlib.Path) -> pathlib.Path:
     """Where a run's snapshots are."""
-    return pathlib.Path(workdir) / _FOLDER
+    return files.as_place(workdir) / _FOLDER
 
 
 def kept(ema, config):

@@ -2,7 +2,8 @@
 
 A workdir holds checkpoints/<step>/{state,config,sha256.json}. A save is asynchronous and gets its
 final name only once it is complete, so a run killed at any moment still has its last complete
-checkpoint. Then the SHA-256 of every file is stored beside it, also while training continues, and
+checkpoint; a bucket has no rename, and there Orbax marks a complete one by a file that it writes
+last. Then the SHA-256 of every file is stored beside it, also while training continues, and
 compared before a checkpoint is used: later damage, by a disk or a copy, is never used in silence.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
@@ -11,7 +12,6 @@ compared before a checkpoint is used: later damage, by a disk or a copy, is neve
 import concurrent.futures
 import hashlib
 import itertools
-import os
 import pathlib
 import socket
 import sys
@@ -33,6 +33,8 @@ _PATTERN = frozenset("*?[]\\")
 # What Orbax and TensorStore raise for truncated, empty or missing files; JSONDecodeError and
 # TensorStore's own errors are ValueErrors.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError)
+# What Orbax writes last into a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 # Stored with the config. From this format on, a checkpoint without hashes is not finished.
 _FORMAT = 2
 _UNFINISHED = hashes.DamageError(f"is not finished ({hashes.NAME} is missing)")
@@ -44,7 +46,7 @@ def directory(workdir: str | pathlib.Path) -> pathlib.Path:
     Raises:
       ConfigError: for a path that cannot hold checkpoints.
     """
-    path = files.local_path(workdir, "--workdir")
+    path = files.place(workdir, "--workdir")
     if not _PATTERN.isdisjoint(str(path)):
         raise ConfigError(
             f"--workdir {path} has one of {' '.join(sorted(_PATTERN))} in it, which Orbax takes "
@@ -159,7 +161,10 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
     path = directory(workdir)
     if not path.is_dir():
         return []
-    return sorted(int(p.name) for p in path.iterdir() if p.name.isdecimal())
+    found = [p for p in path.iterdir() if p.name.isdecimal()]
+    if files.is_remote(path):
+        found = [p for p in found if (p / _COMMITTED).exists()]
+    return sorted(int(p.name) for p in found)
 
 
 def find_step(
@@ -213,6 +218,8 @@ def _newest_whole(workdir, candidates, set_aside):
         try:
             _verify(workdir, step)
         except _DAMAGE as error:
+            if files.lost(error):
+                raise
             # A run beside this one may have retired it meanwhile.
             if (directory(workdir) / str(step)).exists():
                 reason = " ".join(str(error).split())[:200]
@@ -245,10 +252,10 @@ def _verify(workdir, step):
 
 def _set_aside(workdir, step):
     folder = directory(workdir).parent / "damaged_checkpoints"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     names = itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
     place = next(folder / name for name in names if not (folder / name).exists())
-    os.rename(directory(workdir) / str(step), place)
+    files.move(directory(workdir) / str(step), place)
     return place
 
 

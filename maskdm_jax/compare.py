@@ -50,7 +50,7 @@ def compare(
     Raises:
       ConfigError: if a run holds no scores, none is left, or they have different definitions.
     """
-    records = {run: read_scores(files.local_path(run, "--runs")) for run in runs}
+    records = {run: read_scores(files.place(run, "--runs")) for run in runs}
     for run, found in records.items():
         if not found:
             typed = command_line.typed_mode("evaluate", f"--config=... --workdir={run}")

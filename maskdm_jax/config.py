@@ -15,6 +15,7 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
 from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
+from maskdm_jax.run import files
 
 # Fields that came after the first scores and folders of samples were named by hashes.
 _LATER = (
@@ -127,7 +128,7 @@ def to_json(config) -> str:
 
 def load_json(path: str | pathlib.Path) -> config_dict.ConfigDict:
     """The config that `to_json` wrote at `path`."""
-    return from_dict(json.loads(pathlib.Path(path).read_text()))
+    return from_dict(json.loads(files.as_place(path).read_text()))
 
 
 def from_dict(stored: dict) -> config_dict.ConfigDict:

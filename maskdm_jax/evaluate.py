@@ -20,7 +20,7 @@ from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, s
 from maskdm_jax.config import FIELDS, get, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
-from maskdm_jax.run import distributed, progress, telemetry, wandb_mirror
+from maskdm_jax.run import distributed, files, progress, telemetry, wandb_mirror
 from maskdm_jax.run.progress import say
 from maskdm_jax.weights import saved
 
@@ -34,7 +34,7 @@ def evaluate(config, workdir: str | pathlib.Path) -> list[dict]:
     Raises:
       ConfigError: if there is no such checkpoint, or the sets or weights cannot give the scores.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.as_place(workdir)
     config = config.copy_and_resolve_references()
     config.sample.num = config.eval.num
     wandb_mirror.check(config)

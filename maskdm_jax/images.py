@@ -1,5 +1,6 @@
 """Images on disk: PNGs, each complete or absent, and grids of images."""
 
+import io
 import pathlib
 
 import numpy as np
@@ -24,7 +25,7 @@ def save_png(path: str | pathlib.Path, image_HWC: np.ndarray) -> None:
 def is_png(path: str | pathlib.Path, image_size: tuple[int, int]) -> bool:
     """Whether a file is a whole PNG of that height and width; its checksums are compared."""
     try:
-        with Image.open(path, formats=["PNG"]) as image:
+        with Image.open(_content(path), formats=["PNG"]) as image:
             image.verify()
             return image.size == (image_size[1], image_size[0])
     except (OSError, SyntaxError, ValueError):
@@ -59,14 +60,18 @@ def read_picture(path: str | pathlib.Path, channels: int) -> np.ndarray:
     """
     if channels not in (1, 3):
         return read_png(path, channels)
-    with Image.open(path) as picture:
+    with Image.open(_content(path)) as picture:
         image = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     return image.reshape(*image.shape[:2], channels)
 
 
+def _content(path):
+    return io.BytesIO(files.as_place(path).read_bytes())
+
+
 def read_png(path: str | pathlib.Path, channels: int) -> np.ndarray:
     """Reads a PNG written by `save_png`: uint8 [H, W, channels]."""
-    with Image.open(path) as picture:
+    with Image.open(_content(path)) as picture:
         image = np.asarray(picture)
     image = image[..., None] if image.ndim == 2 else image
     if channels not in (1, 3):

@@ -43,7 +43,12 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
     about, example = (__doc__, _EXAMPLE) if mode is None else (MODES[mode], typed)
     parser = command_line.Parser(about, example, FIELDS, COMMON)
     parser.flag("--config", TEXT, "a file in configs/, or FILE:ARGUMENT", required=True)
-    parser.flag("--workdir", TEXT, "folder for all that the run writes", required=True)
+    parser.flag(
+        "--workdir",
+        TEXT,
+        "folder for all that the run writes, or gs://BUCKET/FOLDER",
+        required=True,
+    )
     if mode is None:
         parser.flag("--mode", one_of(*MODES), "train, draw samples, or score them", "train")
     if mode in (None, "train"):
@@ -56,7 +61,7 @@ def main(mode: str | None = None, argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     mode = mode or args.mode
     config = config_file.load(args.config, args.changes)
-    workdir = files.local_path(args.workdir, "--workdir")
+    workdir = files.place(args.workdir, "--workdir")
 
     # Imported only now: a wrong value is reported without the second that these imports take.
     from maskdm_jax.run import distributed, memory

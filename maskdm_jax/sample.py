@@ -3,12 +3,12 @@
 Image i depends on (seed, i) alone, so an interrupted run resumes with the missing images.
 """
 
+import concurrent.futures
 import contextlib
 import hashlib
 import json
 import math
 import pathlib
-import tempfile
 
 import numpy as np
 from jax.sharding import Mesh
@@ -50,7 +50,7 @@ def write_samples(
     Raises:
       ConfigError: if there is neither checkpoint nor file, or one of a different architecture.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = files.as_place(workdir).expanduser()
     given = start_image(config)
     # Process 0 alone writes; the others follow what it finds, and help to draw.
     step = saved.find_step(config, workdir, step)
@@ -149,8 +149,7 @@ def _writing(config, folder):
     with contextlib.ExitStack() as stack:
         stack.enter_context(faults.explain_full_disk("the images", folder, remedy, needed_bytes))
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
+            files.make_folder(folder)
         except OSError as error:
             if faults.disk_is_full(error):
                 raise
@@ -168,8 +167,18 @@ def missing(config, folder: pathlib.Path) -> list[int]:
     height, width = config.data.image_size
     if config.data.channels not in (1, 3):
         width *= config.data.channels  # see `images.save_png`
-    size = (height, width)
-    return [i for i in range(config.sample.num) if not images.is_png(image_path(folder, i), size)]
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    paths = [image_path(folder, i) for i in range(config.sample.num)]
+    found = [i for i, path in enumerate(paths) if path.name in there]
+    with _many_files() as pool:
+        whole = pool.map(lambda i: images.is_png(paths[i], (height, width)), found)
+        kept = {i for i, is_whole in zip(found, whole, strict=True) if is_whole}
+    return [i for i in range(len(paths)) if i not in kept]
+
+
+def _many_files():
+    """Threads that read or write small files: a bucket takes a while for each."""
+    return concurrent.futures.ThreadPoolExecutor(16, thread_name_prefix="images")
 
 
 def _draw_grid(config, folder):
@@ -187,11 +196,11 @@ def _draw_missing(config, folder, todo, params, drawing, evaluations):
         f"drawing {len(todo)} images with {config.sample.sampler}, {evaluations} evaluations each, "
         f"{min(size, len(todo))} at a time, into {folder}"
     )
-    with progress.Progress("drawing", len(todo), "images") as shown:
+    with progress.Progress("drawing", len(todo), "images") as shown, _many_files() as pool:
         for batch, drawn in drawing.in_batches(params, todo, size, shown):
             if distributed.is_main():
-                for i, image in zip(batch, drawn, strict=True):
-                    images.save_png(image_path(folder, i), image)
+                paths = [image_path(folder, i) for i in batch]
+                list(pool.map(images.save_png, paths, drawn))
 
 
 def folder_of(config, workdir: pathlib.Path, step: int | None) -> pathlib.Path:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from maskdm_jax import flops, phases
 from maskdm_jax.model.sizes import dimensions
-from maskdm_jax.run import progress, telemetry
+from maskdm_jax.run import files, progress, telemetry
 
 _COLUMNS, _KEY = 80, 9
 _CACHES = {
@@ -144,6 +144,5 @@ def _writes(config, workdir):
     saves = f"checkpoints every {config.checkpoint.every_steps:,} steps"
     every = config.train.sample_every_steps
     previews = f", previews every {every:,}" if every else ""
-    return (
-        f"{workdir.absolute()}: {saves}{previews}, metrics every {config.train.log_every_steps:,}"
-    )
+    metrics = f"metrics every {config.train.log_every_steps:,}"
+    return f"{files.place(workdir, '--workdir')}: {saves}{previews}, {metrics}"

@@ -6,7 +6,6 @@ of the current phase, whose step is compiled when the phase starts.
 
 import functools
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 
@@ -58,7 +57,7 @@ def train(
       RunError: if too many updates in a row are not finite, or the disk is full.
       Preempted: after the save that follows `preempted` returning True.
     """
-    workdir = pathlib.Path(workdir).expanduser()
+    workdir = files.as_place(workdir).expanduser()
     num_steps = config.train.num_steps
     wandb_mirror.check(config)
 
@@ -149,11 +148,14 @@ def train(
                 _draw_preview(telemetry, config, preview, averages.kept(state.ema, config), step)
             if wants_scores:
                 _score(telemetry, scorer, averages.kept(state.ema, config), step)
+            if saves:
+                telemetry.flush()
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     if pending is not None:
         _log(telemetry, skips, config, *pending)
     if first_step < step < num_steps:
+        telemetry.flush()
         checkpoints.save(step, state, force=True)
     checkpoints.close()
     if snapshots is not None:
@@ -266,8 +268,7 @@ def _own_step(config, workdir):
 
 def _make_folder(workdir):
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=workdir).close()
+        files.make_folder(workdir)
     except OSError as error:
         raise ConfigError(
             f"--workdir {workdir} cannot be written to: {error}; type another --workdir"

@@ -56,8 +56,10 @@ def read(
 ) -> Trained:
     """Reads a trained network; `maskdm_jax.load` documents arguments and errors."""
     check_field("sample.weights", weights)
-    path = files.local_path(path, "path")
-    return _official(path, weights, fields) if path.is_file() else _run(path, step, weights, fields)
+    path = files.place(path, "path")
+    if path.is_file():
+        return _official(files.local_path(path, "path"), weights, fields)
+    return _run(path, step, weights, fields)
 
 
 def _run(path, step, weights, fields):

@@ -2,9 +2,11 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
 
 
 def xla_flags(num_devices):
@@ -32,12 +34,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
-from bucket_emulator import bucket_dir, emulated_storage  # noqa: E402, F401
 
 from configs import pretrain_digits  # noqa: E402
 from maskdm_jax import train  # noqa: E402
 from maskdm_jax.data import digits  # noqa: E402
 from maskdm_jax.model import uvit  # noqa: E402
+from maskdm_jax.run import files  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -125,3 +127,31 @@ def run_main(data_dir):
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def storage_emulator(tmp_path_factory):
+    """The address of an emulator of Cloud Storage, a process that runs until the last test."""
+    pytest.importorskip("gcp_storage_emulator", reason="This needs the extra test.")
+    port = tmp_path_factory.mktemp("emulator") / "port"
+    log = port.with_name("log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "tests/bucket_emulator.py", port], cwd=ROOT, stderr=log
+    )
+    while not (port.exists() and port.read_text().endswith("\n")):
+        assert process.poll() is None, port.with_name("log").read_text()
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{port.read_text().strip()}"
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture
+def bucket_dir(storage_emulator, request, monkeypatch):
+    """The place of an empty folder in an emulated bucket."""
+    import fsspec.config
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_emulator)
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {})
+    name = re.sub(r"\W+", "_", request.node.name)
+    return files.place(f"gs://pod-runs/{name}", "folder")

@@ -18,7 +18,6 @@ from maskdm_jax.data import mirror, prepare, sources, transfer
 from maskdm_jax.errors import BucketError, ConfigError
 from maskdm_jax.run import bucket, lock
 
-SHARDS = 3
 INDEX = "dataset_info.json"
 
 
@@ -77,10 +76,8 @@ def contents(folder):
 
 def opened(data_dir, name, local_dir, **fields):
     config = default_config()
-    config.data.update(
-        name=name, dir=str(data_dir), local_dir=str(local_dir), image_size=(8, 8), channels=1,
-        **fields,
-    )  # fmt: skip
+    config.data.update(name=name, dir=str(data_dir), local_dir=str(local_dir))
+    config.data.update({"image_size": (8, 8), "channels": 1} | fields)
     return sources.open_source(config)
 
 
@@ -268,9 +265,12 @@ def test_zips_and_lmdbs_are_read_from_a_bucket(bucket_dir, local_dir, pictures, 
     assert len(opened(bucket_dir, "cats_lmdb", local_dir)) == 1
 
 
-def test_sets_that_are_made_here_need_nothing_in_the_bucket(bucket_dir, local_dir):
-    source = opened(bucket_dir, "digits", local_dir)
-    assert len(source) == 1797 and local_dir in source.cache_dir.parents
+def test_sets_that_are_made_here_need_nothing_in_the_bucket(bucket_dir, local_dir, data_dir):
+    copies = mirror.folder_of(bucket_dir, local_dir)
+    shutil.copytree(data_dir / "digits", copies / "digits")  # as a run before has written them
+    assert len(opened(bucket_dir, "digits", local_dir)) == 1797
+    source = opened(bucket_dir, "swiss_roll", local_dir, image_size=(1, 2))
+    assert source.cache_dir == copies / "decoded" / "swiss_roll"
     assert not bucket_dir.exists()
 
 

@@ -94,7 +94,7 @@ def read(workdirs: list[str]) -> list[Run]:
     Raises:
       ConfigError: for a folder without config.json, or with a file that cannot be read.
     """
-    paths = {workdir: files.local_path(workdir, "workdirs") for workdir in workdirs}
+    paths = {workdir: files.place(workdir, "workdirs") for workdir in workdirs}
     names = [path.name for path in paths.values()]
     return [
         _read(path.name if names.count(path.name) == 1 else str(path), workdir, path)
@@ -112,7 +112,7 @@ def _read(name, workdir, path):
     previews = (path / "previews").glob("step_*.png")
     numbered = [(int(match[1]), p) for p in previews if (match := re.search(r"_(\d+)$", p.stem))]
     grids = (path / "samples").glob("*/grid.png")
-    samples = [_samples(grid.parent) for grid in sorted(grids, key=lambda p: p.stat().st_mtime)]
+    samples = [_samples(grid.parent) for grid in sorted(grids, key=files.modified)]
     return Run(
         name,
         workdir,

@@ -7,19 +7,25 @@ gcsfs repeats a request six times over half a minute, with growing pauses, if th
 with 408, 429 or 5xx, or not at all; `retried` continues for `LOST_S`.
 """
 
-import asyncio
+import concurrent.futures
 import contextlib
+import functools
+import json
 import logging
 import os
 import pathlib
 import re
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from maskdm_jax.errors import BucketError, ConfigError
 
 LOST_S = 120  # a bucket that fails for longer counts as lost
-_CHECK_S = 20  # the first look at a bucket, which includes the search for credentials
+_CHECK_S = 20  # one request, with all its repetitions
+_COPY_S = 60  # files that grow are copied into the bucket this often
+_COPY_SHARE = 20  # and copying takes at most one part in so many of a run's time
+_BLOCK = 2**25  # bytes read by one request
 # TensorStore raises ValueError with the status of the request in the text.
 _STATUS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CURL error", "HTTP 5")
 
@@ -71,10 +77,24 @@ def checked(text: str, name: str):
             f"{name} is {text}, but the package gcsfs, which reads and writes buckets, cannot be "
             f"imported: {error}; type pip install '.[gcs]'"
         ) from error
-    with _explained(text, name, found[1]):
-        fs = system()
-        _timed(fs, "GET", "b/{}/o", found[1], prefix="/".join(place.parts[3:]), maxResults=1)
+    _check_bucket(found[1], text, name)
     return place
+
+
+@functools.lru_cache
+def _check_bucket(bucket, text, name):
+    """Lists one object; what was found usable is not asked again."""
+    with _explained(text, name, bucket):
+        request("GET", "b/{}/o", bucket, prefix="/".join(path(text).parts[3:]), maxResults=1)
+
+
+def request(*args, **options):
+    """A request of the JSON API, by gcsfs, that may take `_CHECK_S`; the answer as JSON."""
+    import fsspec.asyn
+
+    fs = system()
+    answer = fsspec.asyn.sync(fs.loop, fs._call, *args, timeout=_CHECK_S, **options)[1]
+    return json.loads(answer) if answer else None
 
 
 def upload(data: bytes | pathlib.Path, place) -> None:
@@ -84,6 +104,80 @@ def upload(data: bytes | pathlib.Path, place) -> None:
         retried(fs.pipe_file, key, data)
     else:
         retried(fs.put_file, str(data), key)
+
+
+def blocks(place) -> Iterator[bytes]:
+    """The content of an object, in pieces."""
+    fs, key = system(), os.fspath(place)
+    size = retried(fs.info, key)["size"]
+    for start in range(0, size, _BLOCK):
+        yield retried(fs.cat_file, key, start=start, end=min(start + _BLOCK, size))
+
+
+def below(folder) -> list:
+    """The objects below a folder."""
+    return [path(f"gs://{key}") for key in retried(system().find, os.fspath(folder))]
+
+
+def move(folder, target) -> None:
+    """Copies all objects below `folder` to `target`, and then removes them."""
+    fs = system()
+    for each in below(folder):
+        copy = os.fspath(target / each.relative_to(folder).as_posix())
+        retried(fs.cp_file, os.fspath(each), copy)
+    remove_tree(folder)
+
+
+def remove_tree(folder) -> None:
+    """Removes all objects below a folder."""
+    retried(system().rm, os.fspath(folder), recursive=True)
+
+
+class Mirror:
+    """A local folder, whose files are copied into a folder of a bucket as they grow.
+
+    Attributes:
+      local: the local folder.
+    """
+
+    def __init__(self, folder):
+        self._folder = folder
+        self._temporary = tempfile.TemporaryDirectory(prefix="maskdm_")
+        self.local = pathlib.Path(self._temporary.name)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="bucket")
+        self._pending = None  # the copying that may still be in progress
+        self._sizes = {}  # of the files, when they were copied
+        self._due = time.monotonic() + _COPY_S
+
+    def sync(self, now: bool = False) -> None:
+        """Copies what has grown, beside the caller if it is due; or now, and waits for it.
+
+        Raises:
+          BucketError: if this copying, or the one before, has failed.
+        """
+        if self._pending is not None and (now or self._pending.done()):
+            self._pending.result()
+            self._pending = None
+        if now:
+            self._copy()
+        elif self._pending is None and time.monotonic() >= self._due:
+            self._pending = self._pool.submit(self._copy)
+
+    def close(self) -> None:
+        """Copies what has grown, and removes the local folder."""
+        self.sync(now=True)
+        self._pool.shutdown()
+        self._temporary.cleanup()
+
+    def _copy(self):
+        start = time.monotonic()
+        for file in sorted(self.local.rglob("*")):
+            if file.is_file() and file.stat().st_size != self._sizes.get(file):
+                content = file.read_bytes()
+                upload(content, self._folder / file.relative_to(self.local).as_posix())
+                self._sizes[file] = len(content)
+        end = time.monotonic()
+        self._due = end + max(_COPY_S, _COPY_SHARE * (end - start))
 
 
 def retried(action: Callable, *args, **options):
@@ -110,7 +204,7 @@ def is_lost(error: BaseException) -> bool:
     import gcsfs.retry
 
     while error is not None:
-        if isinstance(error, (BucketError, asyncio.TimeoutError, fsspec.exceptions.FSTimeoutError)):
+        if isinstance(error, (BucketError, TimeoutError, fsspec.exceptions.FSTimeoutError)):
             return True
         if gcsfs.retry.is_retriable(error):
             return True
@@ -127,13 +221,6 @@ def described(error: BaseException) -> str:
         f"the bucket does not answer ({reason}); what is in it is whole: the same command resumes "
         "from its newest checkpoint once the bucket answers"
     )
-
-
-def _timed(fs, *args, **options):
-    """A request that may take `_CHECK_S` with all its repetitions."""
-    import fsspec.asyn
-
-    return fsspec.asyn.sync(fs.loop, fs._call, *args, timeout=_CHECK_S, **options)
 
 
 @contextlib.contextmanager

@@ -17,8 +17,8 @@ from absl import logging
 
 import maskdm_jax
 from maskdm_jax import fields
-from maskdm_jax.errors import ConfigError, RunError, StartError
-from maskdm_jax.run import faults
+from maskdm_jax.errors import BucketError, ConfigError, RunError, StartError
+from maskdm_jax.run import bucket, faults, files
 
 INTERRUPTED = 130  # what shells report after Ctrl-C
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
@@ -222,6 +222,10 @@ def exit_code(work: Callable[[], object]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ConfigError, RunError, OSError, KeyboardInterrupt) as error:
         return report(error)
+    except Exception as error:
+        if not files.lost(error):
+            raise
+        return report(error)
     return 0
 
 
@@ -237,6 +241,8 @@ def report(error: BaseException, unexpected: int = UNEXPECTED) -> int:
         )
     if isinstance(error, OSError) and faults.disk_is_full(error):
         error = RunError(f"{error}; make room, then type the same command")
+    if not isinstance(error, (ConfigError, RunError)) and files.lost(error):
+        error = BucketError(bucket.described(error))
     if isinstance(error, (ConfigError, RunError, StartError)):
         print(f"error: {_printable(str(error))}", file=sys.stderr)
         return error.exit_code

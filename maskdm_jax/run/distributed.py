@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from maskdm_jax.errors import ConfigError, StartError
-from maskdm_jax.run import command_line, progress
+from maskdm_jax.run import command_line, files, progress
 
 _START_S = 300  # the slowest host of a cluster has this long to come up
 _HEARTBEAT_S = 60  # a process that is silent for this long counts as dead, and the others end
@@ -124,10 +124,10 @@ def check_shared(folder: pathlib.Path) -> None:
     (token,) = agreed([time.time_ns() % 2**31])
     path = folder / f".seen_by_all_{token}"
     if is_main():
-        path.touch()
+        files.write_text(path, "")
     agreed([0])  # a barrier
     deadline = time.monotonic() + _SHARED_S
-    while path.name not in os.listdir(folder):
+    while not any(each.name == path.name for each in folder.iterdir()):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"--workdir {folder} on {socket.gethostname()} is not the folder that process 0 "

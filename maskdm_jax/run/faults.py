@@ -6,10 +6,12 @@ import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
 from maskdm_jax.errors import ConfigError, RunError
+from maskdm_jax.run import files
 
 # A full disk, a used-up quota, a file-size limit.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -106,7 +108,8 @@ def explain_full_disk(
         reason = next((words for words in known if words in str(error)), str(error))
         room = ""
         if needed_bytes is not None:
-            needed, free = needed_bytes() / 2**20, shutil.disk_usage(where).free / 2**20
+            disk = tempfile.gettempdir() if files.is_remote(where) else where
+            needed, free = needed_bytes() / 2**20, shutil.disk_usage(disk).free / 2**20
             room = f"about {needed:,.1f} MiB are needed, and {free:,.1f} MiB are free; "
         raise RunError(
             f"{what} could not be written to {where}: {reason}; {room}{remedy}"

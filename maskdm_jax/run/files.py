@@ -10,6 +10,7 @@ import pathlib
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -146,6 +147,81 @@ def write_text(path, text: str) -> None:
         os.fsync(file.fileno())  # a power cut would otherwise leave the name with nothing in it
 
 
+def make_folder(folder) -> None:
+    """Makes a folder, with those above it, and writes a file there that it removes again.
+
+    Raises:
+      OSError: if no file can be written there.
+    """
+    if is_remote(folder):
+        probe = folder / f".{socket.gethostname()}-{os.getpid()}"
+        bucket.upload(b"", probe)
+        bucket.retried(probe.unlink)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def parents(path) -> list:
+    """The folders that a place is in, from the innermost outwards; the last may be a bucket."""
+    return [each for each in path.parents if not is_remote(path) or len(each.parts) > 2]
+
+
 def remove_tree(folder) -> None:
     """Removes a folder with all that is in it."""
-    folder.rmtree() if is_remote(folder) else shutil.rmtree(folder)
+    bucket.remove_tree(folder) if is_remote(folder) else shutil.rmtree(folder)
+
+
+def move(folder, target) -> None:
+    """Moves a folder to a place where nothing is."""
+    bucket.move(folder, target) if is_remote(folder) else os.rename(folder, target)
+
+
+def below(folder) -> dict:
+    """{relative path: place} of the files of a folder and of those in it."""
+    if is_remote(folder):
+        places = bucket.below(folder)
+    else:
+        places = [pathlib.Path(at) / name for at, _, names in os.walk(folder) for name in names]
+    return {place.relative_to(folder).as_posix(): place for place in places}
+
+
+def blocks(path) -> Iterator[bytes]:
+    """The content of a file, in pieces."""
+    if is_remote(path):
+        yield from bucket.blocks(path)
+        return
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(2**20):
+            yield block
+
+
+def modified(path) -> float:
+    """When a file was written, in seconds."""
+    return path.stat().mtime if is_remote(path) else path.stat().st_mtime
+
+
+def growing(folder) -> "Here | bucket.Mirror":
+    """Where files that grow are written, of a folder that may be in a bucket.
+
+    They go to the result's local folder, which is `folder` itself if that is local. Otherwise they
+    are copied to the bucket, each as a whole, by `sync` and `close`.
+    """
+    return bucket.Mirror(folder) if is_remote(folder) else Here(pathlib.Path(folder))
+
+
+class Here:
+    """`bucket.Mirror` of a local folder: the folder itself."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.local = folder
+
+    def sync(self, now: bool = False) -> None:
+        """Nothing: every byte is there."""
+
+    close = sync
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an exception means that a bucket does not answer."""
+    return "gcsfs" in sys.modules and bucket.is_lost(error)

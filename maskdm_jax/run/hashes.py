@@ -3,7 +3,6 @@
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 
 from maskdm_jax.run import files
@@ -17,25 +16,25 @@ class DamageError(ValueError):
 
 def store(folder: str | pathlib.Path) -> None:
     """Writes the hash of each file below `folder` to a file there."""
-    folder = pathlib.Path(folder)
+    folder = files.as_place(folder)
     files.write_text(folder / NAME, _canonical(_hash_all(folder)))
 
 
 def exist(folder: str | pathlib.Path) -> bool:
     """Whether `store` has finished there."""
-    return (pathlib.Path(folder) / NAME).exists()
+    return (files.as_place(folder) / NAME).exists()
 
 
 def fingerprint(folder: str | pathlib.Path) -> str:
     """A SHA-256 over the stored hashes, or over those of the files where none are stored."""
-    folder = pathlib.Path(folder)
+    folder = files.as_place(folder)
     text = (folder / NAME).read_text() if exist(folder) else _canonical(_hash_all(folder))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def compare(folder: str | pathlib.Path) -> None:
     """Reads all files below `folder`, and raises DamageError for the first that differs."""
-    folder = pathlib.Path(folder)
+    folder = files.as_place(folder)
     text = (folder / NAME).read_bytes()
     try:
         stored = json.loads(text)
@@ -55,16 +54,17 @@ def compare(folder: str | pathlib.Path) -> None:
 
 
 def _hash_all(folder):
-    paths = [pathlib.Path(parent) / n for parent, _, names in os.walk(folder) for n in names]
-    relative = {path.relative_to(folder).as_posix(): path for path in paths}
-    hashed = {k: v for k, v in relative.items() if k != NAME and not k.startswith(f".{NAME}.")}
+    found = files.below(folder)
+    hashed = {k: v for k, v in found.items() if k != NAME and not k.startswith(f".{NAME}.")}
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return dict(zip(hashed, pool.map(_sha256, hashed.values()), strict=True))
 
 
 def _sha256(path):
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    sha = hashlib.sha256()
+    for block in files.blocks(path):
+        sha.update(block)
+    return sha.hexdigest()
 
 
 def _canonical(hashed):

@@ -1,7 +1,8 @@
 """Locks on folders, which end with the process that holds them, however it dies.
 
-They are flock's, which Linux passes on to the server on NFS: its locks of a host that died end with
-that host's lease. A file system without locks locks nothing.
+Locally they are flock's, which Linux passes on to the server on NFS: its locks of a host that died
+end with that host's lease. A file system without locks locks nothing. In a bucket they are those of
+`bucket_lock`.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import faults
+from maskdm_jax.run import bucket_lock, faults, files
 from maskdm_jax.run.progress import say
 
 _RUN_LOCK = ".run_lock"
@@ -33,6 +34,10 @@ def hold(folder: str | pathlib.Path, name: str = ".lock") -> Iterator[bool]:
     Raises:
       OSError: if `folder` is not writable.
     """
+    if files.is_remote(folder):
+        with _held_in_bucket(folder, name, None):
+            yield True
+        return
     with open(pathlib.Path(folder) / name, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,12 +61,16 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
         then. If the folder is not writable.
       OSError: if the disk is full.
     """
+    if files.is_remote(workdir):
+        with _held_in_bucket(workdir, _RUN_LOCK, _WAIT_S):
+            yield
+        return
     workdir = pathlib.Path(workdir)
     file, is_new = _acquired(workdir)
     with file:
         if holder := _holder(file):
             say(f"taking over {workdir} from {holder}, which ended without releasing it")
-        _write(file, {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()})
+        _write(file, _myself())
         try:
             yield
         finally:
@@ -71,6 +80,38 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
                 if is_new and [path.name for path in workdir.iterdir()] == [_RUN_LOCK]:
                     (workdir / _RUN_LOCK).unlink()
                     workdir.rmdir()
+
+
+@contextlib.contextmanager
+def _held_in_bucket(folder, name, wait_s):
+    """Holds a lock in a bucket; gives up if its holder is alive after `wait_s`, if that is set."""
+    lock = bucket_lock.Lock(files.as_place(folder) / name, _myself())
+    start, first = time.monotonic(), None
+    while True:
+        try:
+            holder = lock.acquire()
+        except OSError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{folder} cannot be written to with the credentials found here: {reason}; "
+                "expected the role Storage Object User on the bucket; grant it, or type another "
+                "place"
+            ) from error
+        if holder is None:
+            break
+        first = first or holder
+        if wait_s and time.monotonic() - start > wait_s and lock.holder_lives:
+            raise _in_use(folder, _described(holder) or "another run")
+        if first is holder:
+            who = _described(holder) or "another process"
+            say(f"{folder} is in use by {who}; waiting for its end ...")
+        time.sleep(1)
+    if first:
+        say(f"taking over {folder}")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _acquired(workdir):
@@ -108,24 +149,38 @@ def _acquire(file, workdir):
         except OSError:  # a file system without locks
             return
         if time.monotonic() > deadline:
-            raise ConfigError(
-                f"--workdir {workdir} is in use by {holder}; wait for its end, or type another "
-                "--workdir"
-            )
+            raise _in_use(workdir, holder)
         if not told:
             say(f"{workdir} is in use by {holder}; waiting up to {_WAIT_S} s for its end ...")
             told = True
         time.sleep(0.5)
 
 
+def _in_use(workdir, holder):
+    return ConfigError(
+        f"--workdir {workdir} is in use by {holder}; wait for its end, or type another --workdir"
+    )
+
+
 def _holder(file):
     """The run that wrote itself into the lock's file, in words; "" if there is none."""
     file.seek(0)
     try:
-        holder = json.loads(file.read())
-        return f"a run on {holder['host']}, process {holder['pid']}, started {holder['started']}"
-    except (ValueError, TypeError, KeyError):
+        return _described(json.loads(file.read()))
+    except ValueError:
         return ""
+
+
+def _described(holder):
+    """What `_myself` returned in another process, in words; "" if it is none."""
+    try:
+        return f"a run on {holder['host']}, process {holder['pid']}, started {holder['started']}"
+    except (TypeError, KeyError):
+        return ""
+
+
+def _myself():
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _now()}
 
 
 def _write(file, holder):

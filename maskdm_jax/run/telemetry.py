@@ -57,7 +57,7 @@ class Telemetry:
           peak_tflops: dense peak of all devices together; None if unknown.
           mirror: the run's in W&B, which gets what it lacks up to `first_step`; None for none.
         """
-        workdir = pathlib.Path(workdir)
+        workdir = files.as_place(workdir)
         self._workdir = workdir
         self.previews = workdir / "previews"
         self._config = config
@@ -65,7 +65,7 @@ class Telemetry:
         self._peak_tflops = peak_tflops
         self._device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
         self._mirror = mirror
-        self._file = self._board = None
+        self._file = self._growing = self._board = None
         self._console = console.Console(config.train.num_steps, work)
         self.start_clock(first_step)
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
@@ -73,7 +73,7 @@ class Telemetry:
         if not distributed.is_main():
             return
         with self._full_disk_explained():
-            self._open(workdir / _JSONL, kept, first_step)
+            self._open(kept, first_step)
             _drop_scores(workdir, first_step)
         if mirror is not None:
             self._catch_up(kept, first_step)
@@ -118,6 +118,7 @@ class Telemetry:
             line = (_to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._growing.sync()
             self._board.scalars(step, _numbers(record))
         if self._mirror is not None:
             self._mirror.scalars(step, _numbers(record))
@@ -136,16 +137,28 @@ class Telemetry:
         if self._mirror is not None:
             self._mirror.scores(*plotted(record))
 
+    def flush(self) -> None:
+        """Makes a bucket have every record; otherwise it gets them about once a minute.
+
+        Call it before a checkpoint is saved, from which a run resumes without making them again.
+        """
+        if self._file is not None:
+            self._growing.sync(now=True)
+            self._board.flush()
+
     def close(self) -> None:
-        """Closes the bar and the files, which already have every record."""
-        for target in (self._file, self._board, self._console, self._mirror):
+        """Closes the bar and the files, which then have every record."""
+        for target in (self._file, self._growing, self._board, self._console, self._mirror):
             if target is not None:
                 target.close()
 
-    def _open(self, path, kept, first_step):
+    def _open(self, kept, first_step):
+        self._growing = files.growing(self._workdir)
+        path = self._growing.local / _JSONL
         files.write_text(path, "".join(_to_json(r) + "\n" for r in kept))
+        self._growing.sync(now=True)
         self._file = path.open("ab", buffering=0)
-        self._board = tensorboard.Board(path.parent, self._config.to_dict(), first_step)
+        self._board = tensorboard.Board(self._workdir, self._config.to_dict(), first_step)
 
     def _catch_up(self, kept, last_step):
         """Hands W&B all that the run has written up to `last_step`, step by step."""
@@ -168,11 +181,11 @@ class Telemetry:
 
 def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
     """The records of a run's metrics.jsonl, with nan for null; damaged lines are left out."""
-    path = pathlib.Path(workdir) / _JSONL
+    path = files.as_place(workdir) / _JSONL
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
             record["step"] + record["loss"]  # a record has both
@@ -197,9 +210,10 @@ def _numbers(record):
 
 def read_scores(workdir: str | pathlib.Path) -> list[dict]:
     """The records of scores.jsonl; damaged lines are left out."""
-    path = pathlib.Path(workdir) / _SCORES
+    path = files.as_place(workdir) / _SCORES
     records = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    text = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
             record["step"], record["key"], record["scores"], record["definition"]  # it has these
@@ -226,7 +240,7 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
       workdir: the run.
       record: as `evaluation` makes it, with "key"; it replaces an earlier one with the same key.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = files.as_place(workdir)
     with lock.hold(workdir, _SCORES_LOCK):  # an evaluation may run beside the training
         kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
         files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))

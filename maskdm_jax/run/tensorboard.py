@@ -6,6 +6,7 @@ training.
 """
 
 import hashlib
+import io
 import json
 import pathlib
 import time
@@ -14,11 +15,13 @@ from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2, summary_pb2, tensor_pb2, types_pb2
 
+from maskdm_jax.run import files
+
 _CONFIG = ".config"  # how the name of the file with the config ends
 
 
 class Board:
-    """Writes the events of one start of a run, each at once."""
+    """Writes the events of one start of a run, each at once; into a bucket, see `flush`."""
 
     def __init__(self, workdir: pathlib.Path, config: dict, first_step: int):
         """
@@ -27,11 +30,13 @@ class Board:
           config: its resolved config, nested.
           first_step: completed updates at the start; TensorBoard drops what came later.
         """
-        folder = workdir / "tensorboard"
+        folder = files.as_place(workdir) / "tensorboard"
         folder.mkdir(exist_ok=True)
-        _write_config(folder, config)
+        self._growing = files.growing(folder)
+        _remove(folder, _CONFIG)
+        _write_config(self._growing.local, config)
         # Not SummaryWriter: a full disk kills its thread, and its queue then blocks the run.
-        self._writer = EventsWriter(str(folder / "events"))
+        self._writer = EventsWriter(str(self._growing.local / "events"))
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._write(step=first_step + 1, session_log=start)
 
@@ -41,25 +46,32 @@ class Board:
 
     def preview(self, step: int, path: pathlib.Path) -> None:
         """Shows a PNG file."""
-        with Image.open(path) as picture:
+        content = path.read_bytes()
+        with Image.open(io.BytesIO(content)) as picture:
             width, height = picture.size
             channels = len(picture.getbands())
         image = summary_pb2.Summary.Image(
             height=height,
             width=width,
             colorspace=channels,
-            encoded_image_string=path.read_bytes(),
+            encoded_image_string=content,
         )
         value = summary_pb2.Summary.Value(tag="preview", image=image)
         self._write(step=step, summary=summary_pb2.Summary(value=[value]))
 
+    def flush(self) -> None:
+        """Makes a bucket have every event; otherwise it gets them about once a minute."""
+        self._growing.sync(now=True)
+
     def close(self) -> None:
-        """Closes the file, which already has every event."""
+        """Closes the file, which then has every event."""
         self._writer.close()
+        self._growing.close()
 
     def _write(self, **fields):
         _write_event(self._writer, **fields)
         self._writer.flush()
+        self._growing.sync()
 
 
 def write_scores(
@@ -74,31 +86,35 @@ def write_scores(
       values: {name: score}.
       definition: what was measured, in words.
     """
-    folder = workdir / "tensorboard" / "scores"
+    folder = files.as_place(workdir) / "tensorboard" / "scores"
     folder.mkdir(parents=True, exist_ok=True)
     drop_scores(workdir, key)
+    growing = files.growing(folder)
     # One file for each record: the writer names files by the second.
-    writer = EventsWriter(str(folder / "events"), _suffix(key))
+    writer = EventsWriter(str(growing.local / "events"), _suffix(key))
     summary = _summary(values)
     summary.value.append(_text("scores/definition", definition))
     _write_event(writer, step=step, summary=summary)
     writer.close()
+    growing.close()
 
 
 def drop_scores(workdir: pathlib.Path, key: str) -> None:
     """Removes the scores with that key."""
-    for path in (workdir / "tensorboard" / "scores").glob(f"*{_suffix(key)}"):
+    _remove(files.as_place(workdir) / "tensorboard" / "scores", _suffix(key))
+
+
+def _remove(folder, suffix):
+    for path in folder.glob(f"*{suffix}"):
         path.unlink()
 
 
 def _write_config(folder, config):
-    """Writes the config into a file of its own, which the next start replaces.
+    """Writes the config into a file of its own, in the place of that of an earlier start.
 
     TensorBoard keeps the first hyperparameters of a run that it finds, so those of an earlier start
     must not remain. HParams columns need no declaration: TensorBoard collects them over all runs.
     """
-    for path in folder.glob(f"*{_CONFIG}"):
-        path.unlink()
     session = plugin_hparams_pb2.SessionStartInfo(start_time_secs=time.time())
     for name, value in _flat(config).items():
         kind = {bool: "bool_value", int: "number_value", float: "number_value"}.get(type(value))

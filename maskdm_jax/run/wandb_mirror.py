@@ -7,12 +7,16 @@ sends what W&B lacks up to the checkpoint: online its server names the newest st
 After the start, a failure of W&B is a remark; the run continues.
 """
 
+import io
 import json
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable
+
+from PIL import Image
 
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import distributed, files, progress
@@ -59,7 +63,11 @@ class Mirror:
         """Adds a PNG file to a step."""
         import wandb
 
-        self._log(step, lambda: {"preview": wandb.Image(str(path))})
+        def picture():
+            content = path.read_bytes() if files.is_remote(path) else None
+            return wandb.Image(str(path) if content is None else Image.open(io.BytesIO(content)))
+
+        self._log(step, lambda: {"preview": picture()})
 
     def scores(self, step: int, values: dict[str, float], definition: str) -> None:
         """Adds scores to a step; steps ascend, so this is for scores in training."""
@@ -116,6 +124,11 @@ def start(config, workdir: pathlib.Path, job: str = "train") -> Mirror | None:
     """
     if config.log.wandb == "off" or not distributed.is_main():
         return None
+    if files.is_remote(workdir) and config.log.wandb == "offline":
+        raise ConfigError(
+            f"log.wandb is 'offline', which writes below --workdir {workdir}, a bucket; expected "
+            "a local --workdir for it; type --config.log.wandb=online, or off"
+        )
     path = workdir / _RECORD
     known = json.loads(path.read_text()) if path.exists() else None
     record = known or {"id": uuid.uuid4().hex, "last_step": -1, "open": ""}
@@ -182,7 +195,7 @@ def _init(config, workdir, job, group, run_id):
         job_type=job,
         resume="allow" if online else None,
         mode=config.log.wandb,
-        dir=str(workdir),
+        dir=tempfile.mkdtemp() if files.is_remote(workdir) else str(workdir),
         config=config.to_dict(),
         settings=settings,
     )

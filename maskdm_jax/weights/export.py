@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse(argv)
         jax.config.update("jax_platforms", "cpu")
         faults.mute_late_tracebacks()
-        workdir = files.local_path(args.workdir, "workdir")
+        workdir = files.place(args.workdir, "workdir")
         out = files.local_path(args.out, "--out")
         if out.is_dir() or not out.parent.is_dir():
             what = "is a folder" if out.is_dir() else "is in no folder that exists"

@@ -182,11 +182,11 @@ def at(config, workdir: str | pathlib.Path, step: int | None) -> Checkpoint | Of
     """The weights that `find_step` found."""
     if step is None:
         return OfficialFile(files.local_path(config.init.path, "init.path"))
-    return Checkpoint(pathlib.Path(workdir), step)
+    return Checkpoint(files.as_place(workdir), step)
 
 
 def _is_file(path):
-    return bool(path) and files.local_path(path, "init.path").is_file()
+    return bool(path) and files.place(path, "init.path").is_file()
 
 
 @functools.lru_cache(maxsize=2)

@@ -79,7 +79,7 @@ def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
 def _read(config):
     """(parameters, the config that they were trained with, a phrase for their source)."""
     init = config.init
-    path = files.local_path(init.path, "init.path")
+    path = files.place(init.path, "init.path")
     expected = (
         "expected another run's workdir, or an official .pt file with tensors only; type "
         "--config.init.path=PATH"
@@ -87,6 +87,7 @@ def _read(config):
     if not path.exists():
         raise ConfigError(f"init.path {init.path} does not exist; {expected}")
     if path.is_file():
+        files.local_path(path, "init.path")  # refuses a file in a bucket
         try:
             official = torch_io.load_official(str(path), init.weights)
             stored = torch_io.config_of(official, config)
@@ -94,7 +95,7 @@ def _read(config):
             raise ConfigError(f"init.path: {error}; {expected}") from error
         return official.params, stored, f"{path} ({init.weights})"
     # The folder of all checkpoints, or of one, instead of the workdir.
-    runs = [parent for parent in path.parents[:2] if checkpoint.steps(parent)]
+    runs = [parent for parent in files.parents(path)[:2] if checkpoint.steps(parent)]
     step = checkpoint.find_step(
         path, instead=f"--config.init.path={runs[0] if runs else 'PATH of such a workdir'}"
     )
