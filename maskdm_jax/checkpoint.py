@@ -1,10 +1,9 @@
 """Checkpoints, by Orbax: saving, restoring, retention, and the digest that compares two runs.
 
 A workdir holds checkpoints/<step>/{state,config,sha256.json}. A save is asynchronous and gets its
-final name only once it is complete, so a run killed at any moment still has its last complete
-checkpoint; a bucket has no rename, and there Orbax marks a complete one by a file that it writes
-last. Then the SHA-256 of every file is stored beside it, also while training continues, and
-compared before a checkpoint is used: later damage, by a disk or a copy, is never used in silence.
+final name (in a bucket, Orbax's mark) only once it is complete, so a run killed at any moment still
+has its last complete checkpoint. Then each file's SHA-256 is stored beside it, also while training
+continues, and compared before use: later damage, by a disk or a copy, is never used in silence.
 
     python -m maskdm_jax.checkpoint digest WORKDIR [--step N]
 """
@@ -33,8 +32,7 @@ _PATTERN = frozenset("*?[]\\")
 # What Orbax and TensorStore raise for truncated, empty or missing files; JSONDecodeError and
 # TensorStore's own errors are ValueErrors.
 _DAMAGE = (ValueError, KeyError, FileNotFoundError)
-# What Orbax writes last into a checkpoint in a bucket.
-_COMMITTED = "commit_success.txt"
+_COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint in a bucket
 # Stored with the config. From this format on, a checkpoint without hashes is not finished.
 _FORMAT = 2
 _UNFINISHED = hashes.DamageError(f"is not finished ({hashes.NAME} is missing)")
@@ -146,14 +144,13 @@ class Checkpoints:
 
     def _full_disk_explained(self):
         step, size = self._saving or (None, 0)
+        what = f"checkpoint {step}"
+        return faults.explain_full_disk(what, self._directory, self._remedy, lambda: size)
+
+    def _remedy(self):
         whole = steps(self._directory.parent)
         start = f"resumes from step {whole[-1]}" if whole else "starts again"
-        return faults.explain_full_disk(
-            f"checkpoint {step}",
-            self._directory,
-            f"the older checkpoints are whole: make room, then the same command {start}",
-            lambda: size,
-        )
+        return f"the older checkpoints are whole: make room, then the same command {start}"
 
 
 def steps(workdir: str | pathlib.Path) -> list[int]:
@@ -161,10 +158,8 @@ def steps(workdir: str | pathlib.Path) -> list[int]:
     path = directory(workdir)
     if not path.is_dir():
         return []
-    found = [p for p in path.iterdir() if p.name.isdecimal()]
-    if files.is_remote(path):
-        found = [p for p in found if (p / _COMMITTED).exists()]
-    return sorted(int(p.name) for p in found)
+    found = files.holding(path, _COMMITTED) if files.is_remote(path) else path.iterdir()
+    return sorted(int(p.name) for p in found if p.name.isdecimal())
 
 
 def find_step(
@@ -218,8 +213,6 @@ def _newest_whole(workdir, candidates, set_aside):
         try:
             _verify(workdir, step)
         except _DAMAGE as error:
-            if files.lost(error):
-                raise
             # A run beside this one may have retired it meanwhile.
             if (directory(workdir) / str(step)).exists():
                 reason = " ".join(str(error).split())[:200]

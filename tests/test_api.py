@@ -367,7 +367,7 @@ def test_a_model_without_classes_refuses_labels_and_guidance(official_file):
         (lambda w: maskdm_jax.load(w.parent), "holds no checkpoint; expected a run's"),
         (lambda w: maskdm_jax.load(w, step=5), r"holds steps \[3, 7\], not 5; type step=7"),
         (lambda w: maskdm_jax.load(ROOT / "README.md"), "not a PyTorch checkpoint; expected an"),
-        (lambda w: maskdm_jax.load("gs://bucket/run"), "buckets are not supported"),
+        (lambda w: maskdm_jax.load("s3://bucket/run"), "or gs://BUCKET/FOLDER in Google"),
         (lambda w: maskdm_jax.load(""), "path is ''; expected a path; type path='FOLDER'"),
         (lambda w: maskdm_jax.load(w, weights="emma"), "type weights='ema'"),
         (lambda w: maskdm_jax.load(w, fields={"model.width": 64}), r"\(32 there, 64 here\)"),

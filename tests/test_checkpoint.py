@@ -94,11 +94,11 @@ def test_every_printable_character_is_saved_under_or_refused_before_any_write(tm
 
 
 @pytest.mark.parametrize(
-    "url", ["gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "gs:/run"]
+    "url", ["s3://bucket/run", "az://bucket/run", "file:///tmp/run", "gs:/run"]
 )
 def test_a_url_is_refused_and_makes_no_folder(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="expected a folder of a local or mounted file system"):
+    with pytest.raises(ConfigError, match="expected a path of a local or mounted file system"):
         checkpoint.steps(url)
     with pytest.raises(ConfigError, match="--workdir is"):
         checkpoint.steps(pathlib.Path(url))  # of which pathlib leaves one slash

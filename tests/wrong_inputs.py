@@ -412,7 +412,7 @@ FLAGS = [
     Wrong(MAIN + "--workdir={tmp}/a_file", ("{tmp}/a_file", "type", "--workdir")),
     Wrong(MAIN + "--workdir={tmp}/a_file/w", ("{tmp}/a_file/w", "type", "--workdir")),
     Wrong(MAIN + "--workdir=/proc/w", ("/proc/w", "type", "--workdir")),
-    Wrong(MAIN + "--workdir=gs://bucket/w", ("gs://bucket/w", "type", "/mnt/share")),
+    Wrong(MAIN + "--workdir=s3://bucket/w", ("s3://bucket/w", "type", "/mnt/share")),
     Wrong(MAIN + "--workdir={tmp}/w[1]", ("w[1]", "type", "--workdir")),
     Wrong(MAIN + "--workdir='{tmp}/a_file/a\nb'", ("a\\nb", "type", "--workdir")),
     Wrong(MAIN + "--workdir='{tmp}/a\x1b[1mb'", ("a\\x1b", "type", "--workdir")),
@@ -539,7 +539,7 @@ WEIGHTS = [
             ("{tmp}/run/checkpoints", "--config.init.path={tmp}/run"),
             ("{tmp}/run/checkpoints/1", "--config.init.path={tmp}/run"),
             ("{tmp}/nan", "patch_embed/kernel", "not finite", "--config.init.path="),
-            ("gs://bucket/w", "type"),
+            ("s3://bucket/w", "type"),
         ]
     ),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.model.width=64", (
@@ -640,7 +640,7 @@ RUNS = [
     Wrong("maskdm_jax.report", ("workdirs", "W1 W2 --out=report.html")),
     Wrong("maskdm_jax.report {tmp}/run", ("--out", "--out=report.html")),
     Wrong("maskdm_jax.report /nowhere --out={tmp}/o", ("/nowhere", "type")),
-    Wrong("maskdm_jax.report gs://bucket/run --out={tmp}/o", ("gs://bucket/run", "type")),
+    Wrong("maskdm_jax.report s3://bucket/run --out={tmp}/o", ("s3://bucket/run", "type")),
     Wrong("maskdm_jax.report {tmp}/run {tmp}/an_empty_folder --out={tmp}/o", (
         "{tmp}/an_empty_folder", "config.json", "type")),
     Wrong("maskdm_jax.report {tmp}/sampled --out={tmp}/o", ("settings.json", "type")),

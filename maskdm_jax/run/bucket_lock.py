@@ -28,6 +28,7 @@ class Lock:
 
     Attributes:
       holder_lives: whether the lock has changed while this process waited for it.
+      holder_died: whether the last `acquire` has removed the lock of a process that is gone.
     """
 
     def __init__(self, place, facts: dict):
@@ -41,7 +42,7 @@ class Lock:
         self._record = {**facts, "machine": _machine(), "token": uuid.uuid4().hex}
         self._generation = None  # of the object that this process made
         self._seen = (None, 0.0)  # the state of another's lock, and since when it is unchanged
-        self.holder_lives = False
+        self.holder_lives = self.holder_died = False
         self._released = threading.Event()
 
     def acquire(self) -> dict | None:
@@ -70,7 +71,8 @@ class Lock:
         if state != self._seen[0]:
             self.holder_lives = self._seen[0] is not None
             self._seen = (state, time.monotonic())
-        if _has_died(holder) or time.monotonic() - self._seen[1] > _EXPIRES_S:
+        self.holder_died = _has_died(holder) or time.monotonic() - self._seen[1] > _EXPIRES_S
+        if self.holder_died:
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # others wait too
                 bucket.retried(self._request, "DELETE", ifGenerationMatch=found["generation"])
         return holder

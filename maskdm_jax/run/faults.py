@@ -86,7 +86,7 @@ def disk_is_full(error: BaseException) -> bool:
 def explain_full_disk(
     what: str,
     where: str | pathlib.Path,
-    remedy: str,
+    remedy: str | Callable[[], str],
     needed_bytes: Callable[[], int] | None = None,
 ) -> Iterator[None]:
     """Raises RunError, in these words, if the block finds the disk full.
@@ -94,7 +94,7 @@ def explain_full_disk(
     Args:
       what: what could not be written.
       where: the folder it goes to.
-      remedy: what to do.
+      remedy: what to do; or what returns that, called after the failure.
       needed_bytes: returns about how much room it takes in all; called after the failure.
     """
     try:
@@ -111,6 +111,7 @@ def explain_full_disk(
             disk = tempfile.gettempdir() if files.is_remote(where) else where
             needed, free = needed_bytes() / 2**20, shutil.disk_usage(disk).free / 2**20
             room = f"about {needed:,.1f} MiB are needed, and {free:,.1f} MiB are free; "
+        remedy = remedy() if callable(remedy) else remedy
         raise RunError(
             f"{what} could not be written to {where}: {reason}; {room}{remedy}"
         ) from error

@@ -4,6 +4,7 @@ A place is a folder or file of the local file system (a pathlib.Path), or of a b
 epath.Path, which has the same methods). This module and `lock` alone know the difference.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import pathlib
@@ -184,6 +185,14 @@ def below(folder) -> dict:
     else:
         places = [pathlib.Path(at) / name for at, _, names in os.walk(folder) for name in names]
     return {place.relative_to(folder).as_posix(): place for place in places}
+
+
+def holding(folder, name: str) -> list:
+    """The folders of a folder in which there is a file of that name."""
+    found = list(folder.iterdir())
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        holds = pool.map(lambda each: (each / name).exists(), found)
+        return [each for each, is_there in zip(found, holds, strict=True) if is_there]
 
 
 def blocks(path) -> Iterator[bytes]:

@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import fcntl
 import json
+import math
 import os
 import pathlib
 import socket
@@ -86,32 +87,33 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
 def _held_in_bucket(folder, name, wait_s):
     """Holds a lock in a bucket; gives up if its holder is alive after `wait_s`, if that is set."""
     lock = bucket_lock.Lock(files.as_place(folder) / name, _myself())
-    start, first = time.monotonic(), None
-    while True:
-        try:
-            holder = lock.acquire()
-        except OSError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{folder} cannot be written to with the credentials found here: {reason}; "
-                "expected the role Storage Object User on the bucket; grant it, or type another "
-                "place"
-            ) from error
-        if holder is None:
-            break
-        first = first or holder
-        if wait_s and time.monotonic() - start > wait_s and lock.holder_lives:
-            raise _in_use(folder, _described(holder) or "another run")
-        if first is holder:
-            who = _described(holder) or "another process"
+    deadline, told = time.monotonic() + (wait_s or math.inf), False
+    while (holder := _acquire_in_bucket(lock, folder)) is not None:
+        who = _described(holder) or "another run"
+        if lock.holder_died:
+            say(f"taking over {folder} from {who}, which ended without releasing it")
+            continue
+        if lock.holder_lives and time.monotonic() > deadline:
+            raise _in_use(folder, who)
+        if not told:
             say(f"{folder} is in use by {who}; waiting for its end ...")
+            told = True
         time.sleep(1)
-    if first:
-        say(f"taking over {folder}")
     try:
         yield
     finally:
         lock.release()
+
+
+def _acquire_in_bucket(lock, folder):
+    try:
+        return lock.acquire()
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"{folder} cannot be written to with the credentials found here: {reason}; expected "
+            "the role Storage Object User on the bucket; grant it, or type another place"
+        ) from error
 
 
 def _acquired(workdir):

@@ -1,0 +1,400 @@
+"""A workdir in a bucket, against an emulator of Google Cloud Storage on this machine."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from bucket_emulator import BUCKET
+from conftest import ROOT, TINY
+
+from configs import finetune_digits, pretrain_digits
+from maskdm_jax import checkpoint, sample, train
+from maskdm_jax.errors import BucketError, ConfigError
+from maskdm_jax.run import bucket, bucket_lock, files, lock, telemetry
+
+REQUESTS_END_SOON = """
+import sys
+from maskdm_jax import main
+from maskdm_jax.run import bucket, bucket_lock
+bucket.LOST_S = bucket._CHECK_S = 5
+bucket_lock._RENEW_S = 1
+main.main()
+"""
+
+
+class Emulator:
+    """The emulator's process."""
+
+    def __init__(self, folder):
+        port_file = folder / "port"
+        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+
+    def fail(self, code, more=""):
+        """From now on each request fails with that code; 0: none does."""
+        urllib.request.urlopen(f"{self.url}/fail?code={code}{more}").read()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    """The emulator, and in the environment where its clients look for it."""
+    started = Emulator(tmp_path_factory.mktemp("emulator"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", started.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", started.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
+        yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture
+def folder(emulator, request):
+    """A folder of the bucket for this test alone."""
+    yield files.place(f"gs://{BUCKET}/{request.node.name}", "--workdir")
+    emulator.fail(0)
+
+
+@pytest.fixture(scope="module")
+def run(emulator, data_dir):
+    """(config, workdir in the bucket) of a run that saves every step."""
+    config = pretrain_digits.get_config()
+    config.update_from_flattened_dict(TINY)
+    config.data.dir = str(data_dir)
+    config.checkpoint.every_steps = 1
+    config.train.update(num_steps=2, sample_every_steps=0, log_every_steps=1)
+    config.sample.update(batch_size=8, steps=2, num=8, preview_num=4, preview_steps=2)
+    return config, files.place(f"gs://{BUCKET}/run", "--workdir")
+
+
+def listed(folder):
+    return set(files.below(folder))
+
+
+def test_a_resumed_run_is_bit_for_bit_that_of_a_local_disk(run, tmp_path):
+    config, workdir = run
+    train.train(config, workdir)
+    config.train.num_steps = 4
+    train.train(config, tmp_path)
+    config.train.sample_every_steps = 4
+    train.train(config, workdir)
+    assert checkpoint.digest(workdir) == checkpoint.digest(tmp_path)
+    assert checkpoint.steps(workdir) == checkpoint.steps(tmp_path)
+    assert [r["step"] for r in telemetry.read_metrics(workdir)] == [1, 2, 3, 4]
+    assert {"config.json", "metrics.jsonl", "previews/step_0000004.png"} <= listed(workdir)
+
+
+def test_the_second_stage_starts_from_a_bucket_and_draws_there(run):
+    before, start = run
+    config, workdir = finetune_digits.get_config(), start.parent / "tuned"
+    config.update_from_flattened_dict(TINY)
+    config.data.dir, config.init.path = before.data.dir, str(start)
+    config.sample = before.sample
+    config.train.update(num_steps=1, sample_every_steps=0)
+    train.train(config, workdir)
+    drawn = sample.write_samples(config, workdir)
+    assert len(listed(drawn)) == config.sample.num + len({"grid.png", "settings.json"})
+    assert sample.missing(config, drawn) == []
+    (drawn / "000003.png").unlink()
+    assert sample.missing(config, drawn) == [3]
+
+
+def test_no_folder_is_named_after_a_bucket(run):
+    assert not [name for name in os.listdir() if name.startswith("gs")]
+
+
+def test_a_checkpoint_counts_from_orbaxs_mark_on_and_a_damaged_one_is_set_aside(run):
+    _, workdir = run
+    newest = checkpoint.directory(workdir) / "4"
+    before = checkpoint.steps(workdir)
+    files.write_text(checkpoint.directory(workdir) / "9" / "state" / "_METADATA", "{}")
+    assert checkpoint.steps(workdir) == before
+    files.write_text(newest / "state" / "manifest.ocdbt", "other bytes")
+    assert checkpoint.find_step(workdir, set_aside=True) == before[-2]
+    assert checkpoint.steps(workdir) == before[:-1]
+    assert "4/state/manifest.ocdbt" in listed(workdir / "damaged_checkpoints")
+
+
+def test_metrics_are_in_the_bucket_before_the_checkpoint_of_their_step(
+    folder, tiny_config, monkeypatch
+):
+    tiny_config.train.update(num_steps=3, sample_every_steps=0)
+    tiny_config.checkpoint.every_steps = 2
+    save, seen, points = checkpoint.Checkpoints.save, {}, {}
+
+    def recorded(self, step, *args, **options):
+        seen[step] = [r["step"] for r in telemetry.read_metrics(folder)]
+        (events,) = (
+            p
+            for n, p in files.below(folder).items()
+            if n.startswith("tensorboard/events") and not n.endswith(".config")
+        )
+        points[step] = events.stat().length
+        return save(self, step, *args, **options)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "save", recorded)
+    train.train(tiny_config, folder)
+    assert seen[2] == [1, 2] and seen[3] == [1, 2, 3]
+    assert points[3] > points[2] > 100
+
+
+def test_a_growing_file_is_copied_when_it_is_due_and_at_the_end(folder, monkeypatch):
+    monkeypatch.setattr(bucket, "_COPY_S", 0)
+    monkeypatch.setattr(bucket, "_COPY_SHARE", 0)
+    growing = files.growing(folder)
+    (growing.local / "lines").write_text("a")
+    growing.sync()
+    growing._pending.result()
+    assert (folder / "lines").read_text() == "a"
+    monkeypatch.setattr(bucket, "_COPY_S", 60)
+    growing.sync(now=True)
+    (growing.local / "lines").write_text("ab")
+    growing.sync()
+    assert (folder / "lines").read_text() == "a"
+    growing.close()
+    assert (folder / "lines").read_text() == "ab"
+
+
+def test_a_second_run_is_refused_while_the_first_renews_its_lock(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    monkeypatch.setattr(lock, "_WAIT_S", 1)
+    with lock.one_run(folder):
+        with pytest.raises(ConfigError, match=f"in use by a run on {socket.gethostname()}, proc"):
+            with lock.one_run(folder):
+                pass
+    with lock.one_run(folder):
+        pass
+    assert not listed(folder)
+
+
+def test_of_two_processes_one_gets_the_lock(folder):
+    facts = {"host": "a", "pid": os.getpid(), "started": "now"}
+    locks = [bucket_lock.Lock(folder / ".run_lock", facts) for _ in range(8)]
+    held = []
+    threads = [threading.Thread(target=lambda one=one: held.append(one.acquire())) for one in locks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert held.count(None) == 1
+
+
+def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later(
+    folder, monkeypatch, capsys
+):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    facts = {"host": "here", "pid": dead.pid, "started": "then"}
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 1000)
+    assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() is None
+    with lock.one_run(folder):
+        assert "taking over" in capsys.readouterr().out
+    elsewhere = bucket_lock.Lock(folder / ".run_lock", facts)
+    elsewhere._record["machine"] = "another"
+    assert elsewhere.acquire() is None
+    monkeypatch.setattr(bucket_lock, "_EXPIRES_S", 2)
+    start = time.monotonic()
+    with lock.one_run(folder):
+        assert time.monotonic() - start > 2
+
+
+def test_a_run_whose_lock_was_taken_over_ends(folder, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    held = bucket_lock.Lock(folder / ".run_lock", {"host": "a", "pid": 1, "started": "now"})
+    monkeypatch.setattr(bucket_lock, "_end", lambda _: (ended.set(), held._released.set()))
+    assert held.acquire() is None
+    (folder / ".run_lock").unlink()
+    assert ended.wait(20)
+
+
+@pytest.mark.parametrize(
+    "path", ["s3://bucket/run", "az://bucket/run", "file:///tmp/run", "gs:/run", "hdfs://a/b"]
+)
+def test_other_urls_are_refused(path):
+    with pytest.raises(ConfigError, match="or gs://BUCKET/FOLDER in Google Cloud Storage; type"):
+        files.place(path, "--workdir")
+
+
+@pytest.mark.parametrize("path", ["gs://", "gs://x/run", "gs://Upper/run", "gs://bucket//run"])
+def test_what_cannot_be_a_bucket_is_refused(path):
+    with pytest.raises(ConfigError, match="expected gs://BUCKET/FOLDER"):
+        files.place(path, "--workdir")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (404, "there is no bucket named-so-{code}; type"),
+        (401, "no Google credentials that are valid are found here; type gcloud auth"),
+        (403, "may not use it .* expected the role Storage Object User on the bucket; type gcl"),
+    ],
+)
+def test_a_bucket_that_cannot_be_used_is_refused_at_once(emulator, code, said):
+    emulator.fail(code)
+    start = time.monotonic()
+    try:
+        with pytest.raises(ConfigError, match=said.format(code=code)):
+            files.place(f"gs://named-so-{code}/run", "--workdir")
+    finally:
+        emulator.fail(0)
+    assert time.monotonic() - start < 20
+
+
+def test_a_bucket_that_can_only_be_read_is_refused(emulator, folder):
+    emulator.fail(403, "&method=POST")
+    with pytest.raises(ConfigError, match="cannot be written to .* Storage Object User"):
+        with lock.one_run(folder):
+            pass
+
+
+def test_without_gcsfs_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match=r"type pip install '.\[gcs\]'"):
+        files.place("gs://some-bucket/run", "--workdir")
+
+
+def test_requests_are_repeated_while_the_bucket_answers_503(emulator, folder):
+    emulator.fail(503)
+    threading.Timer(1, emulator.fail, (0,)).start()
+    files.write_text(folder / "note", "kept")
+    assert (folder / "note").read_text() == "kept"
+
+
+def test_after_a_while_a_lost_bucket_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(bucket, "LOST_S", 2)
+    tried = []
+
+    def fails():
+        tried.append(0)
+        raise TimeoutError("no answer")
+
+    with pytest.raises(BucketError, match="does not answer .no answer.* the same command resumes"):
+        bucket.retried(fails)
+    assert len(tried) > 1
+    assert BucketError.exit_code == 75
+
+
+def test_a_local_run_loads_nothing_for_buckets(data_dir, tmp_path):
+    flags = ["--config=configs/pretrain_digits.py", f"--workdir={tmp_path / 'w'}"]
+    flags += [f"--config.data.dir={data_dir}", "--config.train.num_steps=1"]
+    flags += [f"--config.{name}={value}" for name, value in TINY.items()]
+    code = (
+        "import sys; from maskdm_jax import main; main.main()\n"
+        "print([m for m in ('gcsfs', 'aiohttp') if m in sys.modules])"
+    )
+    command = [sys.executable, "-c", code, *flags]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).splitlines()[-1] == "[]"
+
+
+def big(run_main, workdir, *flags, **options):
+    """A run whose saves take long enough to be interrupted."""
+    return run_main(
+        "pretrain_digits",
+        workdir,
+        "--config.model.width=128",
+        "--config.checkpoint.every_steps=5",
+        "--config.train.log_every_steps=1",
+        "--config.train.sample_every_steps=0",
+        *flags,
+        **options,
+    )
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_one_before(run_main, folder):
+    process = big(run_main, folder, "--config.train.num_steps=500", wait=False)
+
+    def is_saving():
+        begun = {name.split("/")[1] for name in listed(folder) if name.startswith("checkpoints/")}
+        return len(checkpoint.steps(folder)) > 1 and len(begun) > len(checkpoint.steps(folder))
+
+    wait_for(is_saving, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    whole = checkpoint.steps(folder)
+    assert [r["step"] for r in telemetry.read_metrics(folder)][: whole[-1]] == list(
+        range(1, whole[-1] + 1)
+    )
+    last = whole[-1] + 5
+    again = big(run_main, folder, f"--config.train.num_steps={last}")
+    assert again.returncode == 0, again.stderr
+    assert "taking over" in again.stdout and "resuming from step" in again.stdout
+    assert checkpoint.steps(folder)[-1] == last
+    assert [r["step"] for r in telemetry.read_metrics(folder)] == list(range(1, last + 1))
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_workdir_in_a_bucket(run_main, folder):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    flags = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--config.mesh.fsdp=2"]
+    flags += ["--config.train.num_steps=10", "--config.model.num_heads=2"]
+    processes = [
+        big(run_main, folder, *flags, f"--process_id={i}", wait=False, devices=2) for i in (0, 1)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=400)
+        assert process.returncode == 0, err
+    assert checkpoint.steps(folder)[-1] == 10
+    assert checkpoint.digest(folder)[0] == 10
+
+
+def small(folder, data_dir, *flags):
+    command = [sys.executable, "-c", REQUESTS_END_SOON, "--config=configs/pretrain_digits.py"]
+    command += [f"--workdir={folder}", f"--config.data.dir={data_dir}", *flags]
+    command += [f"--config.{name}={value}" for name, value in TINY.items()]
+    command += ["--config.train.num_steps=100000", "--config.checkpoint.every_steps=20"]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["503", "gone"])
+def test_a_run_that_loses_its_bucket_ends_with_75_and_the_bucket_stays_whole(
+    how, data_dir, tmp_path, monkeypatch, folder, emulator
+):
+    own = emulator
+    if how == "gone":
+        own = Emulator(tmp_path)
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            monkeypatch.setenv(name, own.url)
+    process = small(folder, data_dir, "--config.train.sample_every_steps=0")
+    if how == "gone":
+        time.sleep(1)
+        wait_for(lambda: _has(own, "commit_success.txt"), process)
+        own.process.kill()
+    else:
+        wait_for(lambda: checkpoint.steps(folder), process)
+        own.fail(503)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 75, err
+    assert err.strip().splitlines()[-1].startswith("error: the bucket does not answer")
+    assert "Traceback" not in err
+    if how == "503":
+        own.fail(0)
+        newest = checkpoint.steps(folder)[-1]
+        assert checkpoint.find_step(folder) == newest
+        seen = [r["step"] for r in telemetry.read_metrics(folder)]
+        assert seen[-1] >= newest
+
+
+def _has(emulator, text):
+    return text in urllib.request.urlopen(f"{emulator.url}/b/{BUCKET}/o").read().decode()
