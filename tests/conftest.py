@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 
 
 def xla_flags(num_devices):
@@ -129,21 +130,31 @@ def run_main(data_dir):
     return run
 
 
+class Emulator:
+    """An emulator of Cloud Storage, in a process of its own."""
+
+    def __init__(self, folder):
+        port_file = folder / "port"
+        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+
+    def fail(self, code, more=""):
+        """From now on each request fails with that code; 0: none does."""
+        urllib.request.urlopen(f"{self.url}/fail?code={code}{more}").read()
+
+
 @pytest.fixture(scope="session")
 def storage_emulator(tmp_path_factory):
-    """The address of an emulator of Cloud Storage, a process that runs until the last test."""
+    """An emulator that runs until the last test."""
     pytest.importorskip("gcp_storage_emulator", reason="This needs the extra test.")
-    port = tmp_path_factory.mktemp("emulator") / "port"
-    log = port.with_name("log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "tests/bucket_emulator.py", port], cwd=ROOT, stderr=log
-    )
-    while not (port.exists() and port.read_text().endswith("\n")):
-        assert process.poll() is None, port.with_name("log").read_text()
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port.read_text().strip()}"
-    process.kill()
-    process.wait()
+    started = Emulator(tmp_path_factory.mktemp("emulator"))
+    yield started
+    started.process.kill()
+    started.process.wait()
 
 
 @pytest.fixture
@@ -151,7 +162,7 @@ def bucket_dir(storage_emulator, request, monkeypatch):
     """The place of an empty folder in an emulated bucket."""
     import fsspec.config
 
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_emulator)
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_emulator.url)
     monkeypatch.setitem(fsspec.config.conf, "gcs", {})
     name = re.sub(r"\W+", "_", request.node.name)
     return files.place(f"gs://pod-runs/{name}", "folder")

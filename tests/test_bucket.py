@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from bucket_emulator import BUCKET
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, Emulator
 
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import checkpoint, sample, train
@@ -26,23 +26,6 @@ bucket.LOST_S = bucket._CHECK_S = 5
 bucket_lock._RENEW_S = 1
 main.main()
 """
-
-
-class Emulator:
-    """The emulator's process."""
-
-    def __init__(self, folder):
-        port_file = folder / "port"
-        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while not (port_file.exists() and port_file.read_text().endswith("\n")):
-            assert self.process.poll() is None
-            time.sleep(0.05)
-        self.url = f"http://127.0.0.1:{port_file.read_text().strip()}"
-
-    def fail(self, code, more=""):
-        """From now on each request fails with that code; 0: none does."""
-        urllib.request.urlopen(f"{self.url}/fail?code={code}{more}").read()
 
 
 @pytest.fixture(scope="module")

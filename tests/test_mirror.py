@@ -337,6 +337,33 @@ def test_objects_that_may_not_be_read_are_one_sentence(in_bucket, local_dir, mon
         opened(in_bucket, "small", local_dir)
 
 
+def test_a_bucket_that_fails_for_a_while_is_asked_again(bucket_dir, local_dir, storage_emulator):
+    shards(bucket_dir / "x" / "1.0.0")
+    storage_emulator.fail(503, "&match=00001-of&method=GET")
+    end = threading.Timer(1, storage_emulator.fail, (0,))
+    end.start()
+    assert len(contents(mirror.local_copy(bucket_dir, "x", local_dir))) == 5
+    assert end.finished.is_set()
+
+
+def test_a_lost_bucket_ends_the_copy_and_what_arrived_is_kept(bucket_dir, local_dir, monkeypatch):
+    shards(bucket_dir / "x" / "1.0.0")
+    get_file = bucket.system().get_file
+
+    def lost(key, *args, **options):
+        if "00003-of" in key:
+            raise TimeoutError
+        get_file(key, *args, **options)
+
+    monkeypatch.setattr(bucket, "LOST_S", 0)
+    monkeypatch.setattr(bucket.system(), "get_file", lost)
+    with pytest.raises(BucketError, match="does not answer .*; what has arrived is kept") as error:
+        mirror.local_copy(bucket_dir, "x", local_dir)
+    assert error.value.exit_code == 75
+    folder = mirror.folder_of(bucket_dir, local_dir) / "x" / "1.0.0"
+    assert not (folder / INDEX).exists()
+
+
 def prepare_in(place, pictures, local_dir):
     return prepare.prepare(
         pictures, "small", (8, 8), data_dir=place, local_dir=local_dir, channels=1,
