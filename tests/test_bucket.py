@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 from bucket_emulator import BUCKET
-from conftest import ROOT, TINY, Emulator
+from conftest import ROOT, TINY, Emulator, xla_flags
 
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import checkpoint, sample, train
@@ -44,7 +44,7 @@ def emulator(tmp_path_factory):
 @pytest.fixture
 def folder(emulator, request):
     """A folder of the bucket for this test alone."""
-    yield files.place(f"gs://{BUCKET}/{request.node.name}", "--workdir")
+    yield files.place(f"gs://{BUCKET}/{request.node.originalname}", "--workdir")
     emulator.fail(0)
 
 
@@ -294,7 +294,7 @@ def big(run_main, workdir, *flags, **options):
     )
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, process, seconds=300):
     end = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -346,7 +346,8 @@ def small(folder, data_dir, *flags):
     command += [f"--workdir={folder}", f"--config.data.dir={data_dir}", *flags]
     command += [f"--config.{name}={value}" for name, value in TINY.items()]
     command += ["--config.train.num_steps=100000", "--config.checkpoint.every_steps=20"]
-    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    env = {**os.environ, "XLA_FLAGS": xla_flags(1)}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
@@ -365,18 +366,17 @@ def test_a_run_that_loses_its_bucket_ends_with_75_and_the_bucket_stays_whole(
         wait_for(lambda: _has(own, "commit_success.txt"), process)
         own.process.kill()
     else:
-        wait_for(lambda: checkpoint.steps(folder), process)
+        wait_for(lambda: len(checkpoint.steps(folder)) > 1, process)
         own.fail(503)
-    _, err = process.communicate(timeout=200)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 75, err
     assert err.strip().splitlines()[-1].startswith("error: the bucket does not answer")
     assert "Traceback" not in err
     if how == "503":
         own.fail(0)
-        newest = checkpoint.steps(folder)[-1]
-        assert checkpoint.find_step(folder) == newest
-        seen = [r["step"] for r in telemetry.read_metrics(folder)]
-        assert seen[-1] >= newest
+        # The newest may lack its hashes, and then counts as unfinished.
+        assert checkpoint.find_step(folder) in checkpoint.steps(folder)[-2:]
+        assert telemetry.read_metrics(folder)[-1]["step"] >= checkpoint.steps(folder)[-1]
 
 
 def _has(emulator, text):
