@@ -364,6 +364,15 @@ def test_a_lost_bucket_ends_the_copy_and_what_arrived_is_kept(bucket_dir, local_
     assert not (folder / INDEX).exists()
 
 
+def test_a_file_that_is_removed_during_the_copy_is_one_sentence(in_bucket, local_dir, monkeypatch):
+    def gone(key, *args, **options):
+        raise FileNotFoundError(key)
+
+    monkeypatch.setattr(bucket.system(), "get_file", gone)
+    with pytest.raises(BucketError, match="was removed while it was in use"):
+        mirror.local_copy(in_bucket, "small", local_dir)
+
+
 def prepare_in(place, pictures, local_dir):
     return prepare.prepare(
         pictures, "small", (8, 8), data_dir=place, local_dir=local_dir, channels=1,

@@ -54,11 +54,11 @@ def names_in(place) -> list[str]:
     """The names of the files and folders directly in a folder of a bucket, folders with a slash at
     the end."""
     system = bucket.system()
-    try:
-        with _explained("list", "objectViewer", place, "type the same command later"):
+    with _explained("list", "objectViewer", place, "type the same command later"):
+        try:
             entries = bucket.retried(system.ls, _key(place), detail=True)
-    except FileNotFoundError:
-        return []
+        except FileNotFoundError:
+            return []
     ends = {"directory": "/", "file": ""}
     return sorted(pathlib.PurePosixPath(e["name"]).name + ends[e["type"]] for e in entries)
 
@@ -193,6 +193,11 @@ def _explained(verb, role, place, then):
         yield
     except BucketError as error:
         raise BucketError(f"{str(error).partition('; ')[0]}; {then}") from error
+    except FileNotFoundError as error:
+        raise BucketError(
+            f"a file of {place} was removed while it was in use ({error}); type the same command, "
+            "which lists the files again"
+        ) from error
     except OSError as error:
         if not str(error).startswith("Forbidden"):  # gcsfs's word for status 403
             raise
