@@ -1,5 +1,6 @@
 """A workdir in a bucket, against an emulator of Google Cloud Storage on this machine."""
 
+import json
 import os
 import signal
 import socket
@@ -50,14 +51,16 @@ def folder(emulator, request):
 
 @pytest.fixture(scope="module")
 def run(emulator, data_dir):
-    """(config, workdir in the bucket) of a run that saves every step."""
+    """(config, workdir in the bucket) of a run that saves every step, after two steps."""
     config = pretrain_digits.get_config()
     config.update_from_flattened_dict(TINY)
     config.data.dir = str(data_dir)
     config.checkpoint.every_steps = 1
     config.train.update(num_steps=2, sample_every_steps=0, log_every_steps=1)
     config.sample.update(batch_size=8, steps=2, num=8, preview_num=4, preview_steps=2)
-    return config, files.place(f"gs://{BUCKET}/run", "--workdir")
+    workdir = files.place(f"gs://{BUCKET}/run", "--workdir")
+    train.train(config, workdir)
+    return config, workdir
 
 
 def listed(folder):
@@ -66,7 +69,6 @@ def listed(folder):
 
 def test_a_resumed_run_is_bit_for_bit_that_of_a_local_disk(run, tmp_path):
     config, workdir = run
-    train.train(config, workdir)
     config.train.num_steps = 4
     train.train(config, tmp_path)
     config.train.sample_every_steps = 4
@@ -98,14 +100,14 @@ def test_no_folder_is_named_after_a_bucket(run):
 
 def test_a_checkpoint_counts_from_orbaxs_mark_on_and_a_damaged_one_is_set_aside(run):
     _, workdir = run
-    newest = checkpoint.directory(workdir) / "4"
     before = checkpoint.steps(workdir)
+    newest = checkpoint.directory(workdir) / str(before[-1])
     files.write_text(checkpoint.directory(workdir) / "9" / "state" / "_METADATA", "{}")
     assert checkpoint.steps(workdir) == before
     files.write_text(newest / "state" / "manifest.ocdbt", "other bytes")
     assert checkpoint.find_step(workdir, set_aside=True) == before[-2]
     assert checkpoint.steps(workdir) == before[:-1]
-    assert "4/state/manifest.ocdbt" in listed(workdir / "damaged_checkpoints")
+    assert f"{before[-1]}/state/manifest.ocdbt" in listed(workdir / "damaged_checkpoints")
 
 
 def test_metrics_are_in_the_bucket_before_the_checkpoint_of_their_step(
@@ -143,7 +145,7 @@ def test_a_growing_file_is_copied_when_it_is_due_and_at_the_end(folder, monkeypa
     growing.sync(now=True)
     (growing.local / "lines").write_text("ab")
     growing.sync()
-    assert (folder / "lines").read_text() == "a"
+    assert growing._pending is None and (folder / "lines").read_text() == "a"
     growing.close()
     assert (folder / "lines").read_text() == "ab"
 
@@ -160,6 +162,10 @@ def test_a_second_run_is_refused_while_the_first_renews_its_lock(folder, monkeyp
     assert not listed(folder)
 
 
+def held_by(folder):
+    return json.loads((folder / ".run_lock").read_text())
+
+
 def test_of_two_processes_one_gets_the_lock(folder):
     facts = {"host": "a", "pid": os.getpid(), "started": "now"}
     locks = [bucket_lock.Lock(folder / ".run_lock", facts) for _ in range(8)]
@@ -170,6 +176,7 @@ def test_of_two_processes_one_gets_the_lock(folder):
     for thread in threads:
         thread.join()
     assert held.count(None) == 1
+    assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() == {**facts, **held_by(folder)}
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later(
