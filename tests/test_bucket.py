@@ -177,6 +177,8 @@ def test_of_two_processes_one_gets_the_lock(folder):
         thread.join()
     assert held.count(None) == 1
     assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() == {**facts, **held_by(folder)}
+    for one in locks:  # else it would end this process once the emulator is gone
+        one._released.set()
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later(
@@ -186,7 +188,8 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later
     dead.wait()
     facts = {"host": "here", "pid": dead.pid, "started": "then"}
     monkeypatch.setattr(bucket_lock, "_RENEW_S", 1000)
-    assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() is None
+    here = bucket_lock.Lock(folder / ".run_lock", facts)
+    assert here.acquire() is None
     with lock.one_run(folder):
         assert "taking over" in capsys.readouterr().out
     elsewhere = bucket_lock.Lock(folder / ".run_lock", facts)
@@ -196,6 +199,8 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later
     start = time.monotonic()
     with lock.one_run(folder):
         assert time.monotonic() - start > 2
+    for one in (here, elsewhere):
+        one._released.set()
 
 
 def test_a_run_whose_lock_was_taken_over_ends(folder, monkeypatch):
