@@ -3,19 +3,19 @@
 #
 #   launch/tpu_pod.sh create  --name=maskdm --zone=us-west4-a --type=v5litepod-16 \
 #       [--spot] [--queued]
-#   launch/tpu_pod.sh install --name=maskdm --zone=us-west4-a --nfs=10.0.0.2:/share
+#   launch/tpu_pod.sh install --name=maskdm --zone=us-west4-a
 #   launch/tpu_pod.sh start   --name=maskdm --zone=us-west4-a -- \
-#       --config=configs/pretrain_celebahq.py --workdir=/mnt/maskdm/W1 \
-#       --config.data.dir=/mnt/maskdm/data
+#       --config=configs/pretrain_celebahq.py --workdir=gs://BUCKET/W1 \
+#       --config.data.dir=gs://BUCKET/tfds
 #   launch/tpu_pod.sh logs    --name=maskdm --zone=us-west4-a
 #   launch/tpu_pod.sh stop    --name=maskdm --zone=us-west4-a
 #   launch/tpu_pod.sh delete  --name=maskdm --zone=us-west4-a [--queued]
 #
 # create   creates the slice; --queued waits in Google's queue until one is free, --version replaces
 #          the type's default image
-# install  copies this checkout's code and configs to every worker, makes a virtual environment,
-#          and mounts the NFS share (Filestore, say) at /mnt/maskdm, where all workers see the
-#          workdir and the data
+# install  copies this checkout's code and configs to every worker, and makes a virtual environment;
+#          with --nfs=10.0.0.2:/share also mounts that share (Filestore, say) at /mnt/maskdm, for a
+#          workdir and data that do not lie in a bucket
 # start    runs main.py on every worker, in the background, with the arguments after --; starts it
 #          again after a preemption (status 75), and up to 10 times after a worker dies
 # logs     follows process 0's output;  stop  saves and ends;  delete  gives the slice back
@@ -101,20 +101,28 @@ create() {
 }
 
 install() {
-  [[ $nfs == *:/* ]] || fail "--nfs is '$nfs'; expected a share; type --nfs=10.0.0.2:/share, say"
+  [[ -z $nfs || $nfs == *:/* ]] ||
+    fail "--nfs is '$nfs'; expected a share; type --nfs=10.0.0.2:/share, say"
   local archive=${TMPDIR-/tmp}/maskdm_jax.tar.gz
   # Listed by name, since a checkout may also hold runs and data.
   run tar --create --gzip --file="$archive" --directory="$(realpath "$(dirname "$0")/..")" \
     --exclude=__pycache__ main.py maskdm_jax configs launch README.md setup.py pyproject.toml \
     constraints.txt
   run gcloud compute tpus tpu-vm scp "$archive" "$name:maskdm_jax.tar.gz" "${where[@]}" --worker=all
+  local packages=python3.11-venv mount=()
+  if [[ -n $nfs ]]; then
+    packages+=' nfs-common'
+    mount=(
+      'sudo mkdir -p /mnt/maskdm'
+      "{ mountpoint -q /mnt/maskdm || sudo mount -t nfs $(printf %q "$nfs") /mnt/maskdm; }"
+      'sudo chmod a+rwx /mnt/maskdm'
+    )
+  fi
   local steps=(
     # The images' own Python is older than 3.11.
     'sudo add-apt-repository --yes ppa:deadsnakes/ppa'
-    'sudo apt-get install --yes --quiet nfs-common python3.11-venv'
-    'sudo mkdir -p /mnt/maskdm'
-    "{ mountpoint -q /mnt/maskdm || sudo mount -t nfs $(printf %q "$nfs") /mnt/maskdm; }"
-    'sudo chmod a+rwx /mnt/maskdm'
+    "sudo apt-get install --yes --quiet $packages"
+    "${mount[@]}"
     'mkdir -p maskdm_jax'
     'tar --extract --gzip --file=maskdm_jax.tar.gz --directory=maskdm_jax'
     'cd maskdm_jax'
@@ -128,7 +136,7 @@ install() {
 
 start() {
   [[ " $*" == *" --config="* && " $*" == *" --workdir="* ]] ||
-    fail "main.py's arguments are missing; type -- --config=configs/NAME.py --workdir=/mnt/maskdm/W"
+    fail "main.py's arguments are missing; type -- --config=configs/NAME.py --workdir=gs://BUCKET/W"
   on all "cd maskdm_jax && { nohup launch/keep_running.sh --restarts=10 .venv/bin/python main.py$(
     printf ' %q' "$@"
   ) > ~/maskdm.log 2>&1 < /dev/null & echo \$! > ~/maskdm.pid; }"

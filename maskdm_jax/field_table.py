@@ -43,7 +43,10 @@ FIELDS: dict[str, Field] = {
     "data.name": Field("", TEXT, UPDATE,
         "a TFDS set with images, such as maskdm_jax.data.prepare writes; a .zip of images; LSUN's "
         "folder with an lmdb; digits; or swiss_roll"),
-    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE, "where data sets are stored"),
+    "data.dir": Field("~/tensorflow_datasets", TEXT, FREE,
+        "where data sets are stored: a folder, or gs://BUCKET/FOLDER"),
+    "data.local_dir": Field("~/.cache/maskdm_jax", TEXT, FREE,
+        "where each host keeps its copy of a set from a bucket"),
     "data.split": Field("train", TEXT, UPDATE, "the part of the data set to train on"),
     "data.fraction": Field(1.0, number(0, 1), UPDATE,
         "share of the split's examples to train on: those of smallest SHA-256 of their ids"),

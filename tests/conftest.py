@@ -2,9 +2,12 @@
 
 import os
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 
 
 def xla_flags(num_devices):
@@ -37,6 +40,7 @@ from configs import pretrain_digits  # noqa: E402
 from maskdm_jax import train  # noqa: E402
 from maskdm_jax.data import digits  # noqa: E402
 from maskdm_jax.model import uvit  # noqa: E402
+from maskdm_jax.run import files  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -124,3 +128,41 @@ def run_main(data_dir):
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
     return run
+
+
+class Emulator:
+    """An emulator of Cloud Storage, in a process of its own."""
+
+    def __init__(self, folder):
+        port_file = folder / "port"
+        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
+        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while not (port_file.exists() and port_file.read_text().endswith("\n")):
+            assert self.process.poll() is None
+            time.sleep(0.05)
+        self.url = f"http://127.0.0.1:{port_file.read_text().strip()}"
+
+    def fail(self, code, more=""):
+        """From now on each request fails with that code; 0: none does."""
+        urllib.request.urlopen(f"{self.url}/fail?code={code}{more}").read()
+
+
+@pytest.fixture(scope="session")
+def storage_emulator(tmp_path_factory):
+    """An emulator that runs until the last test."""
+    pytest.importorskip("gcp_storage_emulator", reason="This needs the extra test.")
+    started = Emulator(tmp_path_factory.mktemp("emulator"))
+    yield started
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture
+def bucket_dir(storage_emulator, request, monkeypatch):
+    """The place of an empty folder in an emulated bucket."""
+    import fsspec.config
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_emulator.url)
+    monkeypatch.setitem(fsspec.config.conf, "gcs", {})
+    name = re.sub(r"\W+", "_", request.node.name)
+    return files.place(f"gs://pod-runs/{name}", "folder")

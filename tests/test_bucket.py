@@ -12,7 +12,7 @@ import urllib.request
 
 import pytest
 from bucket_emulator import BUCKET
-from conftest import ROOT, TINY, xla_flags
+from conftest import ROOT, TINY, Emulator, xla_flags
 
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import checkpoint, sample, train
@@ -27,23 +27,6 @@ bucket.LOST_S = bucket._CHECK_S = 5
 bucket_lock._RENEW_S = 1
 main.main()
 """
-
-
-class Emulator:
-    """The emulator's process."""
-
-    def __init__(self, folder):
-        port_file = folder / "port"
-        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
-        self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        while not (port_file.exists() and port_file.read_text().endswith("\n")):
-            assert self.process.poll() is None
-            time.sleep(0.05)
-        self.url = f"http://127.0.0.1:{port_file.read_text().strip()}"
-
-    def fail(self, code, more=""):
-        """From now on each request fails with that code; 0: none does."""
-        urllib.request.urlopen(f"{self.url}/fail?code={code}{more}").read()
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +177,8 @@ def test_of_two_processes_one_gets_the_lock(folder):
         thread.join()
     assert held.count(None) == 1
     assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() == {**facts, **held_by(folder)}
+    for one in locks:  # else it would end this process once the emulator is gone
+        one._released.set()
 
 
 def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later(
@@ -203,7 +188,8 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later
     dead.wait()
     facts = {"host": "here", "pid": dead.pid, "started": "then"}
     monkeypatch.setattr(bucket_lock, "_RENEW_S", 1000)
-    assert bucket_lock.Lock(folder / ".run_lock", facts).acquire() is None
+    here = bucket_lock.Lock(folder / ".run_lock", facts)
+    assert here.acquire() is None
     with lock.one_run(folder):
         assert "taking over" in capsys.readouterr().out
     elsewhere = bucket_lock.Lock(folder / ".run_lock", facts)
@@ -213,6 +199,8 @@ def test_the_lock_of_a_dead_process_is_taken_over_at_once_and_a_silent_one_later
     start = time.monotonic()
     with lock.one_run(folder):
         assert time.monotonic() - start > 2
+    for one in (here, elsewhere):
+        one._released.set()
 
 
 def test_a_run_whose_lock_was_taken_over_ends(folder, monkeypatch):

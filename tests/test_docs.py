@@ -29,7 +29,7 @@ from maskdm_jax.run import command_line
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Programs of others: only their names are known here.
-OTHERS = {"cd", "git", "tfds", "kubectl", "tensorboard", "wandb"}
+OTHERS = {"cd", "gcloud", "gcsfuse", "git", "kubectl", "tensorboard", "tfds", "wandb"}
 
 _FENCE = re.compile(
     r"(?P<run><!-- run -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S

@@ -96,7 +96,7 @@ def test_a_pod_is_created_filled_started_followed_and_deleted():
         "--accelerator-type=v5p-128", "--runtime-version=v2-alpha-tpuv5",
     ]]  # fmt: skip
 
-    tar, scp, install = dry_run([*POD, "install", *NAMED, "--nfs=10.0.0.2:/my share"])
+    tar, scp, install = dry_run([*POD, "install", *NAMED])
     assert tar[0] == "tar" and f"--directory={ROOT}" in tar
     archive = tar[3].removeprefix("--file=")
     assert scp == [
@@ -105,17 +105,17 @@ def test_a_pod_is_created_filled_started_followed_and_deleted():
     ]  # fmt: skip
     assert install[:-1] == [*ssh, "--worker=all"]
     remote = shlex.split(install[-1].removeprefix("--command="))
-    assert "10.0.0.2:/my share" in remote and remote[-1] == ".[tpu]"
+    assert not any("nfs" in word or "/mnt" in word for word in remote) and remote[-1] == ".[tpu]"
 
     (start,) = dry_run([
-        *POD, "start", *NAMED, "--", "--config=configs/pretrain_celebahq.py", "--workdir=/mnt/w",
+        *POD, "start", *NAMED, "--", "--config=configs/pretrain_celebahq.py", "--workdir=gs://b/W1",
         AWKWARD,
     ])  # fmt: skip
     assert start[:-1] == [*ssh, "--worker=all"]
     remote = shlex.split(start[-1].removeprefix("--command="))
     at = remote.index("main.py")
     assert remote[at - 3 : at] == ["launch/keep_running.sh", "--restarts=10", ".venv/bin/python"]
-    assert remote[at + 3] == AWKWARD and remote[at + 4] == ">"
+    assert remote[at + 2 : at + 5] == ["--workdir=gs://b/W1", AWKWARD, ">"]
 
     (logs,) = dry_run([*POD, "logs", *NAMED])
     assert logs[:-1] == [*ssh, "--worker=0"] and "tail" in logs[-1]
@@ -129,8 +129,15 @@ def test_a_pod_is_created_filled_started_followed_and_deleted():
     ]
 
 
+def test_a_share_is_mounted_if_it_is_named():
+    *_, install = dry_run([*POD, "install", *NAMED, "--nfs=10.0.0.2:/my share"])
+    remote = shlex.split(install[-1].removeprefix("--command="))
+    at = remote.index("10.0.0.2:/my share")
+    assert remote[at - 4 : at] == ["sudo", "mount", "-t", "nfs"] and "nfs-common" in remote
+
+
 def test_a_pod_gets_the_code_and_nothing_else_from_the_checkout(tmp_path):
-    install = [*POD, "install", *NAMED, "--nfs=a:/b"]
+    install = [*POD, "install", *NAMED]
     assert run(dry_run(install, TMPDIR=str(tmp_path))[0]).returncode == 0
     with tarfile.open(tmp_path / "maskdm_jax.tar.gz") as archive:
         names = set(archive.getnames())
@@ -146,9 +153,11 @@ def _named(*more):
     return ["maskdm", "--zone=us-west4-a", *more]
 
 
-@pytest.mark.parametrize("action", ["install", "start"])
-def test_what_a_pod_would_run_is_a_valid_shell_command(action):
-    rest = {"install": ["--nfs=a:/b"], "start": ["--", "--config=c", "--workdir=w"]}[action]
+@pytest.mark.parametrize(
+    "action, rest",
+    [("install", []), ("install", ["--nfs=a:/b"]), ("start", ["--", "--config=c", "--workdir=w"])],
+)
+def test_what_a_pod_would_run_is_a_valid_shell_command(action, rest):
     remote = dry_run([*POD, action, *NAMED, *rest])[-1][-1].removeprefix("--command=")
     assert run(["bash", "-n", "-c", remote]).returncode == 0
 
@@ -161,7 +170,7 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action):
         ([*POD, "create", "--name=a"], "--name or --zone is missing"),
         ([*POD, "create", *NAMED], "--type is missing"),
         ([*POD, "create", *NAMED, "--type=h100"], "--type is 'h100'"),
-        ([*POD, "install", *NAMED], "--nfs is ''"),
+        ([*POD, "install", *NAMED, "--nfs=share"], "--nfs is 'share'"),
         ([*POD, "start", *NAMED], "main.py's arguments are missing"),
         ([*POD, "logs", *NAMED, "--loud"], "unknown argument --loud"),
         (HOST, "--workdir is missing"),
@@ -179,6 +188,35 @@ def test_wrong_arguments_are_one_sentence_and_status_2(command, expected):
     assert result.returncode == 2 and not result.stdout
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert expected in result.stderr
+
+
+def test_a_pod_of_the_jobset_takes_the_code_from_the_bucket(bucket_dir, tmp_path):
+    jobset = yaml.safe_load((ROOT / "launch" / "k8s_jobset.yaml").read_text())
+    pod = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (shell,) = container["args"]
+    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    with tarfile.open(tmp_path / "code.tar.gz", "w:gz") as archive:
+        archive.add(ROOT / "main.py", "main.py")
+    code = (tmp_path / "code.tar.gz").read_bytes()
+    (bucket_dir / "maskdm_jax.tar.gz").write_bytes(code)
+    stub(tmp_path / "bin", "pip", "exit 0")
+    path = stub(
+        tmp_path / "bin", "python",
+        f'[[ $1 == -c ]] && exec {sys.executable} "$@"; ls; printf "%s\\n" "$@"',
+    )  # fmt: skip
+    done = run(
+        ["bash", "-c", shell.replace("/tmp/", f"{tmp_path}/")],
+        **env | {"BUCKET": str(bucket_dir).removeprefix("gs://")},
+        PATH=path,
+        FSSPEC_GCS_TOKEN="anon",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "code.tar.gz", "main.py", "main.py", "--config=configs/pretrain_celebahq.py",
+        f"--workdir={bucket_dir}/W1", f"--config.data.dir={bucket_dir}/tfds",
+        "--config.data.local_dir=/data",
+    ]  # fmt: skip
 
 
 # Ends with the next of the given statuses at each run, and then always with the last.
@@ -278,8 +316,10 @@ def test_the_jobset_starts_one_process_on_each_host_of_the_slice():
     assert rule["action"] == "FailJob" and rule["onExitCodes"]["values"] == [1, 2]
     assert rule["onExitCodes"]["containerName"] == container["name"]
     (mount,), (volume,) = container["volumeMounts"], pod["volumes"]
-    assert mount["name"] == volume["name"]
+    assert mount["name"] == volume["name"] and "emptyDir" in volume
     (shell,) = container["args"]
     assert run(["bash", "-n", "-c", shell]).returncode == 0
-    config = re.search(r"exec python main.py --config=(\S+) --workdir=/mnt/maskdm/", shell)
+    config = re.search(r'exec python main.py --config=(\S+) --workdir="gs://\$BUCKET/', shell)
     assert (ROOT / config.group(1)).exists()
+    assert f"--config.data.local_dir={mount['mountPath']}" in shell
+    assert "BUCKET" in {variable["name"] for variable in container["env"]}

@@ -109,7 +109,9 @@ def test_a_zip_of_one_image_is_a_data_set(tmp_path):
 
 def test_bad_zips_are_one_sentence(tmp_path):
     assert "which is no file; expected a .zip" in refusal(tmp_path, "a.zip")
-    assert "buckets are not supported" in refusal(tmp_path, "gs://bucket/a.zip")
+    assert refusal(tmp_path, "gs://bucket/zips/a.zip").endswith(
+        "type --config.data.dir=gs://bucket/zips --config.data.name=a.zip"
+    )
     write_zip(tmp_path / "a.zip", {})
     assert "holds no images; expected" in refusal(tmp_path, "a.zip")
     write_zip(tmp_path / "a.zip", {"a.txt": b"hello"})

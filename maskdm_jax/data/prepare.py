@@ -20,12 +20,11 @@ import textwrap
 from PIL import ImageColor
 
 from maskdm_jax import fields
-from maskdm_jax.data import digits, folders, writer
+from maskdm_jax.data import digits, folders, mirror, writer
 from maskdm_jax.data.encode import Target, encode_all
 from maskdm_jax.data.folders import counting_order, shown
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.run import command_line, progress
-from maskdm_jax.run.files import local_path
+from maskdm_jax.run import command_line, files, progress
 
 _MAX_LOST_SHARE = 0.01
 _MAX_SIDE = 8192  # pixels
@@ -37,6 +36,7 @@ def prepare(
     size: tuple[int, int],
     *,
     data_dir: str | pathlib.Path = "~/tensorflow_datasets",
+    local_dir: str | pathlib.Path = "~/.cache/maskdm_jax",
     channels: int = 3,
     encoding: str = "png",
     quality: int = 95,
@@ -50,7 +50,9 @@ def prepare(
       images: the folder, searched with its sub-folders.
       name: the set's name: lower-case letters, digits and underscores.
       size: (height, width) in pixels.
-      data_dir: the folder of TFDS sets.
+      data_dir: the folder of TFDS sets. If it lies in a bucket, the set is prepared in `local_dir`
+        and then uploaded.
+      local_dir: as `config.data.local_dir`.
       channels: 3 (RGB) or 1 (grey).
       encoding: "png" (lossless) or "jpeg", for images that have to be resized.
       quality: JPEG quality, 1 to 100.
@@ -60,13 +62,13 @@ def prepare(
       num_processes: default: one per core.
 
     Returns:
-      The set's folder.
+      The set's folder; for a bucket, the one in `local_dir`.
 
     Raises:
-      ConfigError: if the folder, the name or the images cannot be used.
-      RunError: if the disk is full, or a process was killed.
+      ConfigError: if the folder, the name or the images cannot be used, or a bucket not be written.
+      RunError: if the disk is full, a process was killed, or a bucket stopped answering.
     """
-    root, data_dir = local_path(images, "--images"), local_path(data_dir, "--data_dir")
+    root, data_dir = files.local_path(images, "--images"), files.place(data_dir, "--data_dir")
     target = Target(size, channels, encoding, quality, _colour(background))
     _check(root, name)
     found = folders.find(root)
@@ -80,13 +82,8 @@ def prepare(
     splits = folders.splits(root, found.images)
     if test_share:
         splits = _divided(root, splits, test_share)
-    with writer.sole_writer(name, data_dir, "--data_dir"):
-        if writer.exists(name, data_dir):
-            raise ConfigError(
-                f"the data set {data_dir / name} exists; delete that folder to make it again, or "
-                f"type --name={name}_2, say"
-            )
-        return _write(root, name, data_dir, target, found, splits, num_processes or os.cpu_count())
+    with mirror.new_set(name, data_dir, local_dir) as folder:
+        return _write(root, name, folder, target, found, splits, num_processes or os.cpu_count())
 
 
 def _write(root, name, data_dir, target, found, splits, num_processes):
@@ -237,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.flag("--name", fields.TEXT, "the data set's name, for config.data.name", required=True)
     parser.flag("--size", _SIZE, "pixels of the square, or height x width", required=True)
     parser.flag("--data_dir", fields.TEXT, "as config.data.dir", "~/tensorflow_datasets")
+    parser.flag("--local_dir", fields.TEXT, "as config.data.local_dir", "~/.cache/maskdm_jax")
     parser.flag("--channels", fields.choice(3, 1), "3 for RGB, 1 for grey", 3)
     parser.flag("--encoding", fields.one_of("png", "jpeg"), "of images that are resized", "png")
     parser.flag("--quality", fields.whole(1, 100), "of JPEG", 95)

@@ -11,13 +11,15 @@ import pathlib
 
 import numpy as np
 
-from maskdm_jax.data import archives, digits, pixels, tfds, toy
+from maskdm_jax.data import archives, digits, mirror, pixels, tfds, toy
 from maskdm_jax.data.image_set import ImageSet, Records, damage_explained
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import nearest_word, quoted
 from maskdm_jax.run import files
 
 _FINGERPRINT_EXAMPLES = 64
+# Once per process: a run does not change under itself when its set changes in the bucket.
+_local_copy = functools.cache(mirror.local_copy)
 
 
 class NoSplitError(ConfigError):
@@ -130,12 +132,12 @@ def open_source(config) -> Source:
         the config's.
     """
     data = config.data
-    data_dir = files.local_path(data.dir, "data.dir")
+    data_dir = files.place(data.dir, "data.dir")
     if not data.name:
         raise ConfigError(
             "data.name is ''; expected a data set; type --config.data.name=digits, say"
         )
-    if data_dir.exists() and not data_dir.is_dir():
+    if not files.is_remote(data_dir) and data_dir.exists() and not data_dir.is_dir():
         raise ConfigError(
             f"data.dir {data_dir} is a file; expected the folder of data sets; type "
             f"--config.data.dir={quoted(data_dir.parent)}"
@@ -165,8 +167,21 @@ def open_source(config) -> Source:
 def _find(config, data_dir) -> ImageSet:
     """The one place where a name becomes a set."""
     name = config.data.name
-    typed = files.local_path(name, "data.name")  # refuses a URL
-    path = typed if name.startswith(("/", "~")) else data_dir / name
+    if files.is_remote(name):
+        folder, _, file = name.rpartition("/")
+        raise ConfigError(
+            f"data.name is {name}; expected a set's name, or a local path; type "
+            f"--config.data.dir={quoted(folder)} --config.data.name={quoted(file)}"
+        )
+    typed = files.local_path(name, "data.name")  # refuses any other URL
+    is_absolute = name.startswith(("/", "~"))
+    copied = None
+    if files.is_remote(data_dir):
+        local_dir = files.local_path(config.data.local_dir, "data.local_dir")
+        if not is_absolute and name not in (toy.NAME, digits.NAME):
+            copied = _local_copy(data_dir, name, local_dir)
+        data_dir = mirror.folder_of(data_dir, local_dir)
+    path = typed if is_absolute else copied or data_dir / name
     cache_dir = data_dir / "decoded" / path.name
     if name == toy.NAME:
         return toy.open_swiss_roll(cache_dir)
@@ -176,6 +191,8 @@ def _find(config, data_dir) -> ImageSet:
         return archives.open_lmdb(path, cache_dir)
     if name == digits.NAME:
         digits.write_digits(data_dir)
+    if copied:
+        return tfds.open_version(copied, f"delete {copied}, and type the same command")
     return tfds.open_set(name, data_dir, _shown(config.data.image_size))
 
 

@@ -71,13 +71,16 @@ def open_set(name: str, data_dir: pathlib.Path, size: str) -> ImageSet:
     return _image_set(builder, name, data_dir, size, remedy)
 
 
-def open_version(folder: pathlib.Path) -> ImageSet:
+def open_version(folder: pathlib.Path, remedy: str) -> ImageSet:
     """The prepared set in `folder`, that of one version: the one that holds dataset_info.json.
+
+    Args:
+      folder: the set's.
+      remedy: what to do if it cannot be read.
 
     Raises:
       ConfigError: as `open_set`.
     """
-    remedy = f"restore {folder} from a copy, or prepare the set again"
     with damage_explained(lambda: f"the data set {folder}", remedy):
         builder = tfds.builder_from_directory(str(folder))
     return _image_set(builder, builder.name, folder.parents[1], "64", remedy)

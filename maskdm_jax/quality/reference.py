@@ -240,7 +240,8 @@ def _prepared_set(path, flag, versions, split, num):
         raise ConfigError(
             f"{flag} {path} holds several versions; type one of them, such as {versions[-1]}"
         )
-    opened = tfds.open_version(versions[0])
+    remedy = f"restore {versions[0]} from a copy, or prepare the set again"
+    opened = tfds.open_version(versions[0], remedy)
     splits = sorted(opened.splits)
     if not split and len(splits) == 1:
         split = splits[0]
