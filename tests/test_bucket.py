@@ -110,11 +110,24 @@ def test_a_checkpoint_counts_from_orbaxs_mark_on_and_a_damaged_one_is_set_aside(
     assert f"{before[-1]}/state/manifest.ocdbt" in listed(workdir / "damaged_checkpoints")
 
 
+def test_a_bucket_that_does_not_answer_is_no_empty_workdir(folder, monkeypatch):
+    assert checkpoint.steps(folder) == []
+
+    async def fails(*args, **options):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(bucket.system(), "_info", fails)
+    with pytest.raises(ConnectionResetError):
+        checkpoint.steps(folder)
+
+
 def test_metrics_are_in_the_bucket_before_the_checkpoint_of_their_step(
     folder, tiny_config, monkeypatch
 ):
-    tiny_config.train.update(num_steps=3, sample_every_steps=0)
-    tiny_config.checkpoint.every_steps = 2
+    # Orbax also saves what a new run hands it first, here at the first preview.
+    tiny_config.train.update(num_steps=3, sample_every_steps=2)
+    tiny_config.checkpoint.every_steps = 3
+    tiny_config.sample.update(preview_num=4, preview_steps=2)
     save, seen, points = checkpoint.Checkpoints.save, {}, {}
 
     def recorded(self, step, *args, **options):
@@ -160,6 +173,50 @@ def test_a_second_run_is_refused_while_the_first_renews_its_lock(folder, monkeyp
     with lock.one_run(folder):
         pass
     assert not listed(folder)
+
+
+def test_an_error_is_not_hidden_by_a_lock_that_cannot_be_released(folder, emulator):
+    with pytest.raises(ValueError, match="of the run"):
+        with lock.one_run(folder):
+            emulator.fail(403, "&method=DELETE")
+            raise ValueError("of the run")
+
+
+def test_a_run_that_waits_does_not_give_up_on_a_holder_that_dies_meanwhile(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    monkeypatch.setattr(bucket_lock, "_EXPIRES_S", 2)
+    monkeypatch.setattr(lock, "_WAIT_S", 1.5)
+    facts = {"host": "there", "pid": 1, "started": "then"}
+    elsewhere = bucket_lock.Lock(folder / ".run_lock", facts)
+    elsewhere._record["machine"] = "another"
+    assert elsewhere.acquire() is None
+    threading.Timer(0.5, elsewhere._released.set).start()
+    with lock.one_run(folder):
+        pass
+
+
+def test_a_lock_that_was_released_never_ends_its_process(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    monkeypatch.setattr(bucket, "LOST_S", -1)
+    ended, renews, released = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(bucket_lock, "_end", ended.append)
+    held = bucket_lock.Lock(folder / ".run_lock", {"host": "a", "pid": 1, "started": "now"})
+
+    def unanswered(method, **options):
+        if method == "PATCH":
+            renews.set()
+            released.wait(20)
+            raise TimeoutError
+
+    others = threading.enumerate()
+    assert held.acquire() is None
+    monkeypatch.setattr(held, "_request", unanswered)
+    (renewal,) = (t for t in threading.enumerate() if t not in others and t.daemon)
+    assert renews.wait(20)
+    held.release()
+    released.set()
+    renewal.join(20)
+    assert not ended and not renewal.is_alive()
 
 
 def held_by(folder):
