@@ -130,7 +130,8 @@ def move(folder, target) -> None:
 
 def remove_tree(folder) -> None:
     """Removes all objects below a folder."""
-    retried(system().rm, os.fspath(folder), recursive=True)
+    with contextlib.suppress(FileNotFoundError):  # removed by an attempt whose answer was lost
+        retried(system().rm, os.fspath(folder), recursive=True)
 
 
 class Mirror:
