@@ -11,8 +11,7 @@ import time
 import urllib.request
 
 import pytest
-from bucket_emulator import BUCKET
-from conftest import ROOT, TINY, Emulator, xla_flags
+from conftest import BUCKET, ROOT, TINY, Emulator, xla_flags
 
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import checkpoint, sample, train
@@ -30,16 +29,13 @@ main.main()
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulator(storage_emulator):
     """The emulator, and in the environment where its clients look for it."""
-    started = Emulator(tmp_path_factory.mktemp("emulator"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", started.url)
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", started.url)
+        patch.setenv("STORAGE_EMULATOR_HOST", storage_emulator.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", storage_emulator.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        yield started
-    started.process.kill()
-    started.process.wait()
+        yield storage_emulator
 
 
 @pytest.fixture
@@ -324,6 +320,7 @@ def test_requests_are_repeated_while_the_bucket_answers_503(emulator, folder):
 
 
 def test_after_a_while_a_lost_bucket_is_one_sentence(monkeypatch):
+    pytest.importorskip("gcsfs", reason="This needs the extra test.")
     monkeypatch.setattr(bucket, "LOST_S", 2)
     tried = []
 
