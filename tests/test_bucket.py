@@ -299,6 +299,17 @@ def test_a_bucket_that_cannot_be_used_is_refused_at_once(emulator, code, said):
     assert time.monotonic() - start < 20
 
 
+def test_expired_credentials_are_refused_before_a_request(folder, monkeypatch):
+    import gcsfs.retry
+
+    def expired():
+        raise gcsfs.retry.HttpError({"code": 401, "message": "Invalid Credentials"})
+
+    monkeypatch.setattr(bucket.system().credentials, "maybe_refresh", expired)
+    with pytest.raises(ConfigError, match="no Google credentials that are valid"):
+        files.place("gs://another-bucket/run", "--workdir")
+
+
 def test_a_bucket_that_can_only_be_read_is_refused(emulator, folder):
     emulator.fail(403, "&method=POST")
     with pytest.raises(ConfigError, match="cannot be written to .* Storage Object User"):
