@@ -36,7 +36,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
-workdir=$(realpath -m "$workdir")
+[[ $workdir == *://* ]] || workdir=$(realpath -m "$workdir")
 cd "$(dirname "$0")/.."
 # A config may be FILE.py:ARGUMENT.
 [[ -f ${pretrain/.py:*/.py} ]] || fail "--pretrain is '$pretrain'; expected a file;" \

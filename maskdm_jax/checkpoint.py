@@ -156,7 +156,7 @@ class Checkpoints:
 def steps(workdir: str | pathlib.Path) -> list[int]:
     """Steps of the complete checkpoints in a workdir, ascending."""
     path = directory(workdir)
-    if not path.is_dir():
+    if not path.exists():  # for a bucket that does not answer, `is_dir` is False too
         return []
     found = files.holding(path, _COMMITTED) if files.is_remote(path) else path.iterdir()
     return sorted(int(p.name) for p in found if p.name.isdecimal())

@@ -148,8 +148,7 @@ def train(
                 _draw_preview(telemetry, config, preview, averages.kept(state.ema, config), step)
             if wants_scores:
                 _score(telemetry, scorer, averages.kept(state.ema, config), step)
-            if saves:
-                telemetry.flush()
+            telemetry.flush()
             checkpoints.save(step, state, force=step == num_steps)
             telemetry.restart_clock(step)
     if pending is not None:

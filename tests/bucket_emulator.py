@@ -1,4 +1,4 @@
-"""gcp-storage-emulator as a process of its own: `python tests/bucket_emulator.py PORT_FILE`.
+"""gcp-storage-emulator as a process of its own: `bucket_emulator.py BUCKET PORT_FILE`.
 
 What real buckets have and the emulator lacks is added here: preconditions on the generation of an
 object, the header that names it, several requests at once, and, for the tests, times at which
@@ -18,8 +18,6 @@ from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import buckets
 from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
-
-BUCKET = "pod-runs"
 
 
 class Handler(RequestHandler):
@@ -107,13 +105,13 @@ class _Replayed:
         return getattr(self._stream, name)
 
 
-def main(port_file):
+def main(bucket, port_file):
     storage = Storage(use_memory_fs=True)
-    buckets.create_bucket(BUCKET, storage)
+    buckets.create_bucket(bucket, storage)
     httpd = server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, storage))
     pathlib.Path(port_file).write_text(f"{httpd.server_port}\n")
     httpd.serve_forever()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

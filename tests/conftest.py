@@ -44,6 +44,7 @@ from maskdm_jax.run import files  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
+BUCKET = "pod-runs"  # the emulator's
 DATA = pathlib.Path(__file__).parent / "data"
 NEEDS_TORCH = "This needs PyTorch, which `make test EXTRAS=peer` installs."
 
@@ -135,7 +136,8 @@ class Emulator:
 
     def __init__(self, folder):
         port_file = folder / "port"
-        command = [sys.executable, str(ROOT / "tests" / "bucket_emulator.py"), str(port_file)]
+        program = ROOT / "tests" / "bucket_emulator.py"
+        command = [sys.executable, str(program), BUCKET, str(port_file)]
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         while not (port_file.exists() and port_file.read_text().endswith("\n")):
             assert self.process.poll() is None
@@ -165,4 +167,4 @@ def bucket_dir(storage_emulator, request, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", storage_emulator.url)
     monkeypatch.setitem(fsspec.config.conf, "gcs", {})
     name = re.sub(r"\W+", "_", request.node.name)
-    return files.place(f"gs://pod-runs/{name}", "folder")
+    return files.place(f"gs://{BUCKET}/{name}", "folder")

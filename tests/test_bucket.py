@@ -11,8 +11,7 @@ import time
 import urllib.request
 
 import pytest
-from bucket_emulator import BUCKET
-from conftest import ROOT, TINY, Emulator, xla_flags
+from conftest import BUCKET, ROOT, TINY, Emulator, xla_flags
 
 from configs import finetune_digits, pretrain_digits
 from maskdm_jax import checkpoint, sample, train
@@ -30,16 +29,13 @@ main.main()
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
+def emulator(storage_emulator):
     """The emulator, and in the environment where its clients look for it."""
-    started = Emulator(tmp_path_factory.mktemp("emulator"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", started.url)
-        patch.setenv("TENSORSTORE_GCS_HTTP_URL", started.url)
+        patch.setenv("STORAGE_EMULATOR_HOST", storage_emulator.url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", storage_emulator.url)
         patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")
-        yield started
-    started.process.kill()
-    started.process.wait()
+        yield storage_emulator
 
 
 @pytest.fixture
@@ -110,11 +106,24 @@ def test_a_checkpoint_counts_from_orbaxs_mark_on_and_a_damaged_one_is_set_aside(
     assert f"{before[-1]}/state/manifest.ocdbt" in listed(workdir / "damaged_checkpoints")
 
 
+def test_a_bucket_that_does_not_answer_is_no_empty_workdir(folder, monkeypatch):
+    assert checkpoint.steps(folder) == []
+
+    async def fails(*args, **options):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(bucket.system(), "_info", fails)
+    with pytest.raises(ConnectionResetError):
+        checkpoint.steps(folder)
+
+
 def test_metrics_are_in_the_bucket_before_the_checkpoint_of_their_step(
     folder, tiny_config, monkeypatch
 ):
-    tiny_config.train.update(num_steps=3, sample_every_steps=0)
-    tiny_config.checkpoint.every_steps = 2
+    # Orbax also saves what a new run hands it first, here at the first preview.
+    tiny_config.train.update(num_steps=3, sample_every_steps=2)
+    tiny_config.checkpoint.every_steps = 3
+    tiny_config.sample.update(preview_num=4, preview_steps=2)
     save, seen, points = checkpoint.Checkpoints.save, {}, {}
 
     def recorded(self, step, *args, **options):
@@ -160,6 +169,50 @@ def test_a_second_run_is_refused_while_the_first_renews_its_lock(folder, monkeyp
     with lock.one_run(folder):
         pass
     assert not listed(folder)
+
+
+def test_an_error_is_not_hidden_by_a_lock_that_cannot_be_released(folder, emulator):
+    with pytest.raises(ValueError, match="of the run"):
+        with lock.one_run(folder):
+            emulator.fail(403, "&method=DELETE")
+            raise ValueError("of the run")
+
+
+def test_a_run_that_waits_does_not_give_up_on_a_holder_that_dies_meanwhile(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    monkeypatch.setattr(bucket_lock, "_EXPIRES_S", 2)
+    monkeypatch.setattr(lock, "_WAIT_S", 1.5)
+    facts = {"host": "there", "pid": 1, "started": "then"}
+    elsewhere = bucket_lock.Lock(folder / ".run_lock", facts)
+    elsewhere._record["machine"] = "another"
+    assert elsewhere.acquire() is None
+    threading.Timer(0.5, elsewhere._released.set).start()
+    with lock.one_run(folder):
+        pass
+
+
+def test_a_lock_that_was_released_never_ends_its_process(folder, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "_RENEW_S", 0.1)
+    monkeypatch.setattr(bucket, "LOST_S", -1)
+    ended, renews, released = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(bucket_lock, "_end", ended.append)
+    held = bucket_lock.Lock(folder / ".run_lock", {"host": "a", "pid": 1, "started": "now"})
+
+    def unanswered(method, **options):
+        if method == "PATCH":
+            renews.set()
+            released.wait(20)
+            raise TimeoutError
+
+    others = threading.enumerate()
+    assert held.acquire() is None
+    monkeypatch.setattr(held, "_request", unanswered)
+    (renewal,) = (t for t in threading.enumerate() if t not in others and t.daemon)
+    assert renews.wait(20)
+    held.release()
+    released.set()
+    renewal.join(20)
+    assert not ended and not renewal.is_alive()
 
 
 def held_by(folder):
@@ -246,6 +299,17 @@ def test_a_bucket_that_cannot_be_used_is_refused_at_once(emulator, code, said):
     assert time.monotonic() - start < 20
 
 
+def test_expired_credentials_are_refused_before_a_request(folder, monkeypatch):
+    import gcsfs.retry
+
+    def expired():
+        raise gcsfs.retry.HttpError({"code": 401, "message": "Invalid Credentials"})
+
+    monkeypatch.setattr(bucket.system().credentials, "maybe_refresh", expired)
+    with pytest.raises(ConfigError, match="no Google credentials that are valid"):
+        files.place("gs://another-bucket/run", "--workdir")
+
+
 def test_a_bucket_that_can_only_be_read_is_refused(emulator, folder):
     emulator.fail(403, "&method=POST")
     with pytest.raises(ConfigError, match="cannot be written to .* Storage Object User"):
@@ -267,6 +331,7 @@ def test_requests_are_repeated_while_the_bucket_answers_503(emulator, folder):
 
 
 def test_after_a_while_a_lost_bucket_is_one_sentence(monkeypatch):
+    pytest.importorskip("gcsfs", reason="This needs the extra test.")
     monkeypatch.setattr(bucket, "LOST_S", 2)
     tried = []
 

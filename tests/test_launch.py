@@ -67,6 +67,14 @@ def test_a_gpu_host_trains_both_stages_and_draws(tmp_path):
     ]
 
 
+def test_a_gpu_host_takes_a_bucket_and_no_folder_of_that_name():
+    commands = dry_run([*HOST, "--workdir=gs://b/runs"], PYTHON="python")
+    assert [command[4] for command in commands] == [
+        "--workdir=gs://b/runs/pretrain", *["--workdir=gs://b/runs/finetune"] * 2
+    ]  # fmt: skip
+    assert commands[1][5] == "--config.init.path=gs://b/runs/pretrain"
+
+
 def test_a_gpu_host_installs_only_if_no_interpreter_is_given(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHON", raising=False)
     # A checkout without .venv.

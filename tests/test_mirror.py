@@ -282,6 +282,7 @@ def test_an_absolute_path_is_local(bucket_dir, local_dir, tmp_path, pictures):
         ("smal", "holds other, pets.zip, small; type --config.data.name=small"),
         ("faces.zip", "holds other, pets.zip, small; type --config.data.name="),
         ("small:2.0.0", "only version 1.0.0; type --config.data.name=small:1.0.0"),
+        ("other/a:3.0.0", "version 1.0.0, 1.10.0, 1.9.0; type --config.data.name=other/a:1.10.0"),
         ("other", "a folder of several sets, a, b; expected one of them; type "
          "--config.data.name=other/a"),
         ("other/b", "is uploaded only in part"),
@@ -292,6 +293,8 @@ def test_a_set_that_is_not_there_is_one_sentence(in_bucket, local_dir, name, say
     (in_bucket / "pets.zip").write_bytes(b"")
     for config in "ab":
         shards(in_bucket / "other" / config / "1.0.0", count=1)
+    for version in ("1.9.0", "1.10.0"):
+        (in_bucket / "other" / "a" / version / INDEX).write_text("{}")
     (in_bucket / "other" / "old" / "1.0.0" / INDEX).write_text("{}")
     if name == "other/b":
         (in_bucket / "other" / "b" / "1.0.0" / INDEX).unlink()

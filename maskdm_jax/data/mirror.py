@@ -212,7 +212,7 @@ def _find(data_dir, name) -> _Remote:
     versions = {index[1] for index in indices if index}
     if version not in versions | {""} or not versions:
         raise ConfigError(_not_found(data_dir, name, prefix, below, versions))
-    version = version or max(versions, key=lambda version: [*map(int, version.split("."))])
+    version = version or _newest(versions)
     # Only files beside the index: a cache of decoded images may lie in a folder there.
     inside = {
         file: each
@@ -228,17 +228,20 @@ def _find(data_dir, name) -> _Remote:
     return _Remote(f"{prefix}/{version}", inside)
 
 
+def _newest(versions):
+    return max(versions, key=lambda version: [*map(int, version.split("."))])
+
+
 def _not_found(data_dir, name, prefix, below, versions):
     """That there is no such set, and what is there."""
     if versions:
-        newest = sorted(versions)[-1]
         return (
             f"data.name is {name!r}, but {data_dir} has of {prefix} only version "
-            f"{', '.join(sorted(versions))}; type --config.data.name={prefix}:{newest}"
+            f"{', '.join(sorted(versions))}; type --config.data.name={prefix}:{_newest(versions)}"
         )
     configs = {re.fullmatch(rf"([^/]+)/{_VERSION}/{_INDEX}", file) for file in below} - {None}
     if configs:
-        configs = sorted(each[1] for each in configs)
+        configs = sorted({each[1] for each in configs})
         return (
             f"data.name {name!r} is a folder of several sets, {', '.join(configs)}; expected one "
             f"of them; type --config.data.name={prefix}/{configs[0]}"

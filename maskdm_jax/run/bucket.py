@@ -85,6 +85,7 @@ def checked(text: str, name: str):
 def _check_bucket(bucket, text, name):
     """Lists one object; what was found usable is not asked again."""
     with _explained(text, name, bucket):
+        system().credentials.maybe_refresh()  # a request would try expired ones for half a minute
         request("GET", "b/{}/o", bucket, prefix="/".join(path(text).parts[3:]), maxResults=1)
 
 
@@ -130,7 +131,8 @@ def move(folder, target) -> None:
 
 def remove_tree(folder) -> None:
     """Removes all objects below a folder."""
-    retried(system().rm, os.fspath(folder), recursive=True)
+    with contextlib.suppress(FileNotFoundError):  # removed by an attempt whose answer was lost
+        retried(system().rm, os.fspath(folder), recursive=True)
 
 
 class Mirror:
@@ -237,7 +239,7 @@ def _explained(text, name, bucket):
             f"{what}there is no bucket {bucket}; type the name of one that exists, or "
             f"gcloud storage buckets create gs://{bucket} first"
         ) from error
-    except google.auth.exceptions.GoogleAuthError as error:
+    except (google.auth.exceptions.GoogleAuthError, gcsfs.retry.NonRetryableError) as error:
         raise ConfigError(f"{what}{_NO_CREDENTIALS}") from error
     except gcsfs.retry.HttpError as error:
         if error.code == 401:

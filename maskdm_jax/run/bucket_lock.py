@@ -27,7 +27,7 @@ class Lock:
     """One process's view of a lock.
 
     Attributes:
-      holder_lives: whether the lock has changed while this process waited for it.
+      holder_lives: whether the lock has changed while this process waited for it, and lately.
       holder_died: whether the last `acquire` has removed the lock of a process that is gone.
     """
 
@@ -58,7 +58,7 @@ class Lock:
             bucket.retried(fs.pipe_file, os.fspath(self._place), content, mode="create")
         try:
             found = bucket.retried(self._request, "GET")
-            holder = json.loads(self._place.read_bytes())
+            holder = json.loads(bucket.retried(self._place.read_bytes))
         except FileNotFoundError:  # released meanwhile
             return {}
         except ValueError:
@@ -71,17 +71,19 @@ class Lock:
         if state != self._seen[0]:
             self.holder_lives = self._seen[0] is not None
             self._seen = (state, time.monotonic())
-        self.holder_died = _has_died(holder) or time.monotonic() - self._seen[1] > _EXPIRES_S
+        silent_s = time.monotonic() - self._seen[1]
+        self.holder_lives &= silent_s < 3 * _RENEW_S
+        self.holder_died = _has_died(holder) or silent_s > _EXPIRES_S
         if self.holder_died:
             with contextlib.suppress(FileNotFoundError, FileExistsError):  # others wait too
                 bucket.retried(self._request, "DELETE", ifGenerationMatch=found["generation"])
         return holder
 
     def release(self) -> None:
-        """Removes the object, if it is still this process's."""
+        """Removes the object, if it is still this process's and the bucket answers."""
         self._released.set()
-        with contextlib.suppress(FileNotFoundError, FileExistsError):
-            bucket.retried(self._request, "DELETE", ifGenerationMatch=self._generation)
+        with contextlib.suppress(Exception):  # it expires; what ended the run is the error to show
+            self._request("DELETE", ifGenerationMatch=self._generation)
 
     def _request(self, method, **options):
         return bucket.request(method, "b/{}/o/{}", self._name, self._key, **options)
@@ -100,7 +102,8 @@ class Lock:
                 if not self._released.is_set():
                     _end(f"{self._place} is no longer this run's: another run has taken it over")
             except Exception as error:  # whatever it is, the lock was not renewed
-                if time.monotonic() - last > bucket.LOST_S:
+                is_lost = time.monotonic() - last > bucket.LOST_S
+                if is_lost and not self._released.is_set():
                     _end(bucket.described(error))
 
 

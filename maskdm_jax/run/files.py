@@ -157,7 +157,7 @@ def make_folder(folder) -> None:
     if is_remote(folder):
         probe = folder / f".{socket.gethostname()}-{os.getpid()}"
         bucket.upload(b"", probe)
-        bucket.retried(probe.unlink)
+        bucket.retried(probe.unlink, missing_ok=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
