@@ -14,7 +14,7 @@ import pytest
 from conftest import BUCKET, ROOT, TINY, Emulator, xla_flags
 
 from configs import finetune_digits, pretrain_digits
-from maskdm_jax import checkpoint, sample, train
+from maskdm_jax import checkpoint, evaluate, sample, train
 from maskdm_jax.errors import BucketError, ConfigError
 from maskdm_jax.run import bucket, bucket_lock, files, lock, telemetry
 
@@ -75,7 +75,7 @@ def test_a_resumed_run_is_bit_for_bit_that_of_a_local_disk(run, tmp_path):
     assert {"config.json", "metrics.jsonl", "previews/step_0000004.png"} <= listed(workdir)
 
 
-def test_the_second_stage_starts_from_a_bucket_and_draws_there(run):
+def test_the_second_stage_starts_from_a_bucket_and_draws_and_scores_there(run):
     before, start = run
     config, workdir = finetune_digits.get_config(), start.parent / "tuned"
     config.update_from_flattened_dict(TINY)
@@ -88,6 +88,11 @@ def test_the_second_stage_starts_from_a_bucket_and_draws_there(run):
     assert sample.missing(config, drawn) == []
     (drawn / "000003.png").unlink()
     assert sample.missing(config, drawn) == [3]
+    config.eval.update(num=8, metrics=("swd",), heldout_split="")
+    (record,) = evaluate.evaluate(config, workdir)
+    assert record["scores"]["swd"] > 0
+    assert telemetry.read_scores(workdir) == [record]
+    assert evaluate.evaluate(config, workdir) == [record]
 
 
 def test_no_folder_is_named_after_a_bucket(run):
