@@ -33,14 +33,16 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 
+import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 from configs import pretrain_digits  # noqa: E402
-from maskdm_jax import train  # noqa: E402
+from maskdm_jax import sharding, train  # noqa: E402
 from maskdm_jax.data import digits  # noqa: E402
 from maskdm_jax.model import uvit  # noqa: E402
 from maskdm_jax.run import files  # noqa: E402
+from maskdm_jax.state import abstract_state  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -83,6 +85,12 @@ def trained(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("trained")
     train.train(config, workdir)
     return workdir
+
+
+def zero_state(config):
+    """A state of zeros on one device, for tests that give it parameters: nothing is compiled."""
+    shapes = abstract_state(config, sharding.make_mesh(config, jax.devices()[:1]))
+    return jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
 
 
 @pytest.fixture(scope="session")

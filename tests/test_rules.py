@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from close import assert_close
+from conftest import zero_state
 from flax import traverse_util
 
-from maskdm_jax import checkpoint, sharding
+from maskdm_jax import checkpoint
 from maskdm_jax.config import default_config, validate
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import patches, uvit
-from maskdm_jax.state import abstract_state
 from maskdm_jax.weights import start
 
 T = jnp.array([5, 300, 900])
@@ -41,11 +41,8 @@ def started(tmp_path, old, new, **init):
     """
     (config, _, params), (new_config, _, fresh) = old, new
     workdir = tmp_path / str(len(list(tmp_path.iterdir())))
-    # Only the parameters are read, so nothing is compiled for the rest.
-    shapes = abstract_state(config, sharding.make_mesh(config, jax.devices()[:1]))
-    state = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), shapes)
     checkpoints = checkpoint.Checkpoints(workdir, config)
-    checkpoints.save(5, state.replace(params=params), force=True)
+    checkpoints.save(5, zero_state(config).replace(params=params), force=True)
     checkpoints.close()
     new_config.init.update(path=str(workdir), **init)
     validate(new_config)

@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, zero_state
 
 import maskdm_jax
-from maskdm_jax import checkpoint, evaluate, images, sample, sharding
+from maskdm_jax import checkpoint, evaluate, images, sample
 from maskdm_jax.config import default_config, get, validate
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
-from maskdm_jax.state import init_state
 from maskdm_jax.weights import export, start, torch_file, torch_io
 
 # What an official file of each kind differs in.
@@ -42,13 +41,12 @@ def tiny(**fields):
 
 def run(workdir, config):
     """A checkpoint of step 9, whose average differs from its weights; (weights, average)."""
-    state = init_state(config, sharding.make_mesh(config, jax.devices()[:1]))
-    generator = np.random.default_rng(0)
+    state, generator = zero_state(config), np.random.default_rng(0)
 
-    def moved(x):
-        return np.asarray(x) + 0.05 * generator.normal(size=x.shape).astype(np.float32)
+    def drawn(x):
+        return 0.05 * generator.normal(size=x.shape).astype(np.float32)
 
-    params, ema = (jax.tree.map(moved, state.params) for _ in range(2))
+    params, ema = (jax.tree.map(drawn, state.params) for _ in range(2))
     checkpoints = checkpoint.Checkpoints(workdir, config)
     checkpoints.save(9, state.replace(params=params, ema=ema), force=True)
     checkpoints.close()
