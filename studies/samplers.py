@@ -7,10 +7,10 @@
 A solver is SAMPLER:SPACING, or SAMPLER:SPACING:ETA for DDIM that adds noise; with :recompute at the
 end, DDIM takes eps from the clipped x0. All start from the same noise. The numbers of evaluations
 are without guidance, which doubles them; Heun takes the odd number at or below each. Each pair
-gives one row of DIR/samplers.csv, the cheapest first. Rows that are there already are left out, so
-the same command resumes after a stop; no row is started that is expected to end after --until. The
-scores are FID of 768 features against the training images, or as the config's `eval` fields say. At
-the end, and with --until=0, it prints the table of all rows.
+gives one row of DIR/samplers.csv: 250 of DDIM's first, then the cheapest. Rows that are there
+already are left out, so the same command resumes after a stop; no row is started that is expected
+to end after --until. The scores are FID of 768 features against the training images, or as the
+config's `eval` fields say. At the end, and with --until=0, it prints the table of all rows.
 """
 
 import itertools
@@ -65,6 +65,13 @@ def _values(solver):
     texts = zip(names, [*words, "0"], strict=False)
     values = {name: FIELDS[name].kind.read(text) for name, text in texts}
     return values | {"sample.recompute_eps": solver.endswith(_RECOMPUTE)}
+
+
+def runs(solvers: list[str], evaluations: list[int]) -> list[Run]:
+    """Each solver with each number, in the order in which they are worth having: what the others
+    are compared with, then the cheapest."""
+    found = [Run(s, n) for n, s in itertools.product(sorted(evaluations), solvers)]
+    return sorted(found, key=lambda run: run != BASELINE)
 
 
 def check(solvers: list[str]) -> None:
@@ -220,7 +227,7 @@ def _run_all(args, path: pathlib.Path, start: float) -> None:
             f"--evaluations has {most}; expected at most the model's timesteps, {steps}; type "
             f"--evaluations {steps}"
         )
-    wanted = [Run(s, n) for n, s in itertools.product(sorted(args.evaluations), args.solvers)]
+    wanted = runs(args.solvers, args.evaluations)
     kept = ("solver", "budget", "sample", "checkpoint_sha256")
     done = {tuple(row[name] for name in kept) for row in read_rows(path)}
     todo = [run for run in wanted if study.key(run) not in done]

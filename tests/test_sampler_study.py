@@ -20,6 +20,14 @@ def test_a_solver_takes_at_most_the_evaluations_that_it_is_given():
     assert samplers.Run("heun:karras", 5).fields()["sample.steps"] == 3
 
 
+def test_what_the_others_are_compared_with_comes_first_and_then_the_cheapest():
+    solvers, (dear, cheap) = ["heun:karras", "ddim:timestep"], (250, 10)
+    assert samplers.runs(solvers, [dear, cheap]) == [
+        ("ddim:timestep", dear), ("heun:karras", cheap), ("ddim:timestep", cheap),
+        ("heun:karras", dear),
+    ]  # fmt: skip
+
+
 def test_the_table_has_what_it_takes_to_equal_ddim_with_250_evaluations():
     scores = {("ddim:timestep", 20): 3.0, ("ddim:timestep", 250): 1.0, ("heun:karras", 20): 1.5,
               ("heun:karras", 250): 1.0, ("dpm_solver:log_snr", 20): 0.9}  # fmt: skip
