@@ -55,8 +55,10 @@ def described(phase: Phase, before: Phase, mesh: Mesh) -> str:
     rows, parts = _plan(phase, before, mesh).rows, []
     for outcome in ("restored", "resized", "left out", "fresh"):
         names = [row.name for row in rows if row.outcome == outcome]
-        named = f" ({', '.join(names)})" if names and outcome != "restored" else ""
-        parts.append(f"{len(names)} {outcome}{named}")
+        if outcome == "restored":
+            parts.append(f"{len(names)} weights kept")
+        else:
+            parts.append(f"{len(names)} {outcome}" + (f" ({', '.join(names)})" if names else ""))
     return f"phase {phase.index + 1} starts after step {phase.first_step}: {', '.join(parts)}"
 
 
