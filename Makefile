@@ -51,8 +51,8 @@ FOUR_SLICES := finetune_celeba64:paper finetune_celebahq:paper finetune_digits \
   pretrain_celeba64:paper pretrain_celebahq:paper pretrain_digits \
   scratch_celeba64:paper scratch_celebahq:paper scratch_digits
 ONE_SLICE := ablation_celeba64:block4,0.9 cifar10:finetune cifar10:pretrain edm_digits:edm \
-  finetune_dwt:256 finetune_swiss_roll imagenet64:finetune lsun_church:finetune phases_digits \
-  pretrain_celeba64:ours pretrain_celebahq:ours finetune_celeba64:ours \
+  finetune_dwt:256 finetune_dwt:512 finetune_swiss_roll imagenet64:finetune lsun_church:finetune \
+  phases_digits pretrain_celeba64:ours pretrain_celebahq:ours finetune_celeba64:ours \
   finetune_celebahq:ours pretrain_dwt:256 pretrain_dwt:512 pretrain_swiss_roll pretrain_vggface2 \
   scratch_swiss_roll transfer_celebahq:0.1
 
