@@ -1,7 +1,8 @@
 """Places, and files that are whole or absent: a reader never finds half of one.
 
 A place is a folder or file of the local file system (a pathlib.Path), or of a bucket (an
-epath.Path, which has the same methods). This module and `lock` alone know the difference.
+epath.Path, which has the same methods). This module knows the difference; `is_remote` tells it to
+the few that must act on it: locks, commit marks, copies of data sets, room on disks, W&B.
 """
 
 import concurrent.futures
