@@ -43,17 +43,20 @@ def grid(images_BHWC: np.ndarray, scale: int = 1, num_classes: int = 0) -> np.nd
     Args:
       images_BHWC: the images, at least one.
       scale: how many times to enlarge them.
-      num_classes: image i has class i mod num_classes, and row c holds those of class c. 0, and
-        where that would give fewer than four columns: roughly square, row by row.
+      num_classes: image i has class i mod num_classes, and row c holds those of class c; the last
+        images are left out if not all rows would have one. 0, and where that would give fewer than
+        four columns: roughly square, row by row.
     """
     batch, height, width, channels = images_BHWC.shape
     by_class = num_classes and batch >= 4 * num_classes
-    cols = -(-batch // num_classes) if by_class else int(np.ceil(batch**0.5))
+    if by_class:
+        batch -= batch % num_classes
+    cols = batch // num_classes if by_class else int(np.ceil(batch**0.5))
     rows = num_classes if by_class else -(-batch // cols)
     line = 1
     cell_h, cell_w = height * scale + line, width * scale + line
     picture = np.full((rows * cell_h + line, cols * cell_w + line, channels), 255, np.uint8)
-    large = images_BHWC.repeat(scale, axis=1).repeat(scale, axis=2)
+    large = images_BHWC[:batch].repeat(scale, axis=1).repeat(scale, axis=2)
     for i, image in enumerate(large):
         row, col = (i % rows, i // rows) if by_class else (i // cols, i % cols)
         top, left = row * cell_h + line, col * cell_w + line

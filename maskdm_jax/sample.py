@@ -34,7 +34,7 @@ def write_samples(
     """Draws `config.sample.num` images from the newest checkpoint of `workdir`, or that of `step`;
     if the workdir has none, from the official file `config.init.path`.
 
-    Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64) and
+    Writes <workdir>/samples/<settings>/000000.png and so on, grid.png (of the first 64 at most) and
     settings.json. Existing images are kept.
 
     Args:
@@ -188,7 +188,7 @@ def _draw_grid(config, folder):
     scale = images.shown_scale(config.data.image_size)
     picture = images.grid(np.stack(shown), scale, draw.classes_in_turn(config))
     images.save_png(folder / "grid.png", picture)
-    say(f"{settings.num} images in {folder}, the first {len(shown)} in {folder / 'grid.png'}")
+    say(f"{settings.num} images in {folder}, an overview in {folder / 'grid.png'}")
 
 
 def _draw_missing(config, folder, todo, params, drawing, evaluations):
