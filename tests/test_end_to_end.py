@@ -13,16 +13,19 @@ from maskdm_jax.run.telemetry import read_metrics
 
 
 @pytest.fixture
-def without_tensorflow(tmp_path, monkeypatch):
-    """Ends a process that imports TensorFlow."""
-    trap = tmp_path / "trap" / "tensorflow"
-    trap.mkdir(parents=True)
-    (trap / "__init__.py").write_text("raise RuntimeError('TensorFlow was imported')")
-    paths = [str(trap.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+def without_other_frameworks(tmp_path, monkeypatch):
+    """Ends a process that imports TensorFlow or PyTorch."""
+    traps = tmp_path / "traps"
+    for name in ("tensorflow", "torch"):
+        (traps / name).mkdir(parents=True)
+        (traps / name / "__init__.py").write_text(f"raise RuntimeError('{name} was imported')")
+    paths = [str(traps), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
-def test_pretrain_finetune_sample_without_tensorflow(run_main, tmp_path, without_tensorflow):
+def test_pretrain_finetune_sample_without_another_framework(
+    run_main, tmp_path, without_other_frameworks
+):
     first, second = tmp_path / "w1", tmp_path / "w2"
     steps = "--config.train.num_steps=120"
     fast = ["--config.train.log_every_steps=20", "--config.optim.warmup_steps=5"]

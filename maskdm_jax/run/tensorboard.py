@@ -9,13 +9,22 @@ import hashlib
 import io
 import json
 import pathlib
+import sys
 import time
 
 from PIL import Image
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, plugin_hparams_pb2, summary_pb2, tensor_pb2, types_pb2
 
 from maskdm_jax.run import files
+
+# tensorboardX imports PyTorch where it is installed, which takes seconds and is for what we do not
+# use. A module of None counts as not installed.
+_torch = sys.modules.setdefault("torch", None)
+try:
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto import event_pb2, plugin_hparams_pb2, summary_pb2, tensor_pb2, types_pb2
+finally:
+    if _torch is None:
+        del sys.modules["torch"]
 
 _CONFIG = ".config"  # how the name of the file with the config ends
 
