@@ -7,18 +7,23 @@
 An arm's budget is its seconds of training, times the devices: all its phases and, if it has several
 runs, its pre-training. Each phase's step is timed on this device first, and gets as many steps as
 fit in its share. Compilation, saves and scoring are not part of the budget; rows.csv has them
-apart. Runs whose rows are in DIR/rows.csv already are left out, so the same command goes on after a
-stop; --until is when it starts no further run. The images of DIR/grids come from the same noise.
+apart. Runs whose rows are in DIR/rows.csv already are left out, and a run that was begun goes on
+from its newest checkpoint with the steps that it was given at first, so the same command goes on
+after a stop. SIGTERM makes a run in training save and stop: `timeout 590 python ...` cuts one that
+is longer than a machine is lent into pieces. --until is when no further run is started. The images
+of DIR/grids come from the same noise.
 
 `studies.page` makes the plots, tables and the page from rows.csv.
 """
 
 import csv
+import functools
 import importlib.util
 import itertools
 import json
 import pathlib
 import shutil
+import signal
 import sys
 import time
 from typing import NamedTuple
@@ -26,13 +31,23 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import measure
-from maskdm_jax import config_file, evaluate, flops, phases, sharding, state, step, train
+from maskdm_jax import (
+    checkpoint,
+    config_file,
+    evaluate,
+    flops,
+    phases,
+    sharding,
+    state,
+    step,
+    train,
+)
 from maskdm_jax.data import loader, sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import COUNT, SEED, TEXT, number
 from maskdm_jax.heldout import NAMES as BINS
-from maskdm_jax.run import command_line, files
+from maskdm_jax.run import command_line, files, preemption
 from maskdm_jax.run.progress import say
 from maskdm_jax.run.telemetry import read_metrics
 
@@ -63,41 +78,42 @@ def runs(arms: list[str], seconds: float, seeds: tuple[int, ...] = (0,)) -> list
     return [Run(arm, seconds, seed) for seed, arm in itertools.product(seeds, arms)]
 
 
-def fitted(config, seconds: float, source) -> tuple[object, list[Phase]]:
-    """A config whose phases get as many steps as fit in their shares of `seconds` here.
+def measured(config, seconds: float, source) -> list[Phase]:
+    """The phases of a config, each with as many steps as fit in its share of `seconds` here.
 
     Args:
       config: a run's; its phases have shares of the seconds.
       seconds: of training, on all devices at once.
       source: its data set.
-
-    Returns:
-      (the config with `train.num_steps` and the phases' steps set, the phases).
     """
     given = config.phases or ((1.0, {}),)
-    shares = [share / sum(share for share, _ in given) for share, _ in given]
+    whole = sum(share for share, _ in given)
     found = []
-    for share, phase in zip(shares, phases.phases(config), strict=True):
+    for (share, _), phase in zip(given, phases.phases(config), strict=True):
         step_s = step_seconds(phase, source)
-        steps = max(round(share * seconds / step_s), 1)
         found.append(
             Phase(
                 flops.tokens_per_image(phase.config),
                 phase.config.train.batch_size,
-                steps,
+                max(round(share / whole * seconds / step_s), 1),
                 1e3 * step_s,
                 flops.training_flops(phase.config) / 1e9,
             )
         )
+    return found
+
+
+def fitted(config, found: list[Phase]):
+    """The config with the steps of `found` as `train.num_steps` and as its phases'."""
     config = config.copy_and_resolve_references()
     config.train.num_steps = sum(phase.steps for phase in found)
     config.phases_by = "steps"
     if config.phases:
-        changes = [fields for _, fields in given]
+        changes = [fields for _, fields in config.phases]
         config.phases = tuple(
             (phase.steps, fields) for phase, fields in zip(found, changes, strict=True)
         )
-    return config, found
+    return config
 
 
 def step_seconds(phase: phases.Phase, source) -> float:
@@ -122,8 +138,40 @@ def trained_seconds(workdir: pathlib.Path) -> float:
     return sum(record["step_s"] * (last - first) for record, (first, last) in pairs)
 
 
+class Begun:
+    """The run in hand, as runs/begun.json keeps it for the next start."""
+
+    def __init__(self, folder: pathlib.Path, run: Run, arm: list, changes: list[str]):
+        """Reads it; if another run was begun there, that one's workdirs are removed."""
+        self._path = folder / "begun.json"
+        fresh = {"run": run, "arm": arm, "changes": changes}
+        fresh = json.loads(json.dumps(fresh)) | {"time": time.time(), "phases": []}
+        same = ("run", "arm", "changes")
+        kept = json.loads(self._path.read_text()) if self._path.exists() else {}
+        if [kept.get(name) for name in same] == [fresh[name] for name in same]:
+            self._kept = kept
+            return
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._kept = fresh
+
+    @property
+    def time(self) -> float:
+        """When it was begun, in seconds since 1970."""
+        return self._kept["time"]
+
+    def phases(self, index: int) -> list[Phase]:
+        """Those of the arm's part with that index; none if they were not measured yet."""
+        return [Phase(**phase) for phases in self._kept["phases"][index:][:1] for phase in phases]
+
+    def add(self, found: list[Phase]) -> None:
+        """Keeps the phases of the arm's next part."""
+        self._kept["phases"].append([phase._asdict() for phase in found])
+        files.write_text(self._path, json.dumps(self._kept))
+
+
 def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
-    """Trains and scores one arm.
+    """Trains and scores one arm, from where an earlier start was stopped.
 
     Args:
       study: its module, see `load_study`.
@@ -132,10 +180,11 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
       out: for the run's workdirs, which are deleted at the end, and its grid of samples.
 
     Returns:
-      The row.
+      The row. Its seconds of set-up are all since the first start that are neither training nor
+      the last start's scoring.
     """
-    start, folder, before = time.perf_counter(), out / "runs", ""
-    shutil.rmtree(folder, ignore_errors=True)
+    folder, before = out / "runs", ""
+    begun = Begun(folder, run, study.ARMS[run.arm], changes)
     cost, trained = [], 0.0
     for index, (share, fields) in enumerate(study.ARMS[run.arm]):
         config = study.get_config()
@@ -146,16 +195,21 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         phases.validate(config)
         phases.validate_devices(config, jax.device_count(), "train")
         wall = share * run.seconds / jax.device_count()
-        config, found = fitted(config, wall, sources.open_source(config))
-        workdir = folder / str(index)
-        train.train(config, workdir)
+        if not begun.phases(index):
+            begun.add(measured(config, wall, sources.open_source(config)))
+        found = begun.phases(index)
+        config, workdir = fitted(config, found), folder / str(index)
+        with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
+            train.train(config, workdir, is_stopped)
         cost, trained, before = cost + found, trained + trained_seconds(workdir), str(workdir)
-    trained_at = time.perf_counter()
+    # Scoring goes on with the images that are there, however it was stopped.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    trained_at = time.time()
     (record,) = evaluate.evaluate(config, workdir)
+    scored_at = time.time()
     (out / "grids").mkdir(exist_ok=True)
     name = f"{run.arm}_{run.seconds:g}s_seed{run.seed}.png"
     shutil.copyfile(pathlib.Path(record["images"]) / "grid.png", out / "grids" / name)
-    shutil.rmtree(folder)
     ema, definition = record["heldout_loss"].get("ema"), record["definition"]
     return {
         "arm": run.arm,
@@ -171,8 +225,8 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         "images": sum(phase.steps * phase.batch for phase in cost),
         # Four digits of it, however small: a plot has its logarithm.
         "pflop": f"{sum(p.steps * p.batch * p.gflop_per_image for p in cost) / 1e6:.4g}",
-        "set_up_s": round(trained_at - start - trained, 1),
-        "scoring_s": round(time.perf_counter() - trained_at, 1),
+        "set_up_s": round(trained_at - begun.time - trained, 1),
+        "scoring_s": round(scored_at - trained_at, 1),
         "phases": json.dumps([phase._asdict() for phase in cost]),
         "fields": json.dumps(study.ARMS[run.arm]),
         "n": definition["n"],
@@ -268,6 +322,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         row = run_arm(study, run, args.changes, out)
         add_row(out / ROWS, row)
+        shutil.rmtree(out / "runs")
         last = time.perf_counter() - begun
         scores = ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith("fid"))
         say(f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {scores} ({last:.0f} s in all)")

@@ -34,7 +34,7 @@ def get_config():
     config.checkpoint.every_steps = 10**9  # at the end alone
     config.sample.steps = 50
     config.sample.eta = 0.0
-    config.sample.batch_size = 250
+    config.sample.batch_size = 256
     config.eval.num = 5_000
     config.eval.metrics = ("fid", "memorisation")
     config.eval.features = 768

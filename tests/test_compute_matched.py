@@ -1,11 +1,16 @@
 """The study's runner and its page: equal seconds in, one row each out."""
 
+import functools
 import json
+import signal
+import sys
 import textwrap
 
 import pytest
 
+from maskdm_jax import checkpoint
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run.command_line import TRY_AGAIN
 from studies import compute_matched, page
 
 
@@ -79,6 +84,20 @@ def test_rows_with_other_columns_are_not_mixed(tmp_path):
         compute_matched.add_row(tmp_path / "rows.csv", {"arm": "c", "fid192": 1.0})
 
 
+def test_a_run_that_was_begun_keeps_its_phases_and_another_removes_it(tmp_path):
+    folder, phase = tmp_path / "runs", compute_matched.Phase(17, 64, 100, 10.0, 2.5)
+    one, arm = compute_matched.Run("a", 9.0, 0), [(1.0, {"phases": ((0.5, {}), (0.5, {}))})]
+    compute_matched.Begun(folder, one, arm, []).add([phase])
+    (folder / "0").mkdir()
+    again = compute_matched.Begun(folder, one, arm, [])
+    assert again.phases(0) == [phase] and again.phases(1) == [] and (folder / "0").exists()
+    others = [(one._replace(seed=1), arm, []), (one, arm[:0], []), (one, arm, ["seed=1"])]
+    for other in others:
+        assert compute_matched.Begun(folder, *other).phases(0) == []
+        assert list(folder.iterdir()) == []
+        compute_matched.Begun(folder, one, arm, []).add([phase])
+
+
 def test_only_the_steps_count_as_training(tmp_path):
     records = [{"step": s, "loss": 1.0, "step_s": t} for s, t in ((1, 5.0), (20, 0.1), (30, 0.2))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -112,9 +131,26 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
         compute_matched, "step_seconds", lambda phase, _: times[phase.config.train.batch_size]
     )
     monkeypatch.setattr(compute_matched, "trained_seconds", lambda workdir: 2.0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     out = tmp_path / "out"
     argv = [f"--study={tmp_path / 'study.py'}", f"--out={out}", "--piece=all"]
+
+    # Stopped in training, then in scoring: neither is begun again, nor are the steps timed again.
+    with monkeypatch.context() as stopping:
+        train = functools.partial(compute_matched.train.train, preempted=lambda step: step == 2)
+        stopping.setattr(compute_matched.train, "train", lambda config, w, _: train(config, w))
+        with pytest.raises(SystemExit, match=str(TRY_AGAIN)):
+            compute_matched.main(argv)
+    assert checkpoint.steps(out / "runs" / "0") == [2]
+    monkeypatch.delattr(compute_matched, "step_seconds")
+    with monkeypatch.context() as stopping:
+        stopping.setattr(compute_matched.evaluate, "evaluate", lambda *_: sys.exit(1))
+        with pytest.raises(SystemExit):
+            compute_matched.main(argv)
+    assert "resuming from step 2" in capsys.readouterr().out
+    assert checkpoint.steps(out / "runs" / "0")[-1] == 5
     compute_matched.main(argv)
+    assert "step 5 of 5; nothing to do" in capsys.readouterr().out
     (found,) = compute_matched.read_rows(out / "rows.csv")
     first, last = json.loads(found["phases"])
     # 16 device-seconds on 8 devices, of which three quarters for the first phase
