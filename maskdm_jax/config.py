@@ -84,6 +84,9 @@ def validate(config) -> None:
     if config.sample.guidance_scale != 1 and not classes:
         expected = "1 for a model without classes (model.num_classes is 0)"
         _fail(config, "sample.guidance_scale", expected, 1)
+    if config.sample.guidance_scale != 1 and config.model.class_dropout == 0:
+        expected = "1 for a model that never trained without the class (model.class_dropout is 0)"
+        _fail(config, "sample.guidance_scale", expected, 1)
 
 
 def validate_values(config) -> None:

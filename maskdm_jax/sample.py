@@ -114,7 +114,7 @@ def _picture(config, name, channels):
     typed = config.sample[name]
     path = files.local_path(typed, f"--config.sample.{name}")
     height, width = config.data.image_size
-    remedy = f"type --config.sample.{name}=FILE for a PNG of that size"
+    remedy = f"type --config.sample.{name}=FILE with a picture of that size"
     try:
         picture = images.read_picture(path, channels)
     except OSError as error:

@@ -79,7 +79,9 @@ def train(
     mesh = sharding.make_mesh(config)
     phase = phases.at(config, own_step or 0)
     params = None
-    if config.init.path and own_step is None:
+    if own_step is None and not config.init.path:
+        start.check_unused(config)
+    elif own_step is None:
         params, table = start.load_params(phase.config, lambda: fresh_params(phase.config, mesh))
         say(table.text(verbose))
     _make_folder(workdir)

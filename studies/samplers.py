@@ -16,6 +16,7 @@ config's `eval` fields say. At the end, and with --until=0, it prints the table 
 import itertools
 import json
 import pathlib
+import re
 import sys
 import time
 from typing import NamedTuple
@@ -118,6 +119,7 @@ class Study:
             self._network = trained.read(workdir, None, weights, fields)
         except ConfigError as error:
             said = str(error).replace("load(PATH)", "--workdir=FOLDER")
+            said = re.sub(r"fields=\{'([\w.]+)': (\w+)\}", r"--config.\1=\2", said)
             raise ConfigError(said) from error
         self.config = self._network.config
         self._mesh = sharding.make_mesh(self.config)

@@ -263,6 +263,11 @@ def test_a_map_that_names_no_block_is_refused(tmp_path):
             validate(config)
 
 
+def test_another_width_is_refused_also_where_a_class_row_would_be_fresh(tmp_path):
+    with pytest.raises(ConfigError, match="model.width .8 there, 16 here.; type --config.model.wi"):
+        started(tmp_path, network(), network(model__width=16, model__num_classes=3))
+
+
 def test_haar_coefficients_have_no_rule_for_another_patch(tmp_path):
     old = network(model__wavelet="haar", model__patch_size=4)
     started(tmp_path, old, old)

@@ -225,6 +225,11 @@ FIELDS = [
         "guidance_scale=1",
     ),
     setting(
+        "--config.model.class_dropout=0 --config.sample.guidance_scale=2",
+        "(model.class_dropout is 0)",
+        "guidance_scale=1",
+    ),
+    setting(
         "--config.model.num_classes=0 --config.sample.label=3",
         "sample.label is 3",
         "--config.sample.label=-1",
@@ -558,6 +563,12 @@ WEIGHTS = [
     Wrong(TUNE + "--config.init.path={tmp}/run --config.model.depth=5", (
         "model.depth (3 there, 5 here)", "--config.model.depth=3",
         "--config.init.map='in_block=0,0 out_block=0,0'")),
+    Wrong(TUNE + "--config.init.path={tmp}/run --config.model.depth=5 "
+          "--config.init.ignore='.*_block_1/.*'", ("model.depth (3", "--config.init.map='in_b")),
+    Wrong(TUNE + "--config.init.map='in_block=0 out_block=0'", (
+        "init.map is 'in_block=0 out_block=0', but init.path is empty", "--config.init.map=''")),
+    Wrong(TUNE + "--config.init.reinit=position", (
+        "init.reinit is ('position',), but init.path is empty", "--config.init.reinit=")),
     Wrong(TUNE + "--config.init.path={tmp}/run --config.model.mlp_ratio=2", (
         "model.mlp_ratio (4.0 there, 2.0 here)", "--config.model.mlp_ratio=4",
         "--config.init.reinit=\"('.*/mlp_in/bias', '.*/mlp_in/kernel', '.*/mlp_out/kernel',)\"")),
@@ -587,6 +598,8 @@ FILE = SAMPLE.replace("{tmp}/run", "{tmp}/w")
 EXPORT = "maskdm_jax.weights.torch_io export {tmp}/run "
 RUNS = [
     Wrong(FILE + "--config.init.path={tmp}/run", ("{tmp}/w", "--workdir={tmp}/run")),
+    Wrong(FILE + "--config.init.path=/no/file.pt", (
+        "init.path /no/file.pt does not exist", "{tmp}/w holds no", "--config.init.path=PATH")),
     Wrong(FILE + "--config.init.path={tmp}/code_in_zip.pt", ("could run any code", "type")),
     Wrong(FILE + "--config.init.path={tmp}/truncated_official.pt", ("cut short", "type")),
     Wrong(FILE + "--config.init.path={tmp}/other_uvit.pt", ("3x3 convolution", "type")),

@@ -176,6 +176,11 @@ def find_step(config, workdir: str | pathlib.Path, step: int | None = None) -> i
         return None
     instead = "the command that trains first, or another --workdir"
     if config.init.path and not has_checkpoints:
+        if step is None and not files.place(config.init.path, "init.path").exists():
+            raise ConfigError(
+                f"init.path {config.init.path} does not exist, and {workdir} holds no checkpoint; "
+                "expected an official .pt file, or a trained run; type --config.init.path=PATH"
+            )
         instead = f"--workdir={config.init.path} to use that run's, or {instead}"
     return checkpoint.find_step(workdir, step, instead=instead)
 

@@ -14,7 +14,15 @@ import jax
 import numpy as np
 
 from maskdm_jax import averages, checkpoint, phases
-from maskdm_jax.config import as_flags, block_map, described, differences, get, resolved
+from maskdm_jax.config import (
+    FIELDS,
+    as_flags,
+    block_map,
+    described,
+    differences,
+    get,
+    resolved,
+)
 from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.fields import MEANING, SHAPE, nearest_word, quoted
 from maskdm_jax.run import faults, files
@@ -62,6 +70,10 @@ def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
         stays_fresh,
         lambda name: _matches(init.ignore, name),
     )
+    if _is_unmapped(init.map, ours, theirs):
+        # Names in common are no reason: out_block_0 takes the skip of another in-block there.
+        others = [row.name for row in rows if row.name not in problems]
+        problems |= {name: name for name in others if _BLOCK.match(name)}
     if problems:
         raise ConfigError(_misfit(config, stored, source, problems, ours, theirs))
     _check_meaning(config, stored, source)
@@ -76,6 +88,17 @@ def load_params(config, make_fresh: Callable) -> tuple[dict, rules.Table]:
     leaves = [np.asarray(made[name], np.float32) for name in ours]
     params = jax.tree.unflatten(jax.tree.structure(expected), leaves)
     return params, rules.Table(source, rows)
+
+
+def check_unused(config) -> None:
+    """Raises ConfigError if a field says how to start from other weights, and none are given."""
+    for name in ("map", "reinit", "ignore", "allow"):
+        field = f"init.{name}"
+        if (value := get(config, field)) != (none := FIELDS[field].default):
+            raise ConfigError(
+                f"{field} is {value!r}, but init.path is empty; expected weights to start from; "
+                f"type --config.init.path=PATH, or --config.{field}={quoted(none)}"
+            )
 
 
 def _read(config):
@@ -144,23 +167,29 @@ def _misfit(config, stored, source, problems, ours, theirs):
         remedies.append(f"{as_flags(stored, fields)} to build that model")
     else:
         why = "; ".join([*problems.values()][:3]) + (", ..." if len(problems) > 3 else "")
-    there, here = _num_skips(theirs), _num_skips(ours)
-    if there != here and there * here and all(map(_BLOCK.match, problems)):
-        remedies.append(
-            f"--config.init.map={quoted(_even_map(there, here))} to choose each block's source"
-        )
-    if len(problems) <= len(names) / 2:
-        bad, flags = problems.keys(), []
+    if _is_unmapped(config.init.map, ours, theirs):
+        if all(map(_BLOCK.match, problems)):
+            spread = quoted(_even_map(_num_skips(theirs), _num_skips(ours)))
+            remedies.append(f"--config.init.map={spread} to choose each block's source")
+    elif len(problems) <= len(names) / 2:
+        bad, flags = problems.keys(), {}
         for field, members in (("reinit", bad & ours.keys()), ("ignore", bad - ours.keys())):
             if members:
                 expressions = ", ".join(repr(e) for e in _expressions(members, names))
-                flags.append(f'--config.init.{field}="({expressions},)"')
-        remedies.append(f"{' '.join(flags)} to leave these out")
+                flags[field] = f'--config.init.{field}="({expressions},)"'
+        purposes = {"reinit": "start these afresh", "ignore": "leave these out"}
+        remedies.append(f"{' '.join(flags.values())} to {' and '.join(purposes[f] for f in flags)}")
     remedies.append("--config.init.path='' for fresh weights")
     return (
         f"init.path: {len(problems)} of {len(names)} weights of {source} do not fit this model: "
         f"{why}; type {', or '.join(remedies)}"
     )
+
+
+def _is_unmapped(text, ours, theirs):
+    """Whether the networks have blocks on their sides, of other numbers, and `init.map` is ""."""
+    there, here = _num_skips(theirs), _num_skips(ours)
+    return not text and there != here and there * here != 0
 
 
 def _is_covered(field, config, stored):
