@@ -54,7 +54,8 @@ ONE_SLICE := ablation_celeba64:block4,0.9 cifar10:finetune cifar10:pretrain edm_
   finetune_dwt:256 finetune_dwt:512 finetune_swiss_roll imagenet64:finetune lsun_church:finetune \
   phases_digits pretrain_celeba64:ours pretrain_celebahq:ours finetune_celeba64:ours \
   finetune_celebahq:ours pretrain_dwt:256 pretrain_dwt:512 pretrain_swiss_roll pretrain_vggface2 \
-  scratch_swiss_roll transfer_celebahq:0.1
+  scratch_swiss_roll transfer_celebahq:0.1 imagenet64:pretrain lsun_church:pretrain \
+  pretrain_celebahq:paper_50 scratch_celeba64:ours scratch_celebahq:ours
 
 tpu-table: $(INSTALLED)
 	@for row in $(foreach slice,$(SLICES),$(addsuffix @$(slice),$(FOUR_SLICES))) \
