@@ -1,17 +1,17 @@
 """Trains the arms of a study for equal device-seconds, scores them, and writes one row each.
 
     python -m studies.compute_matched --study=studies/faces128.py --piece=tune_scratch --out=DIR
-    python -m studies.compute_matched --study=studies/faces128.py --arms scratch drop60 \
+    python -m studies.compute_matched --study=studies/faces128.py --arms scratch drop_60 \
         --seconds=300 --seeds 0 1 --out=DIR --config.data.dir=DATA
 
 An arm's budget is its seconds of training, times the devices: all its phases and, if it has several
 runs, its pre-training. Each phase's step is timed on this device first, and gets as many steps as
 fit in its share. Compilation, saves and scoring are not part of the budget; rows.csv has them
 apart. Runs whose rows are in DIR/rows.csv already are left out, and a run that was begun goes on
-from its newest checkpoint with the steps that it was given at first, so the same command goes on
-after a stop. SIGTERM makes a run in training save and stop: `timeout 590 python ...` cuts one that
-is longer than a machine is lent into pieces. --until is when no further run is started. The images
-of DIR/grids come from the same noise.
+from its newest checkpoint with the steps that it was given at first, on the same kind of device, so
+the same command goes on after a stop. SIGTERM makes a run in training save and stop: `timeout 590
+python ...` cuts one that is longer than a machine is lent into pieces. --until is when no further
+run is started. The images of DIR/grids come from the same noise.
 
 `studies.page` makes the plots, tables and the page from rows.csv.
 """
@@ -22,6 +22,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import shlex
 import shutil
 import signal
 import sys
@@ -42,10 +43,11 @@ from maskdm_jax import (
     step,
     train,
 )
+from maskdm_jax.config import get
 from maskdm_jax.data import loader, sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
-from maskdm_jax.fields import COUNT, SEED, TEXT, number
+from maskdm_jax.fields import COUNT, FREE, SEED, TEXT, number
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files, preemption
 from maskdm_jax.run.progress import say
@@ -139,26 +141,27 @@ def trained_seconds(workdir: pathlib.Path) -> float:
 
 
 class Begun:
-    """The run in hand, as runs/begun.json keeps it for the next start."""
+    """A run that was begun, as DIR/runs/RUN/begun.json keeps it for the next start."""
 
-    def __init__(self, folder: pathlib.Path, run: Run, arm: list, changes: list[str]):
-        """Reads it; if another run was begun there, that one's workdirs are removed."""
-        self._path = folder / "begun.json"
-        fresh = {"run": run, "arm": arm, "changes": changes}
-        fresh = json.loads(json.dumps(fresh)) | {"time": time.time(), "phases": []}
-        same = ("run", "arm", "changes")
-        kept = json.loads(self._path.read_text()) if self._path.exists() else {}
-        if [kept.get(name) for name in same] == [fresh[name] for name in same]:
-            self._kept = kept
-            return
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self._kept = fresh
+    def __init__(self, folder: pathlib.Path, what: dict):
+        """Reads it.
 
-    @property
-    def time(self) -> float:
-        """When it was begun, in seconds since 1970."""
-        return self._kept["time"]
+        Args:
+          folder: for the run's workdirs and begun.json.
+          what: the run's settings and device, which must be those of the first start.
+        """
+        self._path, what = folder / "begun.json", json.loads(json.dumps(what))
+        self._kept = {"what": what, "seconds": 0.0, "phases": []}
+        if self._path.exists():
+            self._kept = json.loads(self._path.read_text())
+        for name, before in self._kept["what"].items():
+            if before != what[name]:
+                raise ConfigError(
+                    f"{folder} was begun with the {name} {json.dumps(before)}, and now it is "
+                    f"{json.dumps(what[name])}; go on with the first, or type rm -r "
+                    f"{shlex.quote(str(folder))} to begin anew"
+                )
+        self._start = time.perf_counter()
 
     def phases(self, index: int) -> list[Phase]:
         """Those of the arm's part with that index; none if they were not measured yet."""
@@ -167,7 +170,32 @@ class Begun:
     def add(self, found: list[Phase]) -> None:
         """Keeps the phases of the arm's next part."""
         self._kept["phases"].append([phase._asdict() for phase in found])
-        files.write_text(self._path, json.dumps(self._kept))
+        self.keep()
+
+    def seconds(self) -> float:
+        """Of all starts so far; those of a start that was killed count to its last `keep`."""
+        return self._kept["seconds"] + time.perf_counter() - self._start
+
+    def keep(self) -> None:
+        """Writes begun.json."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_text(self._path, json.dumps(self._kept | {"seconds": self.seconds()}))
+
+
+def with_typed(study, arm: list, changes: list[str]) -> tuple[list, list[str]]:
+    """(the arm with those typed changes that make another run of it, the other changes)."""
+    config, own, fields, free = study.get_config(), study.get_config(), {}, []
+    for change in changes:
+        name = change.partition("=")[0]
+        config_file.set_field(config, change)
+        if FIELDS[name].role == FREE:
+            free.append(change)
+        else:
+            fields[name] = get(config, name)
+    typed = [
+        {k: v for k, v in fields.items() if k in given or get(own, k) != v} for _, given in arm
+    ]
+    return [(share, given | more) for (share, given), more in zip(arm, typed, strict=True)], free
 
 
 def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
@@ -177,39 +205,45 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
       study: its module, see `load_study`.
       run: the arm, budget and seed.
       changes: "FIELD=VALUE" for every run of the study, such as where its data is.
-      out: for the run's workdirs, which are deleted at the end, and its grid of samples.
+      out: for the run's workdirs, in `run_folder`, and its grid of samples.
 
     Returns:
-      The row. Its seconds of set-up are all since the first start that are neither training nor
-      the last start's scoring.
+      The row. Its seconds of set-up are all those of its starts that are neither training nor the
+      last start's scoring.
     """
-    folder, before = out / "runs", ""
-    begun = Begun(folder, run, study.ARMS[run.arm], changes)
+    arm, free = with_typed(study, study.ARMS[run.arm], changes)
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+    folder, before = run_folder(out, run), ""
+    begun = Begun(folder, {"settings": arm, "device": device})
     cost, trained = [], 0.0
-    for index, (share, fields) in enumerate(study.ARMS[run.arm]):
-        config = study.get_config()
-        config.update_from_flattened_dict(fields)
-        for change in changes:
-            config_file.set_field(config, change)
-        config.seed, config.init.path = run.seed, before
-        phases.validate(config)
-        phases.validate_devices(config, jax.device_count(), "train")
-        wall = share * run.seconds / jax.device_count()
-        if not begun.phases(index):
-            begun.add(measured(config, wall, sources.open_source(config)))
-        found = begun.phases(index)
-        config, workdir = fitted(config, found), folder / str(index)
-        with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
-            train.train(config, workdir, is_stopped)
-        cost, trained, before = cost + found, trained + trained_seconds(workdir), str(workdir)
-    # Scoring goes on with the images that are there, however it was stopped.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    trained_at = time.time()
-    (record,) = evaluate.evaluate(config, workdir)
-    scored_at = time.time()
+    try:
+        for index, (share, fields) in enumerate(arm):
+            config = study.get_config()
+            config.update_from_flattened_dict(fields)
+            for change in free:
+                config_file.set_field(config, change)
+            config.seed, config.init.path = run.seed, before
+            phases.validate(config)
+            phases.validate_devices(config, jax.device_count(), "train")
+            wall = share * run.seconds / jax.device_count()
+            if not begun.phases(index):
+                begun.add(measured(config, wall, sources.open_source(config)))
+            found = begun.phases(index)
+            config, workdir = fitted(config, found), folder / str(index)
+            with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
+                train.train(config, workdir, is_stopped)
+            cost, trained, before = cost + found, trained + trained_seconds(workdir), str(workdir)
+        # Scoring goes on with the images that are there, however it was stopped.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(command_line.TRY_AGAIN))
+        trained_at = time.perf_counter()
+        (record,) = evaluate.evaluate(config, workdir)
+        scoring_s = time.perf_counter() - trained_at
+    finally:
+        begun.keep()
     (out / "grids").mkdir(exist_ok=True)
-    name = f"{run.arm}_{run.seconds:g}s_seed{run.seed}.png"
-    shutil.copyfile(pathlib.Path(record["images"]) / "grid.png", out / "grids" / name)
+    shutil.copyfile(
+        pathlib.Path(record["images"]) / "grid.png", out / "grids" / f"{folder.name}.png"
+    )
     ema, definition = record["heldout_loss"].get("ema"), record["definition"]
     return {
         "arm": run.arm,
@@ -225,10 +259,10 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         "images": sum(phase.steps * phase.batch for phase in cost),
         # Four digits of it, however small: a plot has its logarithm.
         "pflop": f"{sum(p.steps * p.batch * p.gflop_per_image for p in cost) / 1e6:.4g}",
-        "set_up_s": round(trained_at - begun.time - trained, 1),
-        "scoring_s": round(scored_at - trained_at, 1),
+        "set_up_s": round(begun.seconds() - trained - scoring_s, 1),
+        "scoring_s": round(scoring_s, 1),
         "phases": json.dumps([phase._asdict() for phase in cost]),
-        "fields": json.dumps(study.ARMS[run.arm]),
+        "fields": json.dumps(arm),
         "n": definition["n"],
         "steps": definition["steps"],
         "reference_sha256": definition["reference_sha256"],
@@ -237,6 +271,11 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         "date": measure.today(),
         **measure.versions(),
     }
+
+
+def run_folder(out: pathlib.Path, run: Run) -> pathlib.Path:
+    """Where a run's workdirs are until it has its row."""
+    return out / "runs" / f"{run.arm}_{run.seconds:g}s_seed{run.seed}"
 
 
 def load_study(path: str):
@@ -249,12 +288,27 @@ def load_study(path: str):
         )
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise ConfigError(
+            f"--study {path}, line {error.lineno}: {error.msg}; expected a Python file; mend it"
+        ) from error
+    if lacking := [name for name in ("get_config", "ARMS", "PIECES") if not hasattr(module, name)]:
+        raise ConfigError(
+            f"--study {path} has no {' and no '.join(lacking)}; expected get_config(), ARMS and "
+            "PIECES, as in studies/faces128.py; type --study=studies/faces128.py"
+        )
     return module
 
 
 def chosen(study, piece: str, arms: list[str], seconds: float, seeds: list[int]) -> list[Run]:
     """The runs that the command line asks for."""
+    if piece and arms:
+        raise ConfigError(
+            f"--piece is {piece!r} and --arms has {arms[0]!r}; expected one of the two; type "
+            f"--piece={piece}, or --arms {' '.join(arms)}"
+        )
     if piece and piece not in study.PIECES:
         raise ConfigError(
             f"--piece is {piece!r}; expected one of {', '.join(study.PIECES)}; "
@@ -282,15 +336,22 @@ def add_row(path: pathlib.Path, row: dict) -> None:
     """Appends a row; one with other columns is refused."""
     rows = read_rows(path)
     if rows and list(rows[0]) != list(row):
+        old, new = (shlex.quote(str(p)) for p in (path, path.with_suffix(".old.csv")))
+        differ = ", ".join(sorted(set(rows[0]) ^ set(row))) or "another order"
         raise ConfigError(
-            f"{path} has the columns {', '.join(rows[0])}, but this run gives {', '.join(row)}; "
-            "type --out=FOLDER with a new one"
+            f"{path} has other columns than this run's row: {differ}; type mv {old} {new}, and the "
+            "same command then adds the row without training again"
         )
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
         if not rows:
             writer.writeheader()
         writer.writerow(row)
+
+
+def _fields(study, run, changes):
+    """The `fields` of a run's row."""
+    return json.loads(json.dumps(with_typed(study, study.ARMS[run.arm], changes)[0]))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -311,8 +372,11 @@ def main(argv: list[str] | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     rows = read_rows(out / ROWS)
-    done = {(row["arm"], float(row["seconds"]), int(row["seed"])) for row in rows}
-    todo = [run for run in wanted if (run.arm, float(run.seconds), run.seed) not in done]
+    done = [
+        (Run(row["arm"], float(row["seconds"]), int(row["seed"])), json.loads(row["fields"]))
+        for row in rows
+    ]
+    todo = [run for run in wanted if (run, _fields(study, run, args.changes)) not in done]
     say(f"{len(wanted)} runs, of which {len(todo)} are not in {out / ROWS} yet")
     last = 0.0
     for index, run in enumerate(todo):
@@ -322,10 +386,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         row = run_arm(study, run, args.changes, out)
         add_row(out / ROWS, row)
-        shutil.rmtree(out / "runs")
+        shutil.rmtree(run_folder(out, run))
         last = time.perf_counter() - begun
-        scores = ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith("fid"))
-        say(f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {scores} ({last:.0f} s in all)")
+        name = list(row)[3]  # the first score
+        say(
+            f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {name} {row[name]:.4g} in {last:.0f} s"
+        )
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ def factors(found: list[Point]) -> list[list[str]]:
         arms.setdefault(point.arm, []).append(point)
     rows = []
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
-        best = next(p for p in found if p.family == BASELINE and p.seconds == budget)
+        best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
+        if best.seconds < budget:
+            continue  # tuned less than the shorter one
         for arm, of_arm in arms.items():
             if of_arm[0].family == BASELINE:
                 continue
@@ -258,10 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse(argv)
     path = files.local_path(args.rows, "--rows")
     rows = read_rows(path)
-    if not rows:
+    if not rows or not {"arm", "seconds", "seed", "phases"} <= rows[0].keys():
         raise ConfigError(
-            f"--rows {path} holds no rows; expected the rows.csv of studies.compute_matched; type "
-            "--rows=studies/faces128.csv"
+            f"--rows {path} holds no rows of arms; expected the rows.csv of "
+            "studies.compute_matched; type --rows=studies/faces128.csv"
         )
     grids = files.local_path(args.grids, "--grids") if args.grids else None
     write_page(rows, files.local_path(args.out, "--out"), grids)

@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -56,6 +57,11 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
     ]
 
 
+def test_a_budget_at_which_scratch_is_behind_a_shorter_run_of_it_has_no_factor():
+    found = as_points(row(fid=2.0), row("scratch_b32", 180.0, fid=3.0), row("drop_60", fid=2.5))
+    assert page.factors(found) == []
+
+
 def test_families_are_compared_where_scratch_and_another_were_run():
     both = [row(), row("drop_60"), row(seconds=300.0), row("drop_60", 600.0)]
     assert page.compared_budget(as_points(*both)) == 120
@@ -80,22 +86,45 @@ def test_rows_with_other_columns_are_not_mixed(tmp_path):
     compute_matched.add_row(tmp_path / "rows.csv", {"arm": "b", "fid768": 2.0})
     rows = compute_matched.read_rows(tmp_path / "rows.csv")
     assert rows == [{"arm": "a", "fid768": "1.0"}, {"arm": "b", "fid768": "2.0"}]
-    with pytest.raises(ConfigError, match="type --out=FOLDER"):
+    with pytest.raises(ConfigError, match="row: fid192, fid768; type mv .*rows.csv .*rows.old.csv"):
         compute_matched.add_row(tmp_path / "rows.csv", {"arm": "c", "fid192": 1.0})
 
 
-def test_a_run_that_was_begun_keeps_its_phases_and_another_removes_it(tmp_path):
+def test_a_run_that_was_begun_keeps_its_phases_and_its_device(tmp_path):
     folder, phase = tmp_path / "runs", compute_matched.Phase(17, 64, 100, 10.0, 2.5)
-    one, arm = compute_matched.Run("a", 9.0, 0), [(1.0, {"phases": ((0.5, {}), (0.5, {}))})]
-    compute_matched.Begun(folder, one, arm, []).add([phase])
-    (folder / "0").mkdir()
-    again = compute_matched.Begun(folder, one, arm, [])
-    assert again.phases(0) == [phase] and again.phases(1) == [] and (folder / "0").exists()
-    others = [(one._replace(seed=1), arm, []), (one, arm[:0], []), (one, arm, ["seed=1"])]
-    for other in others:
-        assert compute_matched.Begun(folder, *other).phases(0) == []
-        assert list(folder.iterdir()) == []
-        compute_matched.Begun(folder, one, arm, []).add([phase])
+    arm = [(1.0, {"phases": ((0.5, {}), (0.5, {}))})]
+    what = {"settings": arm, "device": "1 x H100"}
+    begun = compute_matched.Begun(folder, what)
+    begun.add([phase])
+    time.sleep(0.05)
+    begun.keep()
+    again = compute_matched.Begun(folder, what)
+    assert again.phases(0) == [phase] and again.phases(1) == []
+    assert again.seconds() > 0.05
+    for other in ({"settings": arm[:0]}, {"device": "1 x H200"}):
+        with pytest.raises(ConfigError, match=f"type rm -r {folder}"):
+            compute_matched.Begun(folder, what | other)
+
+
+def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
+    (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
+    study = compute_matched.load_study(str(tmp_path / "study.py"))
+    ((_, given),) = arm = study.ARMS["pool_75"]
+    typed = ["seed=0", "data.dir=/elsewhere", "eval.num=8"]
+    made, free = compute_matched.with_typed(study, arm, typed)
+    assert made == arm and free == typed[1:]  # the study's own seed
+    made, free = compute_matched.with_typed(study, arm, ["optim.lr_peak=0.5"])
+    assert made == [(1.0, given | {"optim.lr_peak": 0.5})] and not free
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [("ARMS = {", "line 1"), ("ARMS = {}", "no get_config and no PIECES")],
+)
+def test_a_study_file_that_is_none_is_one_sentence(tmp_path, text, says):
+    (tmp_path / "study.py").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        compute_matched.load_study(str(tmp_path / "study.py"))
 
 
 def test_only_the_steps_count_as_training(tmp_path):
@@ -141,14 +170,14 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
         stopping.setattr(compute_matched.train, "train", lambda config, w, _: train(config, w))
         with pytest.raises(SystemExit, match=str(TRY_AGAIN)):
             compute_matched.main(argv)
-    assert checkpoint.steps(out / "runs" / "0") == [2]
+    assert checkpoint.steps(out / "runs" / "pool_75_16s_seed1" / "0") == [2]
     monkeypatch.delattr(compute_matched, "step_seconds")
     with monkeypatch.context() as stopping:
         stopping.setattr(compute_matched.evaluate, "evaluate", lambda *_: sys.exit(1))
         with pytest.raises(SystemExit):
             compute_matched.main(argv)
     assert "resuming from step 2" in capsys.readouterr().out
-    assert checkpoint.steps(out / "runs" / "0")[-1] == 5
+    assert checkpoint.steps(out / "runs" / "pool_75_16s_seed1" / "0")[-1] == 5
     compute_matched.main(argv)
     assert "step 5 of 5; nothing to do" in capsys.readouterr().out
     (found,) = compute_matched.read_rows(out / "rows.csv")
@@ -162,7 +191,7 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     assert float(found["pflop"]) == pytest.approx(cost, rel=1e-3) and cost < 1e-3
     assert found["heldout_loss"] == found["floor"] == ""  # digits have no test split
     assert [path.name for path in (out / "grids").iterdir()] == ["pool_75_16s_seed1.png"]
-    assert not (out / "runs").exists()
+    assert not list((out / "runs").iterdir())
     page.main([f"--rows={out / 'rows.csv'}", f"--out={out}", f"--grids={out / 'grids'}"])
     assert "pool_75, 16 s" in (out / "page.html").read_text()
     capsys.readouterr()
