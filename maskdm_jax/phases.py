@@ -221,7 +221,8 @@ def _check_change(config, index, name, value):
         raise ConfigError(
             f"phase {index + 1} of phases sets {name}, which {fault}; expected model.patch_size, "
             "model.remat, train.batch_size, or a field of mask, optim or diffusion that changes no "
-            f"parameter's meaning; type --config.phases={quoted(fixed)}"
+            "parameter's meaning and no state of the optimizer; type "
+            f"--config.phases={quoted(fixed)}"
         )
     kind = FIELDS[name].kind
     if not kind.accepts(value):
@@ -231,14 +232,24 @@ def _check_change(config, index, name, value):
 
 
 def _in_each_phase(config, configs, check: Callable) -> None:
-    """Runs `check` on the configs; an error of a field that phases change names the phase."""
+    """Runs `check` on the configs; an error of a field that phases change names the first phase
+    that has it, unless all have it alike from the run's config."""
+    errors = {}
     for index, each in enumerate(configs):
         try:
             check(each)
         except FieldError as error:
-            if not config.phases or not can_change(error.name):
-                raise
-            _refuse(config, index, error)
+            errors[index] = error
+    if not errors:
+        return
+    index, error = next(iter(errors.items()))
+    is_set = any(error.name in changes for _, changes in config.phases)
+    is_in_all = len(errors) == len(config.phases) and {e.name for e in errors.values()} == {
+        error.name
+    }
+    if not config.phases or not can_change(error.name) or (is_in_all and not is_set):
+        raise error
+    _refuse(config, index, error)
 
 
 def _refuse(config, index, error):

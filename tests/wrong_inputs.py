@@ -225,6 +225,12 @@ FIELDS = [
         "guidance_scale=1",
     ),
     setting(
+        "--config=configs/phases_digits.py --config.diffusion.loss=l1 "
+        "--config.diffusion.loss_weight=min_snr",
+        "error: diffusion.loss_weight is 'min_snr'",
+        "--config.diffusion.loss_weight=uniform",
+    ),
+    setting(
         "--config.model.class_dropout=0 --config.sample.guidance_scale=2",
         "(model.class_dropout is 0)",
         "guidance_scale=1",
