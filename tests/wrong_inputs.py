@@ -225,7 +225,7 @@ FIELDS = [
         "guidance_scale=1",
     ),
     setting(
-        "--config=configs/phases_digits.py --config.diffusion.loss=l1 "
+        "--config=configs/phases_digits.py --config.train.num_steps=40 --config.diffusion.loss=l1 "
         "--config.diffusion.loss_weight=min_snr",
         "error: diffusion.loss_weight is 'min_snr'",
         "--config.diffusion.loss_weight=uniform",
