@@ -244,9 +244,8 @@ def _in_each_phase(config, configs, check: Callable) -> None:
         return
     index, error = next(iter(errors.items()))
     is_set = any(error.name in changes for _, changes in config.phases)
-    is_in_all = len(errors) == len(config.phases) and {e.name for e in errors.values()} == {
-        error.name
-    }
+    is_alike = all(each.name == error.name for each in errors.values())
+    is_in_all = len(errors) == len(config.phases) and is_alike
     if not config.phases or not can_change(error.name) or (is_in_all and not is_set):
         raise error
     _refuse(config, index, error)

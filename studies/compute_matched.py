@@ -239,7 +239,8 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         (record,) = evaluate.evaluate(config, workdir)
         scoring_s = time.perf_counter() - trained_at
     finally:
-        begun.keep()
+        if begun.phases(0):  # not of settings that were refused
+            begun.keep()
     (out / "grids").mkdir(exist_ok=True)
     shutil.copyfile(
         pathlib.Path(record["images"]) / "grid.png", out / "grids" / f"{folder.name}.png"

@@ -163,6 +163,8 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     out = tmp_path / "out"
     argv = [f"--study={tmp_path / 'study.py'}", f"--out={out}", "--piece=all"]
+    with pytest.raises(ConfigError, match="num_heads"):
+        compute_matched.main([*argv, "--config.model.num_heads=5"])  # leaves nothing behind
 
     # Stopped in training, then in scoring: neither is begun again, nor are the steps timed again.
     with monkeypatch.context() as stopping:

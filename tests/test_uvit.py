@@ -154,12 +154,10 @@ OPTIONS = {
 }
 
 
-# Each option alone on whole images; hidden patches without any and with all.
-@pytest.mark.parametrize(
-    "option, masked", [*((option, False) for option in OPTIONS), ("plain", True), ("all", True)]
-)
-def test_output_and_gradients_are_those_of_a_textbook_uvit(monkeypatch, option, masked):
-    fields = dict(num_patches=6, patch_dim=12, width=16, depth=3, num_heads=2) | OPTIONS[option]
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_output_and_gradients_are_those_of_a_textbook_uvit(monkeypatch, options, masked):
+    fields = dict(num_patches=6, patch_dim=12, width=16, depth=3, num_heads=2) | options
     model, plain = uvit.UViT(**fields), textbook.UViT(**fields)
     params = textbook.perturbed(jax.jit(uvit.init_params, static_argnums=0)(model, KEY))
     visible = jnp.asarray([[1, 2, 5], [0, 3, 4]]) if masked else None
