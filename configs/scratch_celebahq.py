@@ -10,8 +10,7 @@ Device:   as for configs/finetune_celebahq.py, but on an H200 58 h (paper: 86 h)
 Expected: score: not measured yet
 
 Ours has the settings of our stage 2 and was not measured at this size. In the study at 128x128
-(docs/study.md) Muon with batch 32 was the best of scratch's runs, at the highest
-learning rate tried (3.2e-3).
+(docs/study.md) Muon with batch 32 was the best of scratch's runs, with a learning rate of 3.2e-3.
 """
 
 from configs import finetune_celebahq
