@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from benchmarks import cases, measure
-from maskdm_jax import draw, flops, sharding, state
+from maskdm_jax import draw, draw_batches, flops, sharding, state
 from maskdm_jax.run import command_line, memory
 
 _STEPS = 25
@@ -27,7 +27,7 @@ def bench(config, seconds: float) -> dict:
     params = jax.jit(lambda: state.fresh_params(config, mesh), out_shardings=shardings)()
     batch = config.sample.batch_size
     index_B = jax.device_put(np.arange(batch, dtype=np.int32), sharding.batch_sharding(mesh))
-    drawing = draw.Drawing(config, mesh, _STEPS)
+    drawing = draw_batches.Drawing(config, mesh, _STEPS)
 
     def drawn(_):
         return [made for _, made in drawing.stretches(params, index_B)][-1]

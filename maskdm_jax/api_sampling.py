@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from maskdm_jax import arguments, draw, sharding
+from maskdm_jax import arguments, draw, draw_batches, sharding
 from maskdm_jax.config import validate
 from maskdm_jax.errors import ConfigError
 
@@ -185,9 +185,8 @@ class Sampling:
 
     def _drawn(self, config, jit=draw.jit_draw, **given):
         """The images of `config.sample`; arrays of `given` are put on every device."""
-        settings, num_devices = config.sample, self._mesh.size
-        by_batch = sharding.batch_sharding(self._mesh)
-        size = min(settings.batch_size, -(-settings.num // num_devices) * num_devices)
+        settings, by_batch = config.sample, sharding.batch_sharding(self._mesh)
+        size = draw.batch_size(config, self._mesh, settings.num)
         key = (jit, *(settings[name] for name in _COMPILED))
         if key not in self._draws:
             self._draws[key] = jit(config, self._mesh, by_batch)
@@ -199,5 +198,5 @@ class Sampling:
         if jit is draw.jit_draw:
             given["seed"] = settings.seed
         jitted = functools.partial(self._draws[key], label=settings.label, **given)
-        batches = draw.in_batches(jitted, self.params, range(settings.num), size, by_batch)
+        batches = draw_batches.in_batches(jitted, self.params, range(settings.num), size, by_batch)
         return np.concatenate([image_BHWC for _, image_BHWC in batches])

@@ -16,7 +16,17 @@ import time
 import jax
 import numpy as np
 
-from maskdm_jax import averages, checkpoint, draw, evaluation, images, phases, sample, sharding
+from maskdm_jax import (
+    averages,
+    checkpoint,
+    draw,
+    draw_batches,
+    evaluation,
+    images,
+    phases,
+    sample,
+    sharding,
+)
 from maskdm_jax.config import FIELDS, get, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import reference
@@ -111,10 +121,11 @@ def _expected(config, workdir, pairs, mesh, scorer):
     params = jax.tree.map(_zeros, draw.abstract_params(config, mesh))
     found, drawing = {}, None
     if num_to_draw:
-        drawing, size = draw.Drawing(config, mesh), config.sample.batch_size
+        drawing = draw_batches.Drawing(config, mesh)
+        size = drawing.batch_size
         for _ in range(2):  # the first compiles
             start = time.perf_counter()
-            list(drawing.in_batches(params, range(size), size))
+            list(drawing.in_batches(params, range(size)))
         each = (time.perf_counter() - start) / size
         found[f"drawing {num_to_draw:,} images"] = num_to_draw * each
     found |= scorer.seconds(num_to_score, params)

@@ -13,7 +13,7 @@ import time
 import jax
 import numpy as np
 
-from maskdm_jax import draw, heldout, score_sets, sharding
+from maskdm_jax import draw, draw_batches, heldout, score_sets, sharding
 from maskdm_jax.config import FIELDS, differences, get
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
@@ -217,10 +217,10 @@ class Evaluation:
         """
         start, config = time.perf_counter(), self._config
         if self._draw is None:
-            self._draw = draw.Drawing(config, self._mesh)
-        size, num = config.sample.batch_size, config.sample.num
+            self._draw = draw_batches.Drawing(config, self._mesh)
+        num = config.sample.num
         with progress.Progress("drawing", num, "images") as shown:
-            batches = self._draw.in_batches(ema, range(num), size, shown)
+            batches = self._draw.in_batches(ema, range(num), shown)
             drawn = np.concatenate([image_BHWC for _, image_BHWC in batches])
         loss = self.heldout_loss(ema)
         samples = reference.Images("the samples", drawn.shape[1:], num, drawn.__getitem__)

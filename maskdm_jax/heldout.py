@@ -36,12 +36,12 @@ class HeldoutLoss:
     def __init__(self, config, mesh: Mesh, source):
         """
         Args:
-          config: the run's; batches have `sample.batch_size` images.
+          config: the run's; batches have `draw.batch_size` images.
           mesh: the devices.
           source: the held-out images, a `data.sources.Source`.
         """
         self._config, self._mesh, self._source = config, mesh, source
-        self._size, self._by_batch = config.sample.batch_size, sharding.batch_sharding(mesh)
+        self._size, self._by_batch = draw.batch_size(config, mesh), sharding.batch_sharding(mesh)
         self._loss = jit_heldout_loss(config, mesh)
 
     def of_config(self, config) -> "HeldoutLoss":

@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 from jax.sharding import Mesh
 
-from maskdm_jax import draw, images, sharding
+from maskdm_jax import draw, draw_batches, images, sharding
 from maskdm_jax.config import FIELDS, get, without_later
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
@@ -42,7 +42,7 @@ def write_samples(
       workdir: the run's folder.
       step: of the checkpoint.
       params: its weights, as `restore` returns them, if the caller has them already.
-      drawing: `draw.Drawing` of this config, likewise.
+      drawing: `draw_batches.Drawing` of this config, likewise.
 
     Returns:
       The folder.
@@ -78,7 +78,7 @@ def write_samples(
                 f"{network.where} ({settings.weights})",
                 f"another --workdir, or --config.sample.weights={other}",
             )
-            drawing = drawing or draw.Drawing(config, mesh, given=given)
+            drawing = drawing or draw_batches.Drawing(config, mesh, given=given)
             _draw_missing(config, folder, todo, params, drawing, said["evaluations"])
         if distributed.is_main():
             _draw_grid(config, folder)
@@ -192,13 +192,12 @@ def _draw_grid(config, folder):
 
 
 def _draw_missing(config, folder, todo, params, drawing, evaluations):
-    size = config.sample.batch_size
     say(
         f"drawing {len(todo)} images with {config.sample.sampler}, {evaluations} evaluations each, "
-        f"{min(size, len(todo))} at a time, into {folder}"
+        f"{min(drawing.batch_size, len(todo))} at a time, into {folder}"
     )
     with progress.Progress("drawing", len(todo), "images") as shown, _many_files() as pool:
-        for batch, drawn in drawing.in_batches(params, todo, size, shown):
+        for batch, drawn in drawing.in_batches(params, todo, shown):
             if distributed.is_main():
                 paths = [image_path(folder, i) for i in batch]
                 list(pool.map(images.save_png, paths, drawn))

@@ -25,7 +25,7 @@ import jax
 import numpy as np
 
 from benchmarks import measure
-from maskdm_jax import config_file, draw, evaluation, sharding, trained
+from maskdm_jax import config_file, draw, draw_batches, evaluation, sharding, trained
 from maskdm_jax.config import default_config, get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
@@ -141,8 +141,9 @@ class Study:
         by_batch = sharding.batch_sharding(self._mesh)
         drawing = draw.lower_draw(config, self._mesh).compile()
         compiled = time.perf_counter()
-        size, num, params = config.sample.batch_size, config.sample.num, self._network.params
-        batches = draw.in_batches(drawing, params, range(num), size, by_batch)
+        size, num = draw.batch_size(config, self._mesh), config.sample.num
+        params = self._network.params
+        batches = draw_batches.in_batches(drawing, params, range(num), size, by_batch)
         drawn = np.concatenate([image_BHWC for _, image_BHWC in batches])
         done = time.perf_counter()
         images = reference.Images("the samples", drawn.shape[1:], num, drawn.__getitem__)

@@ -19,7 +19,7 @@ import pytest
 import textbook
 from conftest import ROOT
 
-from maskdm_jax import config_file, draw, sharding, start_summary, state, train
+from maskdm_jax import config_file, draw, draw_batches, sharding, start_summary, state, train
 from maskdm_jax.diffusion import samplers
 from maskdm_jax.run import console, distributed, memory, progress
 
@@ -215,22 +215,22 @@ def test_progress_inside_a_batch_changes_no_bit_of_the_images(tiny_config, field
             seen.append((done, note, begun))
 
     jitted = draw.jit_draw(tiny_config, mesh, by_batch)
-    whole = list(draw.in_batches(jitted, params, ids, 8, by_batch))
-    parts = list(draw.Drawing(tiny_config, mesh).in_batches(params, ids, 8, Shown()))
+    whole = list(draw_batches.in_batches(jitted, params, ids, 8, by_batch))
+    parts = list(draw_batches.Drawing(tiny_config, mesh).in_batches(params, ids, Shown()))
     assert [batch for batch, _ in parts] == [ids[:8], ids[8:]]
     for (_, expected), (_, drawn) in zip(whole, parts, strict=True):
         np.testing.assert_array_equal(drawn, expected)
     rows = samplers.evaluations(tiny_config.sample.sampler, tiny_config.sample.steps)
-    length = draw.stretch_length(rows)
+    length = draw_batches.stretch_length(rows)
     assert seen[0] == (0, f"step {length}/{rows}", 8 * length / rows)
     assert len(seen) == 2 * rows // length and seen[-1] == (11, "", 0.0)
 
 
 def test_stretches_are_equal_and_five_to_twenty_where_that_is_possible():
     for steps in range(1, 300):
-        length = draw.stretch_length(steps)
+        length = draw_batches.stretch_length(steps)
         assert steps % length == 0
-    assert {steps: draw.stretch_length(steps) for steps in (1, 20, 25, 50, 250, 1000)} == {
+    assert {steps: draw_batches.stretch_length(steps) for steps in (1, 20, 25, 50, 250, 1000)} == {
         1: 1, 20: 1, 25: 5, 50: 5, 250: 25, 1000: 50
     }  # fmt: skip
 

@@ -44,13 +44,16 @@ ALLOWED = {
     "step": {"model", "diffusion", "optim", "phases", "state", "data.batch"},
     "transition": {"optim", "phases", "state", "weights"},
     "draw": {"model", "diffusion"},
+    "draw_batches": {"draw", "model", "diffusion"},
     "report": {"config", "config_file", "flops", "phases", "quality", "run"},
-    "sample": {"config", "draw", "images", "run", "weights"},
+    "sample": {"config", "draw", "draw_batches", "images", "run", "weights"},
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},
     "heldout": {"data.read_ahead", "diffusion", "draw", "model"},
     "score_sets": {"config", "data", "quality", "run"},
-    "evaluation": {"config", "data", "draw", "heldout", "quality", "run", "score_sets"},
+    "evaluation": {
+        "config", "data", "draw", "draw_batches", "heldout", "quality", "run", "score_sets",
+    },
     "compare": {"quality", "run"},
     "__main__": {"main", "run"},  # and the programs, each when it is typed
     "main": {
@@ -58,15 +61,15 @@ ALLOWED = {
         "train",
     },
     "evaluate": {
-        "averages", "checkpoint", "config", "draw", "evaluation", "images", "phases", "quality",
-        "run", "sample", "weights",
+        "averages", "checkpoint", "config", "draw", "draw_batches", "evaluation", "images",
+        "phases", "quality", "run", "sample", "weights",
     },
     "arguments": {"config"},
     "trained": {
         "arguments", "averages", "checkpoint", "config", "draw", "phases", "run",
         "weights.torch_io",
     },
-    "api_sampling": {"arguments", "config", "draw"},
+    "api_sampling": {"arguments", "config", "draw", "draw_batches"},
     "api": {
         "api_sampling", "arguments", "config", "diffusion", "draw", "evaluation", "model",
         "quality", "trained",

@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import textbook
 from close import assert_close
 
 from maskdm_jax import checkpoint, draw, images, sample, sharding, state
+from maskdm_jax.config import default_config
 from maskdm_jax.errors import ConfigError, RunError
 from maskdm_jax.model import uvit
 
@@ -305,3 +307,28 @@ def test_a_checkpoint_that_is_retired_while_sampling_waits_is_one_sentence(
     monkeypatch.setattr(checkpoint, "restore_item", retired)
     with pytest.raises(RunError, match="checkpoint 2 .* was retired meanwhile"):
         sample.write_samples(tiny_config, trained)
+
+
+@pytest.mark.parametrize(
+    "platform, devices, fields, num, size",
+    [
+        ("gpu", 1, {}, None, 504),  # 257 tokens: 8 images make a multiple of 8
+        ("gpu", 1, {}, 50, 56),
+        ("gpu", 1, {}, 9, 9),  # 16 would cost more than it saves
+        ("gpu", 4, {"sample.batch_size": 100}, None, 100),  # 128 likewise
+        ("gpu", 4, {"sample.batch_size": 252}, None, 256),
+        ("gpu", 1, {"model.num_classes": 10, "sample.batch_size": 502}, None, 504),  # 258: 4 do
+        ("gpu", 1, {"model.num_classes": 10, "sample.batch_size": 500}, None, 500),
+        ("gpu", 1, {"model.dtype": "float32"}, None, 500),
+        ("cpu", 1, {}, None, 500),
+        ("cpu", 4, {}, 6, 8),
+    ],
+)
+def test_on_gpus_a_batch_has_whole_eights_of_tokens(platform, devices, fields, num, size):
+    config = default_config()
+    config.update_from_flattened_dict(
+        {"data.image_size": (64, 64), "model.patch_size": 4, "sample.batch_size": 500} | fields
+    )
+    each = np.array([types.SimpleNamespace(platform=platform)] * devices)
+    mesh = types.SimpleNamespace(devices=each, size=devices, shape={"data": devices, "fsdp": 1})
+    assert draw.batch_size(config, mesh, num) == size
