@@ -105,6 +105,14 @@ ARMS |= {
     for rate in (16, 32, 64)
 }
 
+# 4,096 patches. Scoring takes long there, so it is of fewer images and steps.
+AT_PATCH_2 = {"model__patch_size": 2, "eval__num": 2_000, "sample__steps": 25}
+ARMS |= {
+    f"{name}_p2": changed(ARMS[name], **AT_PATCH_2)
+    for name in ARMS
+    if name.endswith(("_b32_muon_lr16", "_b32_muon_lr32"))
+}
+
 PIECES = {
     "tune_scratch": runs([name for name in ARMS if name.startswith("scratch")], 120),
     "shares": runs(
@@ -119,5 +127,12 @@ PIECES = {
         [f"{name}_b32_muon_lr{rate}" for rate in (16, 32, 64) for name in ("scratch", "drop_60")],
         120,
     ),
-    "longer": runs(["scratch_b32_muon", "drop_60_b32_muon"], 300),
+    "pool_lr": runs([f"pool_60_b32_muon_lr{rate}" for rate in (16, 32, 64)], 120),
+    # The best of each, at 120 s.
+    "longer": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 300, (0, 1, 2)),
+    "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600),
+    "patch2": runs(
+        [f"{name}_b32_muon_lr{rate}_p2" for name in ("drop_60", "scratch") for rate in (16, 32)],
+        600,
+    ),
 }

@@ -8,8 +8,9 @@ import textwrap
 import time
 
 import pytest
+from conftest import ROOT
 
-from maskdm_jax import checkpoint
+from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run.command_line import TRY_AGAIN
 from studies import compute_matched, page
@@ -115,6 +116,19 @@ def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
     assert made == arm and free == typed[1:]  # the study's own seed
     made, free = compute_matched.with_typed(study, arm, ["optim.lr_peak=0.5"])
     assert made == [(1.0, given | {"optim.lr_peak": 0.5})] and not free
+
+
+@pytest.mark.parametrize("name", ["faces128", "transfer64"])
+def test_every_arm_of_a_shipped_study_is_a_run(name):
+    study = compute_matched.load_study(str(ROOT / "studies" / f"{name}.py"))
+    for arm, parts in study.ARMS.items():
+        assert sum(share for share, _ in parts) == pytest.approx(1), arm
+        for _, fields in parts:
+            config = study.get_config()
+            config.update_from_flattened_dict(fields)
+            phases.validate(config)
+    for piece, asked in study.PIECES.items():
+        assert {run.arm for run in asked} <= set(study.ARMS), piece
 
 
 @pytest.mark.parametrize(
