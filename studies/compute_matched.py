@@ -32,29 +32,18 @@ from typing import NamedTuple
 import jax
 
 from benchmarks import measure
-from maskdm_jax import (
-    checkpoint,
-    config_file,
-    evaluate,
-    flops,
-    phases,
-    sharding,
-    state,
-    step,
-    train,
-)
+from maskdm_jax import checkpoint, config_file, evaluate, phases, train
 from maskdm_jax.config import get
-from maskdm_jax.data import loader, sources
+from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import COUNT, FREE, SEED, TEXT, number
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files, preemption
 from maskdm_jax.run.progress import say
-from maskdm_jax.run.telemetry import read_metrics
+from studies import budget
 
 ROWS = "rows.csv"
-_TIMED_S = 3.0  # of steps, for each phase
 
 
 class Run(NamedTuple):
@@ -65,121 +54,9 @@ class Run(NamedTuple):
     seed: int
 
 
-class Phase(NamedTuple):
-    """What a phase of a run cost."""
-
-    tokens: int
-    batch: int
-    steps: int
-    step_ms: float
-    gflop_per_image: float
-
-
 def runs(arms: list[str], seconds: float, seeds: tuple[int, ...] = (0,)) -> list[Run]:
     """Every arm with every seed; for the PIECES of a study."""
     return [Run(arm, seconds, seed) for seed, arm in itertools.product(seeds, arms)]
-
-
-def measured(config, seconds: float, source) -> list[Phase]:
-    """The phases of a config, each with as many steps as fit in its share of `seconds` here.
-
-    Args:
-      config: a run's; its phases have shares of the seconds.
-      seconds: of training, on all devices at once.
-      source: its data set.
-    """
-    given = config.phases or ((1.0, {}),)
-    whole = sum(share for share, _ in given)
-    found = []
-    for (share, _), phase in zip(given, phases.phases(config), strict=True):
-        step_s = step_seconds(phase, source)
-        found.append(
-            Phase(
-                flops.tokens_per_image(phase.config),
-                phase.config.train.batch_size,
-                max(round(share / whole * seconds / step_s), 1),
-                1e3 * step_s,
-                flops.training_flops(phase.config) / 1e9,
-            )
-        )
-    return found
-
-
-def fitted(config, found: list[Phase]):
-    """The config with the steps of `found` as `train.num_steps` and as its phases'."""
-    config = config.copy_and_resolve_references()
-    config.train.num_steps = sum(phase.steps for phase in found)
-    config.phases_by = "steps"
-    if config.phases:
-        changes = [fields for _, fields in config.phases]
-        config.phases = tuple(
-            (phase.steps, fields) for phase, fields in zip(found, changes, strict=True)
-        )
-    return config
-
-
-def step_seconds(phase: phases.Phase, source) -> float:
-    """Seconds of one training step of a phase, from images of its data set."""
-    mesh = sharding.make_mesh(phase.config)
-    batches = loader.Loader(phase.config, source, mesh)
-    feed, update = batches.batches(0), step.jit_train_step(phase, mesh)
-    now = [state.init_state(phase.config, mesh)]
-
-    def call(_):
-        now[0], metrics = update(now[0], batches.arrays, next(feed))
-        return metrics["loss"]
-
-    return measure.seconds_per_call(call, _TIMED_S)
-
-
-def trained_seconds(workdir: pathlib.Path) -> float:
-    """Seconds of a run's steps, by metrics.jsonl: without compilation, previews and saves."""
-    records = read_metrics(workdir)
-    steps = [0, *(record["step"] for record in records)]
-    pairs = zip(records, itertools.pairwise(steps), strict=True)
-    return sum(record["step_s"] * (last - first) for record, (first, last) in pairs)
-
-
-class Begun:
-    """A run that was begun, as DIR/runs/RUN/begun.json keeps it for the next start."""
-
-    def __init__(self, folder: pathlib.Path, what: dict):
-        """Reads it.
-
-        Args:
-          folder: for the run's workdirs and begun.json.
-          what: the run's settings and device, which must be those of the first start.
-        """
-        self._path, what = folder / "begun.json", json.loads(json.dumps(what))
-        self._kept = {"what": what, "seconds": 0.0, "phases": []}
-        if self._path.exists():
-            self._kept = json.loads(self._path.read_text())
-        for name, before in self._kept["what"].items():
-            if before != what[name]:
-                raise ConfigError(
-                    f"{folder} was begun with the {name} {json.dumps(before)}, and now it is "
-                    f"{json.dumps(what[name])}; go on with the first, or type rm -r "
-                    f"{shlex.quote(str(folder))} to begin anew"
-                )
-        self._start = time.perf_counter()
-
-    def phases(self, index: int) -> list[Phase]:
-        """Those of the arm's part with that index; none if they were not measured yet."""
-        return [Phase(**phase) for phases in self._kept["phases"][index:][:1] for phase in phases]
-
-    def add(self, found: list[Phase]) -> None:
-        """Keeps the phases of the arm's next part."""
-        self._kept["phases"].append([phase._asdict() for phase in found])
-        self.keep()
-
-    def seconds(self) -> float:
-        """Of all starts so far; those of a start that was killed count to its last `keep`."""
-        return self._kept["seconds"] + time.perf_counter() - self._start
-
-    def keep(self) -> None:
-        """Writes begun.json."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        files.write_text(self._path, json.dumps(self._kept | {"seconds": self.seconds()}))
 
 
 def with_typed(study, arm: list, changes: list[str]) -> tuple[list, list[str]]:
@@ -214,7 +91,7 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
     arm, free = with_typed(study, study.ARMS[run.arm], changes)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     folder, before = run_folder(out, run), ""
-    begun = Begun(folder, {"settings": arm, "device": device})
+    begun = budget.Begun(folder, {"settings": arm, "device": device})
     cost, trained = [], 0.0
     try:
         for index, (share, fields) in enumerate(arm):
@@ -227,12 +104,13 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
             phases.validate_devices(config, jax.device_count(), "train")
             wall = share * run.seconds / jax.device_count()
             if not begun.phases(index):
-                begun.add(measured(config, wall, sources.open_source(config)))
+                begun.add(budget.measured(config, wall, sources.open_source(config)))
             found = begun.phases(index)
-            config, workdir = fitted(config, found), folder / str(index)
+            config, workdir = budget.fitted(config, found), folder / str(index)
             with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
                 train.train(config, workdir, is_stopped)
-            cost, trained, before = cost + found, trained + trained_seconds(workdir), str(workdir)
+            cost, before = cost + found, str(workdir)
+            trained += budget.trained_seconds(workdir)
         # Scoring goes on with the images that are there, however it was stopped.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(command_line.TRY_AGAIN))
         trained_at = time.perf_counter()

@@ -80,6 +80,21 @@ def test_a_config_at_full_size_compiles_for_16_chips_and_fits(config):
 
 
 @needs_libtpu
+def test_pooled_blocks_compile_for_chips_that_share_the_state_and_cost_their_tokens():
+    fields = ("kind=block", "block_size=2", "pool_size=2")
+    flags = [*(f"--config.mask.{field}" for field in fields), "--config.mesh.fsdp=4", SMALL]
+    started = [
+        start("pretrain_digits", "v5e-4", *flags, f"--config.mask.hidden={hidden}")
+        for hidden in ("drop", "pool")
+    ]
+    dropped, pooled = map(finish, started)
+    assert dropped.returncode == pooled.returncode == 0, pooled.stderr
+    for pattern in (r"FLOPs +(\S+)", r"(\S+) as compiled", r"HBM traffic +(\S+)"):
+        assert number(pooled.stdout, pattern) > number(dropped.stdout, pattern)
+    assert "all-gather" in pooled.stdout  # of the weights, before they are used
+
+
+@needs_libtpu
 def test_the_sampler_compiles_and_its_loop_counts_once_per_iteration():
     few, many = (
         check(

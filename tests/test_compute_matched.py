@@ -13,11 +13,11 @@ from conftest import ROOT
 from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run.command_line import TRY_AGAIN
-from studies import compute_matched, page
+from studies import budget, compute_matched, page
 
 
 def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
-    phase = compute_matched.Phase(17, 64, 100, 10.0, 2.5)
+    phase = budget.Phase(17, 64, 100, 10.0, 2.5)
     return {
         "arm": arm, "seconds": seconds, "seed": seed, "fid768": fid, "memorisation_share768": 0.01,
         "floor": 0.07, "heldout_loss": 0.05, **{f"loss {n}": 0.1 for n in page.BINS},
@@ -92,19 +92,19 @@ def test_rows_with_other_columns_are_not_mixed(tmp_path):
 
 
 def test_a_run_that_was_begun_keeps_its_phases_and_its_device(tmp_path):
-    folder, phase = tmp_path / "runs", compute_matched.Phase(17, 64, 100, 10.0, 2.5)
+    folder, phase = tmp_path / "runs", budget.Phase(17, 64, 100, 10.0, 2.5)
     arm = [(1.0, {"phases": ((0.5, {}), (0.5, {}))})]
     what = {"settings": arm, "device": "1 x H100"}
-    begun = compute_matched.Begun(folder, what)
+    begun = budget.Begun(folder, what)
     begun.add([phase])
     time.sleep(0.05)
     begun.keep()
-    again = compute_matched.Begun(folder, what)
+    again = budget.Begun(folder, what)
     assert again.phases(0) == [phase] and again.phases(1) == []
     assert again.seconds() > 0.05
     for other in ({"settings": arm[:0]}, {"device": "1 x H200"}):
         with pytest.raises(ConfigError, match=f"type rm -r {folder}"):
-            compute_matched.Begun(folder, what | other)
+            budget.Begun(folder, what | other)
 
 
 def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
@@ -144,7 +144,7 @@ def test_a_study_file_that_is_none_is_one_sentence(tmp_path, text, says):
 def test_only_the_steps_count_as_training(tmp_path):
     records = [{"step": s, "loss": 1.0, "step_s": t} for s, t in ((1, 5.0), (20, 0.1), (30, 0.2))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert compute_matched.trained_seconds(tmp_path) == pytest.approx(5.0 + 19 * 0.1 + 10 * 0.2)
+    assert budget.trained_seconds(tmp_path) == pytest.approx(5.0 + 19 * 0.1 + 10 * 0.2)
 
 
 STUDY = """
@@ -171,9 +171,9 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
     times = {32: 0.5, 16: 0.25}  # seconds of a step, by batch
     monkeypatch.setattr(
-        compute_matched, "step_seconds", lambda phase, _: times[phase.config.train.batch_size]
+        budget, "step_seconds", lambda phase, _: times[phase.config.train.batch_size]
     )
-    monkeypatch.setattr(compute_matched, "trained_seconds", lambda workdir: 2.0)
+    monkeypatch.setattr(budget, "trained_seconds", lambda workdir: 2.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers
     out = tmp_path / "out"
     argv = [f"--study={tmp_path / 'study.py'}", f"--out={out}", "--piece=all"]
@@ -187,7 +187,7 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match=str(TRY_AGAIN)):
             compute_matched.main(argv)
     assert checkpoint.steps(out / "runs" / "pool_75_16s_seed1" / "0") == [2]
-    monkeypatch.delattr(compute_matched, "step_seconds")
+    monkeypatch.delattr(budget, "step_seconds")
     with monkeypatch.context() as stopping:
         stopping.setattr(compute_matched.evaluate, "evaluate", lambda *_: sys.exit(1))
         with pytest.raises(SystemExit):
