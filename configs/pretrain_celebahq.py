@@ -32,10 +32,10 @@ to 0. The arm reached FID-768 0.256 and 0.244, whole images alone with these set
 0.337; without Muon, whole images reached 1.393, and two stages (75 %) 0.645.
 
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
-study has a warm-up of 200 for some 4,000 updates, and Muon's best peak there is 1.6e-3 for two
-stages and 3.2e-3 for whole images, which then reach 0.238 and 0.252: no gain that is larger than
-seeds differ by. A rate that suits minutes may be too high for days and for a wider network. For a
-shorter run, divide the updates of both stages, and the warm-ups, by one number.
+study has a warm-up of 200 for some 4,000 updates, and the best peaks tried in it are 1.6e-3 for two
+stages and 3.2e-3 for whole images, with 0.238 and 0.252: a lead of about what two seeds differ by.
+A rate that suits minutes may be too high for days and for a wider network. For a shorter run,
+divide the updates of both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config

@@ -52,7 +52,8 @@ class Sampling:
         """Draws images, as `--mode=sample` does with these settings.
 
         Args:
-          num: images. `config.sample.batch_size` of them are drawn at a time.
+          num: images. `config.sample.batch_size` of them are drawn at a time, see
+            `draw.batch_size`.
           sampler: "ddim", "ddpm", "dpm_solver" or "heun".
           steps: 1 to T; any number for EDM. Each is one evaluation of the network; with "heun" two,
             but one in the last.

@@ -19,13 +19,14 @@ from maskdm_jax.model import patches, uvit
 def batch_size(config, mesh: Mesh, num: int | None = None) -> int:
     """How many images to draw at a time: `sample.batch_size`, or as few as `num` needs.
 
-    On GPUs it is up to an eighth more: they take 1.4 times as long where the rows of a product in
-    bfloat16, here the tokens of a device's images, are no multiple of 8 (docs/speed.md).
+    On GPUs it is rounded up, by an eighth at most, until the images of a device have a multiple of
+    8 tokens together. Otherwise drawing in bfloat16 took 1.4 times as long on an H100, see
+    docs/speed.md. (Tokens that some kernels pad with are not counted.)
     """
     size = config.sample.batch_size
     if num is not None:
         size = min(size, -(-num // mesh.size) * mesh.size)
-    if mesh.devices.flat[0].platform != "gpu" or config.model.dtype != "bfloat16":
+    if sharding.first_device(mesh).platform != "gpu" or config.model.dtype != "bfloat16":
         return size
     model = uvit.make_model(config, mesh)
     multiple = mesh.size * 8 // math.gcd(model.num_patches + model.num_extra_tokens, 8)

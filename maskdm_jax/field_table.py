@@ -203,7 +203,7 @@ FIELDS: dict[str, Field] = {
 
     "sample.num": Field(64, COUNT, FREE, "images"),
     "sample.batch_size": Field(64, COUNT, FREE,
-        "images at a time, over all devices; GPUs take up to an eighth more where that is faster"),
+        "images at a time, over all devices; on GPUs up to an eighth more, see docs/speed.md"),
     "sample.seed": Field(0, SEED, FREE, "image i depends on (seed, i) alone"),
     "sample.sampler": Field("ddim", one_of("ddim", "ddpm", "dpm_solver", "heun"), FREE,
         "see docs/sampling.md"),

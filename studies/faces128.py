@@ -101,16 +101,8 @@ ARMS = (
 # A peak learning rate of 16e-4, 32e-4, 64e-4.
 ARMS |= {
     f"{name}_lr{rate}": changed(ARMS[name], optim__lr_peak=rate / 1e4)
-    for name in ("scratch_b32_muon", "drop_60_b32_muon", "pool_60_b32_muon")
+    for name in ("scratch_b32_muon", "drop_60_b32_muon", "drop_30_b32_muon", "pool_60_b32_muon")
     for rate in (16, 32, 64)
-}
-
-# 4,096 patches. Scoring takes long there, so it is of fewer images and steps.
-AT_PATCH_2 = {"model__patch_size": 2, "eval__num": 2_000, "sample__steps": 25}
-ARMS |= {
-    f"{name}_p2": changed(ARMS[name], **AT_PATCH_2)
-    for name in ARMS
-    if name.endswith(("_b32_muon_lr16", "_b32_muon_lr32"))
 }
 
 PIECES = {
@@ -128,11 +120,8 @@ PIECES = {
         120,
     ),
     "pool_lr": runs([f"pool_60_b32_muon_lr{rate}" for rate in (16, 32, 64)], 120),
-    # The best of each, at 120 s.
+    # What was best of each at 120 s.
     "longer": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 300, (0, 1, 2)),
+    "share_lr": runs(["drop_30_b32_muon_lr16", "drop_30_b32_muon_lr32"], 120),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600),
-    "patch2": runs(
-        [f"{name}_b32_muon_lr{rate}_p2" for name in ("drop_60", "scratch") for rate in (16, 32)],
-        600,
-    ),
 }

@@ -1,0 +1,28 @@
+"""Does masking pay at 4,096 patches? The faces of faces128.py at patch 2.
+
+The cost is that of 256x256 pixels at patch 4. A block of 4x4 patches is 8 pixels wide here, not 16.
+Scoring is of 2,000 images in 25 steps, since a step takes long, so scores compare with each other
+alone. A run:
+
+    python -m studies.compute_matched --study=studies/faces128_patch2.py --piece=longest --out=DIR \
+        --config.data.name=lfw128.zip --config.data.dir=DATA --config.eval.inception_weights=FILE
+"""
+
+from studies import faces128
+from studies.compute_matched import runs
+
+ARMS = {
+    f"{name}_b32_muon_lr{rate}": faces128.ARMS[f"{name}_b32_muon_lr{rate}"]
+    for name in ("scratch", "drop_60", "pool_60")
+    for rate in (16, 32)
+}
+PIECES = {"longest": runs([name for name in ARMS if not name.startswith("pool")], 600)}
+
+
+def get_config():
+    config = faces128.get_config()
+    config.model.patch_size = 2
+    config.sample.steps = 25
+    config.sample.batch_size = 64
+    config.eval.num = 2_000
+    return config
