@@ -31,7 +31,7 @@ os.environ["XLA_FLAGS"] = xla_flags(8)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker inherits the folder
     _CACHE = tempfile.TemporaryDirectory(prefix="maskdm_xla_")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
