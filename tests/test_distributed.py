@@ -192,41 +192,43 @@ def test_each_process_reads_its_own_rows_and_agrees_with_process_0(data_dir, tmp
         np.testing.assert_array_equal(images[..., 0], np.rint(digits[order] * 255 / 16))
 
 
-def test_two_processes_train_like_one_through_a_kill_and_a_sigterm(run_main, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
+def test_two_processes_train_like_one_through_a_sigterm_and_draw(run_main, tmp_path):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
     flags = ["--config.train.num_steps=40", *FLAGS]
     result = run_main("pretrain_digits", alone, *flags, devices=8)
     assert result.returncode == 0, result.stderr
 
-    kill(pair(run_main, killed, *flags), 0, killed)
-    stopped = terminate(pair(run_main, killed, *flags), 1, killed)
-    output = finish(pair(run_main, killed, *flags, "--config.train.sample_every_steps=40"))
-    assert f"resuming from step {stopped}" in output[0] and "step" not in output[1]
-    np.testing.assert_allclose(losses(killed), losses(alone), rtol=1e-5)
-    assert (killed / "previews" / "step_0000040.png").exists()
+    step = terminate(pair(run_main, stopped, *flags), 1, stopped)
+    output = finish(pair(run_main, stopped, *flags, "--config.train.sample_every_steps=40"))
+    assert f"resuming from step {step}" in output[0] and "step" not in output[1]
+    np.testing.assert_allclose(losses(stopped), losses(alone), rtol=1e-5)
+    assert (stopped / "previews" / "step_0000040.png").exists()
 
     sampling = ["--mode=sample", "--config.sample.num=5", "--config.sample.batch_size=8"]
-    finish(pair(run_main, killed, *sampling, "--config.sample.steps=3"))
-    assert len(list(killed.glob("samples/*/00000?.png"))) == 5
-    assert len(list(killed.glob("samples/*/grid.png"))) == 1
+    finish(pair(run_main, stopped, *sampling, "--config.sample.steps=3"))
+    assert len(list(stopped.glob("samples/*/00000?.png"))) == 5
+    assert len(list(stopped.glob("samples/*/grid.png"))) == 1
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_other_and_the_run_resumes_as_if_undisturbed(run_main, tmp_path):
-    alone, calm, killed = (tmp_path / name for name in ("alone", "calm", "killed"))
+    alone, calm = tmp_path / "alone", tmp_path / "calm"
     flags = ["--config.train.num_steps=40", *FLAGS]
     further = ["--config.train.num_steps=44", *FLAGS]
     assert run_main("pretrain_digits", alone, *further, devices=8).returncode == 0
     finish(pair(run_main, calm, *flags))
     np.testing.assert_allclose(losses(calm), losses(alone)[:40], rtol=1e-5)
 
-    kill(pair(run_main, killed, *flags), 1, killed)
-    left = checkpoint.steps(killed)
-    finish(pair(run_main, killed, *flags))
-    assert losses(killed) == losses(calm)
-    assert checkpoint.digest(killed) == checkpoint.digest(calm)
-    print(f"\nkilled after checkpoints {left}, resumed to {checkpoint.digest(killed)}; undisturbed "
-          f"{checkpoint.digest(calm)}; {len(losses(calm))} losses equal")  # fmt: skip
+    for index in (0, 1):  # process 0 is the coordinator
+        killed = tmp_path / f"killed_{index}"
+        kill(pair(run_main, killed, *flags), index, killed)
+        left = checkpoint.steps(killed)
+        finish(pair(run_main, killed, *flags))
+        assert losses(killed) == losses(calm)
+        assert checkpoint.digest(killed) == checkpoint.digest(calm)
+        print(f"\nprocess {index} killed after checkpoints {left}, resumed to "
+              f"{checkpoint.digest(killed)}; undisturbed {checkpoint.digest(calm)}; "
+              f"{len(losses(calm))} losses equal")  # fmt: skip
 
     # The same checkpoint resumes in one process, with 8 devices and with 2.
     for devices in (8, 2):
