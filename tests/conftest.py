@@ -1,5 +1,6 @@
 """Fixtures that many tests share: a tiny digits config, the golden outputs, and main.py."""
 
+import gc
 import os
 import pathlib
 import re
@@ -44,6 +45,10 @@ from maskdm_jax.model import uvit  # noqa: E402
 from maskdm_jax.run import files  # noqa: E402
 from maskdm_jax.state import abstract_state  # noqa: E402
 from maskdm_jax.weights import torch_io  # noqa: E402
+
+# Tracing makes many small objects, and looking for cycles among them takes a tenth of the suite.
+gc.freeze()
+gc.set_threshold(50_000, 20, 100)
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUCKET = "pod-runs"  # the emulator's
