@@ -25,7 +25,7 @@ from maskdm_jax.fields import TEXT
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files
 from studies.compute_matched import read_rows
-from studies.plots import BASELINE, plot_arms, plot_bins, plot_scores
+from studies.plots import BASELINE, plot_arms, plot_bins, plot_scores, plot_seconds
 
 
 class Point(NamedTuple):
@@ -107,12 +107,21 @@ def seconds_to(arm: list[Point], score: float) -> tuple[float, bool] | None:
     return before.seconds * (after.seconds / before.seconds) ** share, False
 
 
-def factors(found: list[Point]) -> list[list[str]]:
-    """Rows of the table: seconds until the best scratch run's final score, for every other arm."""
+class Reached(NamedTuple):
+    """When an arm reaches the best score that scratch has at a budget, see `seconds_to`."""
+
+    arm: str
+    scratch: Point
+    seconds: float
+    is_bound: bool
+
+
+def reached(found: list[Point]) -> list[Reached]:
+    """Where every other arm reaches scratch's best scores; not budgets at which it has no best."""
     arms = {}
     for point in found:
         arms.setdefault(point.arm, []).append(point)
-    rows = []
+    results = []
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
         best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
         if best.seconds < budget:
@@ -121,11 +130,18 @@ def factors(found: list[Point]) -> list[list[str]]:
             if of_arm[0].family == BASELINE:
                 continue
             if when := seconds_to(of_arm, best.score):
-                seconds, bound = when
-                sign = "at most " if bound else ""
-                factor = f"{'at least ' if bound else ''}{budget / seconds:.2f}"
-                target = f"{best.score:.3f} ({best.arm}, {budget:g} s)"
-                rows.append([target, arm, f"{sign}{seconds:.0f} s", factor])
+                results.append(Reached(arm, best, *when))
+    return results
+
+
+def factors(found: list[Reached]) -> list[list[str]]:
+    """Rows of the table: seconds until the best scratch run's final score, for every other arm."""
+    rows = []
+    for arm, scratch, seconds, is_bound in found:
+        least, most = ("at least ", "at most ") if is_bound else ("", "")
+        target = f"{scratch.score:.3f} ({scratch.arm}, {scratch.seconds:g} s)"
+        factor = f"{least}{scratch.seconds / seconds:.2f}"
+        rows.append([target, arm, f"{most}{seconds:.0f} s", factor])
     return rows
 
 
@@ -136,6 +152,14 @@ def best_of_families(found: list[Point], seconds: float) -> list[Point]:
         if point.seconds == seconds:
             best.setdefault(point.family, point)
     return list(best.values())
+
+
+def outstanding(found: list[Point]) -> list[Point]:
+    """The points of the arms that were run at several budgets or are the best of their family."""
+    budgets = collections.Counter(point.arm for point in found)
+    best = [best_of_families(found, seconds) for seconds in {point.seconds for point in found}]
+    kept = {point.arm for of_budget in best for point in of_budget}
+    return [point for point in found if budgets[point.arm] > 1 or point.arm in kept]
 
 
 def compared_budget(found: list[Point]) -> float:
@@ -169,7 +193,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     best = best_of_families(found, budget)
     figures = {
         "arms.png": plot_arms(found, floor, score, widest_budget(found)),
-        "scores.png": plot_scores(found, floor, score),
+        "scores.png": plot_scores(outstanding(found), floor, score),
+        "seconds.png": plot_seconds(reached(found)),
         "noise_levels.png": plot_bins(best),
     }
     for name, figure in figures.items():
@@ -183,7 +208,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         f"{first['network_sha256'][:8]}; {', '.join(sorted({row['device'] for row in rows}))}.</p>",
         *(_picture((out / name).read_bytes(), "png") for name in figures if name in drawn),
         "<h2>Seconds until scratch's final score</h2>",
-        _table(["scratch's score", "arm", "reached in", "factor"], factors(found)),
+        _table(["scratch's score", "arm", "reached in", "factor"], factors(reached(found))),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
     ]

@@ -8,6 +8,7 @@ from maskdm_jax.heldout import NAMES as BINS
 
 BASELINE = "scratch"  # the family that the others are compared with
 _COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"}
+_FINE = (1, 1.5, 2, 3, 5, 7)  # ticks for less than a decade
 
 
 def plot_arms(found: list, floor: float, score: str, seconds: float):
@@ -28,36 +29,60 @@ def plot_arms(found: list, floor: float, score: str, seconds: float):
 
 
 def plot_scores(found: list, floor: float, score: str):
-    """Score against each cost; one line per arm, one colour per family."""
+    """Score against each cost; one line and colour per arm, dashed for scratch."""
     figure, axes = _subplots(len(_COSTS))
-    families = list(dict.fromkeys(point.family for point in found))
+    arms = {}
+    for point in found:
+        arms.setdefault(point.arm, []).append(point)
     for axis, (cost, label) in zip(axes, _COSTS.items(), strict=True):
-        for number, family in enumerate(families):
-            arms = {}
-            for point in found:
-                if point.family == family:
-                    arms.setdefault(point.arm, []).append(point)
-            for index, of_arm in enumerate(arms.values()):
-                of_arm = sorted(of_arm, key=lambda point: point.seconds)
-                costs = [getattr(point, cost) for point in of_arm]
-                scores = [point.score for point in of_arm]
-                spread = [
-                    [point.score - min(point.scores) for point in of_arm],
-                    [max(point.scores) - point.score for point in of_arm],
-                ]
-                axis.errorbar(
-                    costs, scores, spread, fmt="o-", markersize=4, color=f"C{number}",
-                    alpha=0.8, label=None if index else family,
-                )  # fmt: skip
+        for arm, of_arm in arms.items():
+            of_arm = sorted(of_arm, key=lambda point: point.seconds)
+            costs = [getattr(point, cost) for point in of_arm]
+            scores = [point.score for point in of_arm]
+            spread = [
+                [point.score - min(point.scores) for point in of_arm],
+                [max(point.scores) - point.score for point in of_arm],
+            ]
+            line = "--" if of_arm[0].family == BASELINE else "-"
+            axis.errorbar(costs, scores, spread, fmt=f"o{line}", markersize=4, label=arm)
         axis.set(xscale="log", yscale="log", xlabel=label)
-        _plain_ticks(axis.yaxis)
+        _plain_ticks(axis.yaxis, _FINE)
         if cost != "images":
-            _plain_ticks(axis.xaxis)
+            _plain_ticks(axis.xaxis, _FINE)
         if math.isfinite(floor):
             axis.axhline(floor, color="grey", linestyle=":", label="floor")
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(score)
-    axes[0].legend()
+    axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def plot_seconds(found: list):
+    """The least seconds of each family until scratch's score, against scratch's own seconds."""
+    if not found:
+        return None
+    figure, (axis,) = _subplots(1)
+    ends = [f(r.scratch.seconds for r in found) for f in (min, max)]
+    for share, line, label in ((1, "--", "no gain"), (0.5, ":", "half the seconds")):
+        axis.plot(ends, [share * end for end in ends], line, color="grey", label=label)
+    families = {}
+    for r in sorted(found, key=lambda r: r.seconds):
+        of_family = families.setdefault(r.arm.partition("_")[0], {})
+        of_family.setdefault(r.scratch.seconds, r)
+    for number, (family, by_budget) in enumerate(families.items()):
+        least = [by_budget[seconds] for seconds in sorted(by_budget)]
+        x, y = [r.scratch.seconds for r in least], [r.seconds for r in least]
+        axis.plot(x, y, "o-", color=f"C{number}", label=family)
+        bounds = [r for r in least if r.is_bound]
+        x, y = [r.scratch.seconds for r in bounds], [r.seconds for r in bounds]
+        label = None if number or not bounds else "at most"
+        axis.plot(x, y, "v", markersize=11, color=f"C{number}", label=label)
+    axis.set(
+        xlabel="device-seconds of the best scratch run", ylabel="device-seconds until its score"
+    )
+    axis.set(xlim=(0, None), ylim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend()
     return figure
 
 
@@ -89,10 +114,10 @@ def _subplots(count, height=4.2):
     return figure, axes[0]
 
 
-def _plain_ticks(axis):
+def _plain_ticks(axis, digits=(1, 3)):
     """0.3 instead of 3 x 10^-1, at the round numbers of a logarithmic axis."""
     from matplotlib import ticker
 
-    axis.set_major_locator(ticker.LogLocator(subs=(1, 3)))
+    axis.set_major_locator(ticker.LogLocator(subs=digits))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

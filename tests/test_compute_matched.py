@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import signal
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from conftest import ROOT
 from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run.command_line import TRY_AGAIN
-from studies import budget, compute_matched, page
+from studies import budget, compute_matched, page, plots
 
 
 def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
@@ -51,7 +52,7 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
         row("scratch_b32", fid=3.0), row(fid=2.0), row(seconds=480.0, fid=1.0),
         row("drop_60", fid=1.0),
     )  # fmt: skip
-    rows = page.factors(found)
+    rows = page.factors(page.reached(found))
     assert rows == [
         ["2.000 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
         ["1.000 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
@@ -60,7 +61,7 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
 
 def test_a_budget_at_which_scratch_is_behind_a_shorter_run_of_it_has_no_factor():
     found = as_points(row(fid=2.0), row("scratch_b32", 180.0, fid=3.0), row("drop_60", fid=2.5))
-    assert page.factors(found) == []
+    assert page.reached(found) == []
 
 
 def test_families_are_compared_where_scratch_and_another_were_run():
@@ -74,11 +75,29 @@ def test_arms_are_shown_at_the_budget_that_most_of_them_had():
     assert page.widest_budget(as_points(*most)) == 120
 
 
+def test_the_curves_are_those_of_the_best_arms_and_of_those_with_several_budgets():
+    often = [row("scratch_b32", s, fid=5.0) for s in (120.0, 300.0)]
+    found = as_points(row(), *often, row("drop_60", fid=1.0), row("drop_90", fid=3.0))
+    assert {p.arm for p in page.outstanding(found)} == {"scratch", "scratch_b32", "drop_60"}
+
+
+def test_the_seconds_until_scratchs_score_are_those_of_the_best_arm_of_each_family():
+    runs = [row(fid=2.0), row(seconds=300.0, fid=1.5), row("drop_60", fid=1.9)]
+    runs += [row("drop_60", 240.0, fid=1.4), row("drop_90", 240.0, fid=1.1)]
+    runs += [row("drop_90", fid=2.5)]
+    (axis,) = plots.plot_seconds(page.reached(as_points(*runs))).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    first = 120 * 2 ** (math.log(2.5 / 1.5) / math.log(2.5 / 1.1))  # drop_90's, drop_60 needs more
+    assert lines["drop"] == [[120, 120], [300, pytest.approx(first)]]
+    assert lines["at most"] == [[120, 120]]
+    assert lines["half the seconds"] == [[120, 60], [300, 150]]
+
+
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
     page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
     text = (tmp_path / "page.html").read_text()
-    assert "http" not in text and text.count("data:image/png") == 3
+    assert "http" not in text and text.count("data:image/png") == 4
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
