@@ -34,8 +34,8 @@ to 0. The arm reached FID-768 0.256 and 0.244, whole images alone with these set
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
 study has a warm-up of 200 for some 4,000 updates, and the best peaks tried in it are 1.6e-3 for two
 stages and 3.2e-3 for whole images: 0.238 and 0.252 after 120 s, 0.169 and 0.191 after 300 s (three
-seeds each). A rate that suits minutes may be too high for days and for a wider network. For a shorter
-run, divide the updates of both stages, and the warm-ups, by one number.
+seeds each). A rate that suits minutes may be too high for days and for a wider network. For a
+shorter run, divide the updates of both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config
