@@ -105,8 +105,36 @@ ARMS |= {
     for rate in (16, 32, 64)
 }
 
+_TUNED_AT_120 = [name for name in ARMS if name.startswith("scratch")]
+
+# What might help the best of each, tried at 300 s, where seeds differ little.
+_SCRATCH = ARMS["scratch_b32_muon_lr32"]
+BETTER_SCRATCH = {
+    "scratch_b64_muon_lr32": changed(_SCRATCH, train__batch_size=64),
+    "scratch_b16_muon_lr32": changed(_SCRATCH, train__batch_size=16),
+    "scratch_b32_muon_lr32_perturbed": changed(_SCRATCH, diffusion__input_perturbation=0.1),
+}
+BETTER_DROP = {
+    f"drop_{share}_b32_muon_lr16{what}": cheap_first(
+        share / 100,
+        DROP | first,
+        {"train.batch_size": 32} | last,
+        optim__name="muon",
+        optim__lr_peak=1.6e-3,
+    )
+    for share, what, first, last in (
+        (75, "", {}, {}),
+        (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
+        (60, "_last32", {}, {"optim.lr_peak": 3.2e-3}),
+        (60, "_kept", {}, {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}),
+        (60, "_ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}, {}),
+        (60, "_blocks8", {"mask.block_size": 8}, {}),
+    )
+}
+ARMS |= BETTER_SCRATCH | BETTER_DROP
+
 PIECES = {
-    "tune_scratch": runs([name for name in ARMS if name.startswith("scratch")], 120),
+    "tune_scratch": runs(_TUNED_AT_120, 120),
     "shares": runs(
         [f"{name}_{share}" for share in (60, 75, 30, 90) for name in ("drop", "pool")], 120
     ),
@@ -123,5 +151,7 @@ PIECES = {
     # What was best of each at 120 s.
     "longer": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 300, (0, 1, 2)),
     "share_lr": runs(["drop_30_b32_muon_lr16", "drop_30_b32_muon_lr32"], 120),
+    "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
+    "better_drop": runs(list(BETTER_DROP), 300),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600),
 }
