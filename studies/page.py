@@ -25,7 +25,11 @@ from maskdm_jax.fields import TEXT
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files
 from studies.compute_matched import read_rows
-from studies.plots import BASELINE, plot_arms, plot_bins, plot_scores, plot_seconds
+from studies.plots import BASELINE, by_arm, plot_arms, plot_bins, plot_scores, plot_seconds
+
+
+def _family(arm):
+    return arm.partition("_")[0]
 
 
 class Point(NamedTuple):
@@ -46,7 +50,7 @@ class Point(NamedTuple):
 
     @property
     def family(self) -> str:
-        return self.arm.partition("_")[0]
+        return _family(self.arm)
 
     @property
     def score(self) -> float:
@@ -115,13 +119,14 @@ class Reached(NamedTuple):
     seconds: float
     is_bound: bool
 
+    @property
+    def family(self) -> str:
+        return _family(self.arm)
+
 
 def reached(found: list[Point]) -> list[Reached]:
     """Where every other arm reaches scratch's best scores; not budgets at which it has no best."""
-    arms = {}
-    for point in found:
-        arms.setdefault(point.arm, []).append(point)
-    results = []
+    results, arms = [], by_arm(found)
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
         best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
         if best.seconds < budget:

@@ -11,6 +11,14 @@ _COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"
 _FINE = (1, 1.5, 2, 3, 5, 7)  # ticks for less than a decade
 
 
+def by_arm(found: list) -> dict[str, list]:
+    """The points of each arm, in the order in which they are found."""
+    arms = {}
+    for point in found:
+        arms.setdefault(point.arm, []).append(point)
+    return arms
+
+
 def plot_arms(found: list, floor: float, score: str, seconds: float):
     """The score of every arm at one budget, best at the top; one colour per family."""
     shown = [point for point in found if point.seconds == seconds][::-1]  # found: best first
@@ -31,9 +39,7 @@ def plot_arms(found: list, floor: float, score: str, seconds: float):
 def plot_scores(found: list, floor: float, score: str):
     """Score against each cost; one line and colour per arm, dashed for scratch."""
     figure, axes = _subplots(len(_COSTS))
-    arms = {}
-    for point in found:
-        arms.setdefault(point.arm, []).append(point)
+    arms = by_arm(found)
     for axis, (cost, label) in zip(axes, _COSTS.items(), strict=True):
         for arm, of_arm in arms.items():
             of_arm = sorted(of_arm, key=lambda point: point.seconds)
@@ -67,20 +73,22 @@ def plot_seconds(found: list):
         axis.plot(ends, [share * end for end in ends], line, color="grey", label=label)
     families = {}
     for r in sorted(found, key=lambda r: r.seconds):
-        of_family = families.setdefault(r.arm.partition("_")[0], {})
-        of_family.setdefault(r.scratch.seconds, r)
+        families.setdefault(r.family, {}).setdefault(r.scratch.seconds, r)
     for number, (family, by_budget) in enumerate(families.items()):
-        least = [by_budget[seconds] for seconds in sorted(by_budget)]
-        x, y = [r.scratch.seconds for r in least], [r.seconds for r in least]
-        axis.plot(x, y, "o-", color=f"C{number}", label=family)
+        least = [by_budget[budget] for budget in sorted(by_budget)]
         bounds = [r for r in least if r.is_bound]
-        x, y = [r.scratch.seconds for r in bounds], [r.seconds for r in bounds]
-        label = None if number or not bounds else "at most"
-        axis.plot(x, y, "v", markersize=11, color=f"C{number}", label=label)
+        for shown, style, size, label in (
+            (least, "o-", 6, family),
+            (bounds, "v", 11, None if number or not bounds else "at most"),
+        ):
+            x, y = [r.scratch.seconds for r in shown], [r.seconds for r in shown]
+            axis.plot(x, y, style, markersize=size, color=f"C{number}", label=label)
     axis.set(
-        xlabel="device-seconds of the best scratch run", ylabel="device-seconds until its score"
+        xlabel="device-seconds of the best scratch run",
+        ylabel="device-seconds until its score",
+        xlim=(0, None),
+        ylim=(0, None),
     )
-    axis.set(xlim=(0, None), ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend()
     return figure
