@@ -77,7 +77,8 @@ def test_arms_are_shown_at_the_budget_that_most_of_them_had():
 
 def test_the_curves_are_those_of_the_best_arms_and_of_those_with_several_budgets():
     often = [row("scratch_b32", s, fid=5.0) for s in (120.0, 300.0)]
-    found = as_points(row(), *often, row("drop_60", fid=1.0), row("drop_90", fid=3.0))
+    best = [row(), row(seconds=300.0), row("drop_60", fid=1.0)]
+    found = as_points(*best, *often, row("drop_90", fid=3.0))
     assert {p.arm for p in page.outstanding(found)} == {"scratch", "scratch_b32", "drop_60"}
 
 
