@@ -8,178 +8,31 @@ of its name; "scratch" is what the others are compared with. Needs matplotlib: p
 """
 
 import base64
-import collections
 import html
 import io
-import json
 import math
 import pathlib
 import statistics
 import sys
-from typing import NamedTuple
 
 from PIL import Image
 
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import TEXT
-from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files
+from studies import plots, points
 from studies.compute_matched import read_rows
-from studies.plots import BASELINE, by_arm, plot_arms, plot_bins, plot_scores, plot_seconds
-
-
-def _family(arm):
-    return arm.partition("_")[0]
-
-
-class Point(NamedTuple):
-    """An arm at one budget: what its seeds have in common, and their scores."""
-
-    arm: str
-    seconds: float
-    scores: list[float]  # by seed
-    heldout: float  # means over the seeds
-    bins: list[float]
-    memorised: float
-    images: float
-    pflop: float
-    trained_s: float
-    set_up_s: float
-    scoring_s: float
-    phases: list[dict]
-
-    @property
-    def family(self) -> str:
-        return _family(self.arm)
-
-    @property
-    def score(self) -> float:
-        return statistics.mean(self.scores)
-
-
-def main_score(rows: list[dict]) -> str:
-    """The score that arms are ranked by: FID if there is one, else the first."""
-    names = list(rows[0])
-    return next((name for name in names if name.startswith("fid")), names[names.index("seed") + 1])
-
-
-def points(rows: list[dict], score: str) -> list[Point]:
-    """The rows by arm and budget, best score first."""
-    groups = {}
-    for row in rows:
-        groups.setdefault((row["arm"], float(row["seconds"])), []).append(row)
-
-    def mean(group, name):
-        values = [float(row[name]) for row in group if row.get(name)]
-        return statistics.mean(values) if values else math.nan
-
-    share = f"memorisation_share{score.removeprefix('fid')}"
-    found = [
-        Point(
-            arm,
-            seconds,
-            [float(row[score]) for row in group],
-            mean(group, "heldout_loss"),
-            [mean(group, f"loss {name}") for name in BINS],
-            mean(group, share),
-            mean(group, "images"),
-            mean(group, "pflop"),
-            mean(group, "trained_s"),
-            mean(group, "set_up_s"),
-            mean(group, "scoring_s"),
-            json.loads(group[0]["phases"]),
-        )
-        for (arm, seconds), group in groups.items()
-    ]
-    return sorted(found, key=lambda point: point.score)
-
-
-def seconds_to(arm: list[Point], score: float) -> tuple[float, bool] | None:
-    """When an arm reaches a score: (seconds, whether it is an upper bound); None if it does not.
-
-    Between two budgets, log(score) is interpolated over log(seconds). Each budget is a run of its
-    own, with its own decay of the learning rate; a long run's beginning does not count.
-    """
-    arm = sorted(arm, key=lambda point: point.seconds)
-    reached = next((i for i, point in enumerate(arm) if point.score <= score), None)
-    if reached is None:
-        return None
-    if reached == 0:
-        return arm[0].seconds, True
-    before, after = arm[reached - 1], arm[reached]
-    share = math.log(before.score / score) / math.log(before.score / after.score)
-    return before.seconds * (after.seconds / before.seconds) ** share, False
-
-
-class Reached(NamedTuple):
-    """When an arm reaches the best score that scratch has at a budget, see `seconds_to`."""
-
-    arm: str
-    scratch: Point
-    seconds: float
-    is_bound: bool
-
-    @property
-    def family(self) -> str:
-        return _family(self.arm)
-
-
-def reached(found: list[Point]) -> list[Reached]:
-    """Where every other arm reaches scratch's best scores; not budgets at which it has no best."""
-    results, arms = [], by_arm(found)
-    for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
-        best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
-        if best.seconds < budget:
-            continue  # tuned less than the shorter one
-        for arm, of_arm in arms.items():
-            if of_arm[0].family == BASELINE:
-                continue
-            if when := seconds_to(of_arm, best.score):
-                results.append(Reached(arm, best, *when))
-    return results
+from studies.points import Reached
 
 
 def factors(found: list[Reached]) -> list[list[str]]:
-    """Rows of the table: seconds until the best scratch run's final score, for every other arm."""
+    """Rows of the table: seconds until the best scratch run's final value, for every other arm."""
     rows = []
-    for arm, scratch, seconds, is_bound in found:
-        least, most = ("at least ", "at most ") if is_bound else ("", "")
-        target = f"{scratch.score:.3f} ({scratch.arm}, {scratch.seconds:g} s)"
-        factor = f"{least}{scratch.seconds / seconds:.2f}"
-        rows.append([target, arm, f"{most}{seconds:.0f} s", factor])
+    for r in found:
+        least, most = ("at least ", "at most ") if r.is_bound else ("", "")
+        target = f"{r.value:.4g} ({r.scratch.arm}, {r.scratch.seconds:g} s)"
+        rows.append([target, r.arm, f"{most}{r.seconds:.0f} s", f"{least}{r.factor:.2f}"])
     return rows
-
-
-def best_of_families(found: list[Point], seconds: float) -> list[Point]:
-    """The best arm of each family at a budget."""
-    best = {}
-    for point in found:  # best score first
-        if point.seconds == seconds:
-            best.setdefault(point.family, point)
-    return list(best.values())
-
-
-def outstanding(found: list[Point]) -> list[Point]:
-    """The points of the arms that were run at several budgets or are the best of their family."""
-    budgets = collections.Counter(point.arm for point in found)
-    best = [best_of_families(found, seconds) for seconds in {point.seconds for point in found}]
-    kept = {point.arm for of_budget in best for point in of_budget}
-    return [point for point in found if budgets[point.arm] > 1 or point.arm in kept]
-
-
-def compared_budget(found: list[Point]) -> float:
-    """The longest budget at which scratch and another family were run; else the longest."""
-    families = {}
-    for point in found:
-        families.setdefault(point.seconds, set()).add(point.family)
-    shared = [s for s, names in families.items() if len(names) > 1 and BASELINE in names]
-    return max(shared or families)
-
-
-def widest_budget(found: list[Point]) -> float:
-    """The budget at which most arms were run; of two, the longer."""
-    arms = collections.Counter(point.seconds for point in found)
-    return max(arms, key=lambda seconds: (arms[seconds], seconds))
 
 
 def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None = None) -> None:
@@ -190,17 +43,18 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
       out: a folder.
       grids: where that left its pictures of samples; None for none.
     """
-    score = main_score(rows)
-    found = points(rows, score)
+    score = points.main_score(rows)
+    found = points.of_rows(rows, score)
     floor = next((float(row["floor"]) for row in rows if row["floor"]), math.nan)
     out.mkdir(parents=True, exist_ok=True)
-    budget = compared_budget(found)
-    best = best_of_families(found, budget)
+    budget = points.compared_budget(found)
+    best = points.best_of_families(found, budget)
     figures = {
-        "arms.png": plot_arms(found, floor, score, widest_budget(found)),
-        "scores.png": plot_scores(outstanding(found), floor, score),
-        "seconds.png": plot_seconds(reached(found)),
-        "noise_levels.png": plot_bins(best),
+        "arms.png": plots.plot_arms(found, floor, score, points.widest_budget(found)),
+        "scores.png": plots.plot_scores(points.outstanding(found), floor, score),
+        "seconds.png": plots.plot_seconds(points.reached(found)),
+        "noise_levels.png": plots.plot_bins(best),
+        "factors.png": plots.plot_factors(points.reached_by_level(found)),
     }
     for name, figure in figures.items():
         if figure is not None:
@@ -213,7 +67,9 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         f"{first['network_sha256'][:8]}; {', '.join(sorted({row['device'] for row in rows}))}.</p>",
         *(_picture((out / name).read_bytes(), "png") for name in figures if name in drawn),
         "<h2>Seconds until scratch's final score</h2>",
-        _table(["scratch's score", "arm", "reached in", "factor"], factors(reached(found))),
+        _table(["scratch's score", *_REACHED], factors(points.reached(found))),
+        "<h2>Seconds until scratch's final held-out loss</h2>",
+        _table(["scratch's loss", *_REACHED], factors(points.reached(found, lambda p: p.heldout))),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
     ]
@@ -236,6 +92,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     files.write_text(out / "page.html", f"{head}{''.join(parts)}</html>\n")
 
 
+_REACHED = ["arm", "reached in", "factor"]
 _HEADINGS = [
     "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
     "set-up, s", "scoring, s", "phases",

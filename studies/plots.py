@@ -1,22 +1,14 @@
-"""The plots of a study's page. Their points are those of `studies.page`, best score first."""
+"""The plots of a study's page; their points come best score first."""
 
 import math
 
 import numpy as np
 
 from maskdm_jax.heldout import NAMES as BINS
+from studies.points import BASELINE, by_arm
 
-BASELINE = "scratch"  # the family that the others are compared with
 _COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"}
 _FINE = (1, 1.5, 2, 3, 5, 7)  # ticks for less than a decade
-
-
-def by_arm(found: list) -> dict[str, list]:
-    """The points of each arm, in the order in which they are found."""
-    arms = {}
-    for point in found:
-        arms.setdefault(point.arm, []).append(point)
-    return arms
 
 
 def plot_arms(found: list, floor: float, score: str, seconds: float):
@@ -102,12 +94,44 @@ def plot_bins(best: list):
     figure, (axis,) = _subplots(1)
     for point in best:
         axis.plot(range(len(BINS)), np.divide(point.bins, baseline.bins), "o-", label=point.arm)
-    axis.set_xticks(range(len(BINS)), BINS, rotation=45, ha="right")
-    axis.set(xlabel="ln(signal² / noise²)", ylabel=f"held-out loss / that of {baseline.arm}")
+    _bin_ticks(axis)
+    axis.set_ylabel(f"held-out loss / that of {baseline.arm}")
     axis.set_title(f"{baseline.seconds:g} s")
-    axis.grid(alpha=0.3)
     axis.legend()
     return figure
+
+
+def plot_factors(levels: dict):
+    """Scratch's seconds over those until its held-out loss, by noise level; a line for each run.
+
+    Args:
+      levels: of `points.reached_by_level`.
+    """
+    if not levels:
+        return None
+    figure, (axis,) = _subplots(1)
+    bounded = False
+    for number, ((arm, seconds), of_line) in enumerate(sorted(levels.items())):
+        factors = [r.factor if r else math.nan for r in of_line]
+        axis.plot(factors, "o-", color=f"C{number}", label=f"{arm}, scratch's {seconds:g} s")
+        bounds = [(i, r.factor) for i, r in enumerate(of_line) if r and r.is_bound]
+        if bounds:
+            label = None if bounded else "at least"
+            axis.plot(
+                *zip(*bounds, strict=True), "^", markersize=11, color=f"C{number}", label=label
+            )
+            bounded = True
+    axis.axhline(1, color="grey", linestyle="--")
+    _bin_ticks(axis)
+    axis.set(ylabel="factor in seconds until scratch's held-out loss", ylim=(0, None))
+    axis.legend()
+    return figure
+
+
+def _bin_ticks(axis):
+    axis.set_xticks(range(len(BINS)), BINS, rotation=45, ha="right")
+    axis.set_xlabel("ln(signal² / noise²)")
+    axis.grid(alpha=0.3)
 
 
 def _subplots(count, height=4.2):

@@ -14,14 +14,14 @@ from conftest import ROOT
 from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run.command_line import TRY_AGAIN
-from studies import budget, compute_matched, page, plots
+from studies import budget, compute_matched, page, plots, points
 
 
 def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
     phase = budget.Phase(17, 64, 100, 10.0, 2.5)
     return {
         "arm": arm, "seconds": seconds, "seed": seed, "fid768": fid, "memorisation_share768": 0.01,
-        "floor": 0.07, "heldout_loss": 0.05, **{f"loss {n}": 0.1 for n in page.BINS},
+        "floor": 0.07, "heldout_loss": 0.05, **{f"loss {n}": 0.1 for n in points.BINS},
         "trained_s": seconds, "images": 6400, "pflop": 1.5, "set_up_s": 30, "scoring_s": 60,
         "phases": json.dumps([phase._asdict()]), "n": 5000, "steps": 50, "device": "1 x H100",
         "reference_sha256": "a" * 64, "network_sha256": "b" * 64,
@@ -29,7 +29,7 @@ def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
 
 
 def as_points(*rows):
-    return page.points([{k: str(v) for k, v in r.items()} for r in rows], "fid768")
+    return points.of_rows([{k: str(v) for k, v in r.items()} for r in rows], "fid768")
 
 
 def test_seeds_are_averaged_and_the_best_arm_comes_first():
@@ -41,10 +41,10 @@ def test_seeds_are_averaged_and_the_best_arm_comes_first():
 
 def test_the_time_to_a_score_follows_the_line_through_two_budgets():
     arm = as_points(*(row("drop_60", s, fid=(s / 600) ** -0.5) for s in (120.0, 300.0, 600.0)))
-    seconds, bound = page.seconds_to(arm, (450 / 600) ** -0.5)
+    seconds, bound = points.seconds_to(arm, (450 / 600) ** -0.5)
     assert seconds == pytest.approx(450) and not bound
-    assert page.seconds_to(arm, arm[-1].score * 3) == (120.0, True)  # met by the shortest run
-    assert page.seconds_to(arm, 0.99) is None
+    assert points.seconds_to(arm, arm[-1].score * 3) == (120.0, True)  # met by the shortest run
+    assert points.seconds_to(arm, 0.99) is None
 
 
 def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
@@ -52,41 +52,61 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
         row("scratch_b32", fid=3.0), row(fid=2.0), row(seconds=480.0, fid=1.0),
         row("drop_60", fid=1.0),
     )  # fmt: skip
-    rows = page.factors(page.reached(found))
+    rows = page.factors(points.reached(found))
     assert rows == [
-        ["2.000 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
-        ["1.000 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
+        ["2 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
+        ["1 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
     ]
 
 
 def test_a_budget_at_which_scratch_is_behind_a_shorter_run_of_it_has_no_factor():
     found = as_points(row(fid=2.0), row("scratch_b32", 180.0, fid=3.0), row("drop_60", fid=2.5))
-    assert page.reached(found) == []
+    assert points.reached(found) == []
+
+
+def test_a_held_out_loss_is_reached_at_its_own_time_and_so_is_each_of_its_levels():
+    low, high = f"loss {points.BINS[-1]}", f"loss {points.BINS[0]}"
+    runs = [row(heldout_loss=0.06, **{low: 0.4}), row(seconds=480.0, fid=1.0, heldout_loss=0.05)]
+    runs += [row("drop_60", heldout_loss=0.055, **{low: 0.2, high: 0.2})]
+    runs += [row("drop_60", 480.0, heldout_loss=0.045, **{low: 0.05, high: 0.15})]
+    found = as_points(*runs, row("drop_90", **{low: 0.01}))  # one budget: no line of its own
+    first, _, second, _ = points.reached(found, lambda point: point.heldout)
+    assert (first.value, first.seconds, first.is_bound) == (0.06, 120, True)
+    until = 120 * 4 ** (math.log(0.055 / 0.05) / math.log(0.055 / 0.045))
+    assert second.seconds == pytest.approx(until) and second.factor == pytest.approx(480 / until)
+    levels = points.reached_by_level(found)
+    assert list(levels) == [("drop_60", 120.0), ("drop_60", 480.0)]
+    assert levels["drop_60", 480.0][0] is None and levels["drop_60", 480.0][-1].seconds == 240
+    (axis,) = plots.plot_factors(levels).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    drawn = lines["drop_60, scratch's 480 s"]
+    assert math.isnan(drawn[0][1]) and drawn[-1] == [9, 2]
+    assert lines["at least"][-1] == [9, 1]
 
 
 def test_families_are_compared_where_scratch_and_another_were_run():
     both = [row(), row("drop_60"), row(seconds=300.0), row("drop_60", 600.0)]
-    assert page.compared_budget(as_points(*both)) == 120
-    assert page.compared_budget(as_points(row(), row(seconds=300.0))) == 300
+    assert points.compared_budget(as_points(*both)) == 120
+    assert points.compared_budget(as_points(row(), row(seconds=300.0))) == 300
 
 
 def test_arms_are_shown_at_the_budget_that_most_of_them_had():
     most = [row(), row(arm="drop"), row(arm="pool"), row(seconds=300.0)]
-    assert page.widest_budget(as_points(*most)) == 120
+    assert points.widest_budget(as_points(*most)) == 120
 
 
 def test_the_curves_are_those_of_the_best_arms_and_of_those_with_several_budgets():
     often = [row("scratch_b32", s, fid=5.0) for s in (120.0, 300.0)]
     best = [row(), row(seconds=300.0), row("drop_60", fid=1.0)]
     found = as_points(*best, *often, row("drop_90", fid=3.0))
-    assert {p.arm for p in page.outstanding(found)} == {"scratch", "scratch_b32", "drop_60"}
+    assert {p.arm for p in points.outstanding(found)} == {"scratch", "scratch_b32", "drop_60"}
 
 
 def test_the_seconds_until_scratchs_score_are_those_of_the_best_arm_of_each_family():
     runs = [row(fid=2.0), row(seconds=300.0, fid=1.5), row("drop_60", fid=1.9)]
     runs += [row("drop_60", 240.0, fid=1.4), row("drop_90", 240.0, fid=1.1)]
     runs += [row("drop_90", fid=2.5)]
-    (axis,) = plots.plot_seconds(page.reached(as_points(*runs))).axes
+    (axis,) = plots.plot_seconds(points.reached(as_points(*runs))).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
     first = 120 * 2 ** (math.log(2.5 / 1.5) / math.log(2.5 / 1.1))  # drop_90's, drop_60 needs more
     assert lines["drop"] == [[120, 120], [300, pytest.approx(first)]]
@@ -98,7 +118,7 @@ def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
     page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
     text = (tmp_path / "page.html").read_text()
-    assert "http" not in text and text.count("data:image/png") == 4
+    assert "http" not in text and text.count("data:image/png") == 4  # no arm has two budgets
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 

@@ -97,7 +97,10 @@ def _squared_distances(x_ND, y_MD) -> Iterator[np.ndarray]:
     """Squared distances of each row of x to all of y, a chunk of rows [B, M] at a time."""
     y_MD = jax.device_put(y_MD)
     for first in range(0, len(x_ND), _CHUNK):
-        yield np.array(_squared_distances_of(x_ND[first : first + _CHUNK], y_MD))
+        chunk = x_ND[first : first + _CHUNK]
+        # Padded, since XLA takes 10 s on a GPU to compile this for another number of rows.
+        padded = np.pad(chunk, ((0, _CHUNK - len(chunk)), (0, 0)))
+        yield np.array(_squared_distances_of(padded, y_MD))[: len(chunk)]
 
 
 def _squared_radii(x_ND, k):

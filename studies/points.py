@@ -1,0 +1,198 @@
+"""A study's rows as points: an arm at one budget, and what it reaches when.
+
+An arm's family is the first word of its name.
+"""
+
+import collections
+import json
+import math
+import operator
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+from maskdm_jax.heldout import NAMES as BINS
+
+BASELINE = "scratch"  # the family that the others are compared with
+
+
+def _family(arm):
+    return arm.partition("_")[0]
+
+
+class Point(NamedTuple):
+    """An arm at one budget: what its seeds have in common, and their scores."""
+
+    arm: str
+    seconds: float
+    scores: list[float]  # by seed
+    heldout: float  # means over the seeds
+    bins: list[float]
+    memorised: float
+    images: float
+    pflop: float
+    trained_s: float
+    set_up_s: float
+    scoring_s: float
+    phases: list[dict]
+
+    @property
+    def family(self) -> str:
+        return _family(self.arm)
+
+    @property
+    def score(self) -> float:
+        return statistics.mean(self.scores)
+
+
+def main_score(rows: list[dict]) -> str:
+    """The score that arms are ranked by: FID if there is one, else the first."""
+    names = list(rows[0])
+    return next((name for name in names if name.startswith("fid")), names[names.index("seed") + 1])
+
+
+def of_rows(rows: list[dict], score: str) -> list[Point]:
+    """The rows by arm and budget, best score first."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row["arm"], float(row["seconds"])), []).append(row)
+
+    def mean(group, name):
+        values = [float(row[name]) for row in group if row.get(name)]
+        return statistics.mean(values) if values else math.nan
+
+    share = f"memorisation_share{score.removeprefix('fid')}"
+    found = [
+        Point(
+            arm,
+            seconds,
+            [float(row[score]) for row in group],
+            mean(group, "heldout_loss"),
+            [mean(group, f"loss {name}") for name in BINS],
+            mean(group, share),
+            mean(group, "images"),
+            mean(group, "pflop"),
+            mean(group, "trained_s"),
+            mean(group, "set_up_s"),
+            mean(group, "scoring_s"),
+            json.loads(group[0]["phases"]),
+        )
+        for (arm, seconds), group in groups.items()
+    ]
+    return sorted(found, key=lambda point: point.score)
+
+
+Value = Callable[[Point], float]  # a score or a loss of a point: the lower, the better
+_score = operator.attrgetter("score")
+
+
+def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[float, bool] | None:
+    """When an arm reaches a value: (seconds, whether it is an upper bound); None if it does not.
+
+    Between two budgets, log(value) is interpolated over log(seconds). Each budget is a run of its
+    own, with its own decay of the learning rate; a long run's beginning does not count.
+    """
+    curve = sorted((point.seconds, value(point)) for point in arm)
+    first = next((i for i, (_, found) in enumerate(curve) if found <= target), None)
+    if first is None:
+        return None
+    if first == 0:
+        return curve[0][0], True
+    (start, before), (end, after) = curve[first - 1 : first + 1]
+    share = math.log(before / target) / math.log(before / after)
+    return start * (end / start) ** share, False
+
+
+class Reached(NamedTuple):
+    """When an arm reaches the value that scratch's best run of a budget has, see `seconds_to`."""
+
+    arm: str
+    scratch: Point
+    value: float
+    seconds: float
+    is_bound: bool
+
+    @property
+    def family(self) -> str:
+        return _family(self.arm)
+
+    @property
+    def factor(self) -> float:
+        return self.scratch.seconds / self.seconds
+
+
+def reached(found: list[Point], value: Value = _score) -> list[Reached]:
+    """Where every other arm reaches a value of scratch's runs with the best score.
+
+    Budgets at which scratch has no best score are left out.
+    """
+    results, arms = [], by_arm(found)
+    for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
+        best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
+        if best.seconds < budget:
+            continue  # tuned less than the shorter one
+        for arm, of_arm in arms.items():
+            if of_arm[0].family == BASELINE:
+                continue
+            if when := seconds_to(of_arm, value(best), value):
+                results.append(Reached(arm, best, value(best), *when))
+    return results
+
+
+def reached_by_level(found: list[Point]) -> dict[tuple[str, float], list[Reached | None]]:
+    """Where the arms with several budgets reach the held-out losses of scratch's best runs.
+
+    Returns:
+      {(arm, scratch's seconds): one for each of `heldout.NAMES`; None where it does not}.
+    """
+    levels = {}
+    several = [point for point in found if point.family == BASELINE or _is_repeated(found, point)]
+    for index in range(len(BINS)):
+        for r in reached(several, lambda point, index=index: point.bins[index]):
+            of_line = levels.setdefault((r.arm, r.scratch.seconds), [None] * len(BINS))
+            of_line[index] = r
+    return levels
+
+
+def by_arm(found: list) -> dict[str, list]:
+    """The points of each arm, in the order in which they are found."""
+    arms = {}
+    for point in found:
+        arms.setdefault(point.arm, []).append(point)
+    return arms
+
+
+def best_of_families(found: list[Point], seconds: float) -> list[Point]:
+    """The best arm of each family at a budget."""
+    best = {}
+    for point in found:  # best score first
+        if point.seconds == seconds:
+            best.setdefault(point.family, point)
+    return list(best.values())
+
+
+def outstanding(found: list[Point]) -> list[Point]:
+    """The points of the arms that were run at several budgets or are the best of their family."""
+    best = [best_of_families(found, seconds) for seconds in {point.seconds for point in found}]
+    kept = {point.arm for of_budget in best for point in of_budget}
+    return [point for point in found if point.arm in kept or _is_repeated(found, point)]
+
+
+def _is_repeated(found, point):
+    """Whether the arm of a point was run at several budgets."""
+    return sum(other.arm == point.arm for other in found) > 1
+
+
+def compared_budget(found: list[Point]) -> float:
+    """The longest budget at which scratch and another family were run; else the longest."""
+    families = {}
+    for point in found:
+        families.setdefault(point.seconds, set()).add(point.family)
+    shared = [s for s, names in families.items() if len(names) > 1 and BASELINE in names]
+    return max(shared or families)
+
+
+def widest_budget(found: list[Point]) -> float:
+    """The budget at which most arms were run; of two, the longer."""
+    arms = collections.Counter(point.seconds for point in found)
+    return max(arms, key=lambda seconds: (arms[seconds], seconds))
