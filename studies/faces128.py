@@ -128,7 +128,9 @@ BETTER_DROP = {
         (60, "_last32", {}, {"optim.lr_peak": 3.2e-3}),
         (60, "_kept", {}, {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}),
         (60, "_ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}, {}),
+        (60, "_blocks2", {"mask.block_size": 2}, {}),
         (60, "_blocks8", {"mask.block_size": 8}, {}),
+        (60, "_first128", {"train.batch_size": 128}, {}),
     )
 }
 ARMS |= BETTER_SCRATCH | BETTER_DROP
