@@ -182,24 +182,33 @@ def _model_flops(config, mode):
     """Model FLOPs of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    return config.sample.batch_size * draw.evaluations(config) * flops.forward_flops(config)
+    return config.sample.batch_size * sum(
+        calls * flops.forward_flops(config, length) for length, calls in _lengths(config, mode)
+    )
+
+
+def _lengths(config, mode):
+    """(tokens, evaluations) of the network for each size of its tokens, for one image."""
+    lengths = [flops.tokens_per_image(config), *flops.coarse_tokens(config)]
+    if mode == "train":
+        often = 1 / config.diffusion.coarse_every
+        return [(length, often if i else 1) for i, length in enumerate(lengths)]
+    by_size = draw.evaluations_by_size(config)
+    sizes = [1, *(size for size, _ in config.model.coarse)]
+    return [(length, by_size[size]) for length, size in zip(lengths, sizes, strict=True)]
 
 
 def _splash_flops(config, mode, mesh):
     """FLOPs of the splash kernel on one chip; the compiler does not count those of kernels."""
-    length = flops.tokens_per_image(config)
     width, depth, heads = dimensions(config.model)
-    dtype = config.model.dtype
-    plan = attention.plan(config.model.attention, length, width // heads, dtype, mesh)
-    if plan.kernel != "splash":
-        return 0
     # Two matmuls forward; backward three for dq, and four for dk and dv.
-    matmuls, calls = 2 + 7 + (2 if config.model.remat == "blocks" else 0), 1
-    if mode == "sample":
-        matmuls, calls = 2, draw.evaluations(config)
-    images = _batch(config, mode) * calls / mesh.size
-    padded = splash_attention.padded_length(length)
-    return images * (2 * (depth // 2) + 1) * matmuls * 2 * padded**2 * width
+    matmuls = 2 + 7 + (2 if config.model.remat == "blocks" else 0) if mode == "train" else 2
+    per_image, dtype = 0, config.model.dtype
+    for length, calls in _lengths(config, mode):
+        plan = attention.plan(config.model.attention, length, width // heads, dtype, mesh)
+        if plan.kernel == "splash":
+            per_image += calls * 2 * splash_attention.padded_length(length) ** 2 * width
+    return _batch(config, mode) / mesh.size * (2 * (depth // 2) + 1) * matmuls * per_image
 
 
 def _report(config, mode, tpu, f):

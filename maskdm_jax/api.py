@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from maskdm_jax import arguments, draw, evaluation, sharding, trained
+from maskdm_jax import arguments, denoiser, draw, evaluation, sharding, trained
 from maskdm_jax.api_sampling import Sampling
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.process import invert, network_input, noised, to_device, x0_and_eps
@@ -224,21 +224,18 @@ def load(
 
 
 def _make_predict(config, mesh, process):
-    model = uvit.make_model(config, mesh)
+    model, whole = uvit.make_model(config, mesh), denoiser.make_predict(config, mesh, process)
     patch_size, image_size = config.model.patch_size, config.data.image_size
     inverse_at = _make_inverse(config.diffusion, process)
 
     def predict(params, x_t, t_B, label_B, visible_BV):
         x_BVP = patches.patchify(x_t, patch_size) if visible_BV is None else x_t
         level = process.at(t_B)
-        output = uvit.apply(
-            model,
-            params,
-            network_input(level, x_BVP),
-            level.time,
-            visible_BV=visible_BV,
-            label_B=label_B,
-        )
+        given = params, network_input(level, x_BVP), level.time
+        if visible_BV is None:
+            output = whole(*given, label_B)
+        else:
+            output = uvit.apply(model, *given, visible_BV=visible_BV, label_B=label_B)
         at_t = jax.tree.map(lambda x: x[:, None, None], inverse_at(t_B))
         estimates = x0_and_eps(at_t, x_BVP, output)
         if visible_BV is not None:

@@ -19,9 +19,10 @@ from maskdm_jax.run import files
 
 # Fields that came after the first scores and folders of samples were named by hashes.
 _LATER = (
-    "model.wavelet", "diffusion.framework", "diffusion.edm_mean", "diffusion.edm_std",
-    "diffusion.sigma_data", "diffusion.sigma_min", "diffusion.sigma_max", "diffusion.rho",
-    "sample.recompute_eps", "sample.threshold", "sample.guidance_interval", "sample.strength",
+    "model.wavelet", "model.coarse", "diffusion.framework", "diffusion.edm_mean",
+    "diffusion.edm_std", "diffusion.sigma_data", "diffusion.sigma_min", "diffusion.sigma_max",
+    "diffusion.rho", "sample.recompute_eps", "sample.threshold", "sample.guidance_interval",
+    "sample.strength",
 )  # fmt: skip
 # Fields of `diffusion` that one framework uses; with another one nothing reads or compares them.
 _FRAMEWORK_FIELDS = {
@@ -120,6 +121,9 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
     else:
         name, of = "train.batch_size", "devices x optim.accumulate_steps"
         multiple = num_devices * config.optim.accumulate_steps
+        if config.model.coarse:
+            of += " x diffusion.coarse_every"
+            multiple *= config.diffusion.coarse_every
     value = get(config, name)
     if value % multiple:
         near = max(round(value / multiple), 1) * multiple
@@ -343,4 +347,4 @@ def _fail(config, name, expected, suggestion):
 
 
 def _as_stored(default, value):
-    return tuple(value) if isinstance(default, tuple) else value
+    return as_tuples(value) if isinstance(default, tuple) else value

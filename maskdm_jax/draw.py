@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maskdm_jax import rng, sharding
+from maskdm_jax import denoiser, rng, sharding
 from maskdm_jax.diffusion import make_process, samplers
 from maskdm_jax.model import patches, uvit
 
@@ -139,22 +139,30 @@ def num_rows(config, steps: int | None = None, from_image: bool = False) -> int:
 
 def evaluations(config, from_image: bool = False) -> int:
     """Evaluations of the network for one image of `config.sample`; guidance takes two at a time."""
-    count = num_rows(config, from_image=from_image)
-    if config.sample.guidance_scale == 1:
-        return count
+    return sum(evaluations_by_size(config, from_image).values())
+
+
+def evaluations_by_size(config, from_image: bool = False) -> dict[int, int]:
+    """The same by the size of the tokens, see `denoiser.Tier`; 1 for patches."""
     levels = _ladder(config, config.sample.steps, from_image)
-    times = _guided_times(config, levels)
-    if times is None:
-        return 2 * count
-    time = samplers.visited(levels, config.sample.sampler).time
-    return count + int(np.sum((times[0] <= time) & (time <= times[1])))
+    visited = samplers.visited(levels, config.sample.sampler)
+    count = np.ones_like(visited.noise, np.int64)
+    if config.sample.guidance_scale != 1:
+        low, high = _guided_times(config, levels) or (-np.inf, np.inf)
+        count += (low <= visited.time) & (visited.time <= high)
+    ratio = visited.noise / visited.signal
+    return {
+        tier.size: int(count[(tier.low < ratio) & (ratio <= tier.high)].sum())
+        for tier in denoiser.tiers(config)
+    }
 
 
 def _make_walk(config, mesh, steps=None):
     """(params, normal, label_B, image, known, stretch) -> uint8 images, or the carry of a stretch;
     normal(0) is x_T's noise, and normal(i + 1) that of step i."""
     settings, num_classes = config.sample, config.model.num_classes
-    model = uvit.make_model(config, mesh)
+    process = make_process(config.diffusion, config.data.image_size)
+    apply = denoiser.make_predict(config, mesh, process, alike=True)
     image_size, patch_size = config.data.image_size, config.model.patch_size
     threshold = settings.threshold
     clip = samplers.dynamic_clip(threshold) if threshold else samplers.static_clip
@@ -163,7 +171,7 @@ def _make_walk(config, mesh, steps=None):
         levels = _ladder(config, steps or settings.steps, image is not None)
 
         def predict_label(x_BNP, time_B, label_B):
-            return uvit.apply(model, params, x_BNP, time_B, label_B=label_B)
+            return apply(params, x_BNP, time_B, label_B)
 
         if num_classes:
             times = _guided_times(config, levels)

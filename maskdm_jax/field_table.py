@@ -5,6 +5,7 @@ A default never changes, see `config.default_config`.
 
 from maskdm_jax.fields import (
     BLOCKS,
+    COARSE,
     COUNT,
     COUNT_OR_0,
     FLAG,
@@ -66,6 +67,9 @@ FIELDS: dict[str, Field] = {
         "blocks; 0: from model.size; 12 and 13 both build 6 + 1 + 6"),
     "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: from model.size"),
     "model.patch_size": Field(4, COUNT, SHAPE, "pixels on a patch's side"),
+    "model.coarse": Field((), COARSE, SHAPE,
+        "pairs (q, r): where noise / signal is above r, one token for the average of each q x q "
+        "patches; (): patches at all levels; see docs/coarse.md"),
     "model.wavelet": Field("none", one_of("none", "haar"), MEANING,
         "haar: the network sees and predicts each patch's Haar coefficients, see docs/wavelet.md"),
     "model.mlp_ratio": Field(4.0, number(0.25), SHAPE, "hidden width of the MLP over D"),
@@ -120,6 +124,8 @@ FIELDS: dict[str, Field] = {
         "logit_normal: the mean of ln(signal / noise), half the log SNR"),
     "diffusion.draw_std": Field(0.8, NON_NEGATIVE, UPDATE,
         "logit_normal: its standard deviation"),
+    "diffusion.coarse_every": Field(1, COUNT, UPDATE,
+        "with model.coarse: every n-th image of a batch is seen as coarse tokens too"),
     "diffusion.edm_mean": Field(-1.2, number(-10, 10), UPDATE,
         "edm: the mean of ln(sigma) in training, P_mean"),
     "diffusion.edm_std": Field(1.2, number(0, 5), UPDATE, "edm: its standard deviation, P_std"),

@@ -245,6 +245,24 @@ def _are_patterns(value):
     return False
 
 
+def _are_coarse(value):
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and type(pair[0]) is int
+        and pair[0] > 1
+        and _is_number(pair[1])
+        and pair[1] > 0
+        for pair in value
+    )
+
+
+def _nearest_coarse(value, default):
+    value = as_tuples(value)
+    value = (value,) if _are_coarse((value,)) else value  # one pair, without its last comma
+    return value if _are_coarse(value) else default
+
+
 def _read_patterns(text):
     value = _literal(text)
     return (value,) if isinstance(value, str) and value else value
@@ -269,6 +287,12 @@ PHASES = Kind(
     "\"((3, {'mask.kind': 'block'}), (1, {}))\"",
     _are_phases,
     _nearest_phases,
+    lambda text: as_tuples(_literal(text)),
+)
+COARSE = Kind(
+    "pairs of a whole number above 1 and a number above 0, such as ((2, 1.0), (4, 2.5))",
+    _are_coarse,
+    _nearest_coarse,
     lambda text: as_tuples(_literal(text)),
 )
 _NUMBERS = r"(\d+|-)(,(\d+|-))*"

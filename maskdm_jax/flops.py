@@ -35,10 +35,26 @@ def tokens_per_image(config) -> int:
     return num_visible(config.mask, grid) + num_pooled(config.mask, grid) + extra
 
 
-def forward_flops(config) -> float:
-    """FLOPs of one forward pass for one image."""
+def coarse_tokens(config) -> list[int]:
+    """L for each size of coarse tokens, see `denoiser`: as many as cover the image, and the extra
+    ones."""
+    rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
+    extra = 2 if config.model.num_classes else 1
+    return [rows * cols // size**2 + extra for size, _ in config.model.coarse]
+
+
+def tokens_text(config) -> str:
+    """The network's tokens for an image in training, and those of each size of coarse tokens."""
+    every = config.diffusion.coarse_every
+    often = f" / {every}" if every > 1 else ""
+    coarse = [f"{length}{often}" for length in coarse_tokens(config)]
+    return " + ".join([str(tokens_per_image(config)), *coarse])
+
+
+def forward_flops(config, length: int | None = None) -> float:
+    """FLOPs of one forward pass for one image, of `length` tokens; None: of `tokens_per_image`."""
     width, depth, _ = dimensions(config.model)
-    length = tokens_per_image(config)
+    length = length or tokens_per_image(config)
     patch_dim = patches.patch_dim(config.model.patch_size, config.data.channels)
     skips = depth // 2
     block = 2 * length * width**2 * (4 + 2 * config.model.mlp_ratio) + 4 * length**2 * width
@@ -48,8 +64,9 @@ def forward_flops(config) -> float:
 
 
 def training_flops(config) -> float:
-    """FLOPs of one forward and backward pass for one image."""
-    return 3 * forward_flops(config)
+    """FLOPs of one forward and backward pass for one image of a batch, on average."""
+    coarse = sum(forward_flops(config, length) for length in coarse_tokens(config))
+    return 3 * (forward_flops(config) + coarse / config.diffusion.coarse_every)
 
 
 class Work(NamedTuple):
@@ -68,6 +85,7 @@ def work(phases: Sequence, step: int) -> Work:
         count *= phase.config.train.batch_size
         images += count
         tokens += count * tokens_per_image(phase.config)
+        tokens += count * sum(coarse_tokens(phase.config)) / phase.config.diffusion.coarse_every
         flops += count * training_flops(phase.config)
     return Work(images, tokens, flops)
 
@@ -83,7 +101,7 @@ def table(phases: Sequence) -> str:
             (
                 f"{phase.index + 1}",
                 f"{first + 1} to {phase.last_step}",
-                f"{tokens_per_image(config)}",
+                tokens_text(config),
                 f"{config.train.batch_size}",
                 f"{training_flops(config) / 1e9:.4g}",
                 f"{config.optim.lr_peak:g}",

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from maskdm_jax import draw, rng, sharding
+from maskdm_jax import denoiser, draw, rng, sharding
 from maskdm_jax.data import read_ahead
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.objective import denoising_loss
 from maskdm_jax.diffusion.process import invert
 from maskdm_jax.errors import ConfigError
-from maskdm_jax.model import patches, uvit
+from maskdm_jax.model import patches
 from maskdm_jax.run import progress
 
 # Of ln(signal^2 / noise^2); the first and the last bin are open.
@@ -124,8 +124,8 @@ def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def _make_loss(config, mesh):
-    model = uvit.make_model(config, mesh)
     process = make_process(config.diffusion, config.data.image_size)
+    apply = denoiser.make_predict(config, mesh, process)
     if config.diffusion.framework == "edm":
         has_levels, draw_level = _sigmas_of_bins(process)
     else:
@@ -137,7 +137,7 @@ def _make_loss(config, mesh):
 
         def predict(x_BNP, time_B):
             label = label_B if config.model.num_classes else None
-            return uvit.apply(model, params, x_BNP, time_B, label_B=label)
+            return apply(params, x_BNP, time_B, label)
 
         def in_bin(k):
             bin_keys = jax.vmap(lambda key: jax.random.fold_in(key, k))(keys)

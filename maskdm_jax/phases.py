@@ -23,6 +23,8 @@ from maskdm_jax.fields import MEANING, SHAPE, UPDATE, nearest_word, quoted
 # Besides the fields with the role UPDATE in these groups.
 _GROUPS = ("mask", "optim", "diffusion")
 _OTHERS = ("mask.hidden", "model.patch_size", "model.remat", "train.batch_size")
+# Fields whose weights no rule carries over to patches of another size.
+_PATCH_BOUND = ("model.wavelet", "model.coarse")
 
 
 class Phase(NamedTuple):
@@ -138,15 +140,23 @@ def can_change(name: str) -> bool:
 def validate(config) -> None:
     """Raises ConfigError for the first value of a run's config that cannot work, in any phase."""
     if not config.phases:
-        config_lib.validate(config)
+        _validate_phase(config)
         return
     config_lib.validate_values(config)
     for index, (_, changes) in enumerate(config.phases):
         for name, value in changes.items():
             _check_change(config, index, name, value)
-    _in_each_phase(config, _configs(config), config_lib.validate)
+    _in_each_phase(config, _configs(config), _validate_phase)
     _check_patches(config)
     phases(config)
+
+
+def _validate_phase(config):
+    config_lib.validate(config)
+    if config.model.coarse:
+        from maskdm_jax import denoiser  # imports JAX, see `_costs`
+
+        denoiser.validate(config)
 
 
 def validate_devices(config, num_devices: int, mode: str) -> None:
@@ -261,10 +271,11 @@ def _refuse(config, index, error):
 def _check_patches(config):
     sizes = [each.model.patch_size for each in _configs(config)]
     for index, (before, size) in enumerate(itertools.pairwise(sizes), 1):
-        if size != before and config.model.wavelet != "none":
+        set_by = [n for n in _PATCH_BOUND if get(config, n) != FIELDS[n].default]
+        if size != before and set_by:
             problem = (
                 f"model.patch_size is {size} after {before}; expected the same with "
-                f"model.wavelet={config.model.wavelet}, whose weights have no rule for another one"
+                f"{set_by[0]}={get(config, set_by[0])}, whose weights have no rule for another one"
             )
             _refuse(config, index, FieldError("model.patch_size", problem, before))
         if size % before and before % size:

@@ -97,7 +97,7 @@ def _image(config):
         return ""  # the table of the phases has it
     hidden = "" if config.mask.kind == "none" else f" (mask.kind {config.mask.kind})"
     return (
-        f"{flops.tokens_per_image(config)} tokens{hidden}, "
+        f"{flops.tokens_text(config)} tokens{hidden}, "
         f"{flops.training_flops(config) / 1e9:.4g} GFLOP of training"
     )
 

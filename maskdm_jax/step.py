@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from maskdm_jax import optim, rng, sharding
+from maskdm_jax import denoiser, optim, rng, sharding
 from maskdm_jax import state as state_lib
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
@@ -60,37 +60,10 @@ def make_train_step(
       skipped update still advances `step`, which the random draws and the data order depend on.
     """
     config = phase.config
-    model, optimizer = uvit.make_model(config, mesh), optim.make_optimizer(config, phase.num_steps)
+    optimizer = optim.make_optimizer(config, phase.num_steps)
     process = make_process(config.diffusion, config.data.image_size)
-    weight = loss_weight(config.diffusion)
+    loss = _make_loss(config, mesh, process)
     schedule = optim.learning_rate(config, phase.num_steps)
-    grid = grid_shape(config.data.image_size, config.model.patch_size)
-    num_pooled = masking.num_pooled(config.mask, grid)
-
-    def loss(params, examples, dropout_key):
-        def predict(x_BVP, time_B):
-            return uvit.apply(
-                model,
-                params,
-                x_BVP,
-                time_B,
-                visible_BV=examples.get("visible"),
-                pooled_BG=examples.get("pooled"),
-                label_B=examples.get("label"),
-                dropout_key=dropout_key if config.model.dropout else None,
-            )
-
-        given = examples["x0"], examples["eps"], examples["t"], config.diffusion.loss
-        loss_B = denoising_loss(
-            predict,
-            process,
-            *given,
-            weight=weight,
-            input_eps_BVP=examples.get("input_eps"),
-            num_pooled=num_pooled,
-            pool_weight=config.mask.pool_weight,
-        )
-        return jnp.mean(loss_B)
 
     def train_step(state, arrays, batch):
         batch = batch_lib.materialize(config, arrays, batch)
@@ -121,6 +94,52 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _make_loss(config, mesh, process):
+    """(params, examples of `draw_examples`, dropout_key) -> the loss, float32 scalar."""
+    model, weight = uvit.make_model(config, mesh), loss_weight(config.diffusion)
+    grid = grid_shape(config.data.image_size, config.model.patch_size)
+    num_pooled = masking.num_pooled(config.mask, grid)
+    tiers = denoiser.tiers(config)
+
+    def loss(params, examples, dropout_key):
+        def of_tier(tier, given, num_pooled=0):
+            def predict(x_BVP, time_B):
+                return uvit.apply(
+                    model,
+                    params,
+                    x_BVP,
+                    time_B,
+                    visible_BV=given.get("visible"),
+                    pooled_BG=given.get("pooled"),
+                    label_B=given.get("label"),
+                    dropout_key=dropout_key if config.model.dropout else None,
+                    coarse=tier.size if tier.size > 1 else 0,
+                )
+
+            loss_B = denoising_loss(
+                predict,
+                process,
+                given["x0"],
+                given["eps"],
+                given["t"],
+                config.diffusion.loss,
+                weight=weight,
+                input_eps_BVP=given.get("input_eps"),
+                num_pooled=num_pooled,
+                pool_weight=config.mask.pool_weight,
+            )
+            return jnp.mean(loss_B)
+
+        value = of_tier(tiers[0], examples, num_pooled)
+        if len(tiers) == 1:
+            return value
+        values = [value] + [of_tier(t, examples[f"coarse_{t.size}"]) for t in tiers[1:]]
+        # As if each image had one level, drawn from all.
+        return sum(process.share(t.low, t.high) * x for t, x in zip(tiers, values, strict=True))
+
+    return loss
 
 
 def value_and_gradient(loss, params, examples: dict, key: jax.Array, num_parts: int):
@@ -167,7 +186,9 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
       "x0" and "eps" float32 [B, V, P], "t" [B]; "visible" int32 [B, V] if patches are hidden,
       "label" int32 [B] if the model has classes, and "input_eps", of eps's shape, if the input is
       perturbed (Ning et al. 2023): the noise of the network's input, eps + gamma xi. With pooled
-      tokens, "pooled" int32 [B, G] too, and "x0" and "eps" are [B, V + G, P], patches first.
+      tokens, "pooled" int32 [B, G] too, and "x0" and "eps" are [B, V + G, P], patches first. With
+    coarse tokens of q x q patches, "coarse_q" has the same of every `diffusion.coarse_every`-th
+    image at another level, with "x0" and "eps" [.., N / q^2, P], see `denoiser`.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]
@@ -175,7 +196,8 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
     def key(name):
         return rng.stream(config.seed, name, step)
 
-    examples = {"t": process.draw(key("time"), size)}
+    first, *coarse = denoiser.tiers(config)
+    examples = {"t": process.draw(key("time"), size, first.low, first.high)}
     if config.data.flip:
         flipped = jax.random.bernoulli(key("flip"), 0.5, (size, 1, 1, 1))
         image_BHWC = jnp.where(flipped, image_BHWC[:, :, ::-1], image_BHWC)
@@ -204,4 +226,15 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
         if pooled_BG is not None:  # averages of xi too
             xi = xi.at[:, -pooled_BG.shape[1] :].divide(config.mask.pool_size)
         examples["input_eps"] = examples["eps"] + gamma * xi
+    for tier in coarse:
+        name, q, every = f"coarse_{tier.size}", tier.size, config.diffusion.coarse_every
+        x0_BGP = patches.pool(image_BHWC[::every], config.model.patch_size, q)
+        eps_BGP = jax.random.normal(key(f"{name}_noise"), x0_BGP.shape) / q
+        t_B = process.draw(key(f"{name}_time"), len(x0_BGP), tier.low, tier.high)
+        examples[name] = {"x0": x0_BGP, "eps": eps_BGP, "t": t_B}
+        if config.model.num_classes:
+            examples[name]["label"] = examples["label"][::every]
+        if gamma:
+            xi = jax.random.normal(key(f"{name}_input_perturbation"), x0_BGP.shape) / q
+            examples[name]["input_eps"] = eps_BGP + gamma * xi
     return examples

@@ -133,7 +133,23 @@ BETTER_DROP = {
         (60, "_first128", {"train.batch_size": 128}, {}),
     )
 }
-ARMS |= BETTER_SCRATCH | BETTER_DROP
+# Coarse tokens where the noise is strong; masked phases have them for every fourth image.
+_LEVELS = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
+COARSE = {
+    f"scratch_b32_muon_lr32_{name}": changed(_SCRATCH, model__coarse=pairs)
+    for name, pairs in _LEVELS.items()
+} | {
+    f"drop_60_b32_muon_lr16_{name}": cheap_first(
+        0.6,
+        DROP | {"diffusion.coarse_every": 4},
+        {"train.batch_size": 32},
+        optim__name="muon",
+        optim__lr_peak=1.6e-3,
+        model__coarse=pairs,
+    )
+    for name, pairs in _LEVELS.items()
+}
+ARMS |= BETTER_SCRATCH | BETTER_DROP | COARSE
 
 PIECES = {
     "tune_scratch": runs(_TUNED_AT_120, 120),
@@ -155,5 +171,6 @@ PIECES = {
     "share_lr": runs(["drop_30_b32_muon_lr16", "drop_30_b32_muon_lr32"], 120),
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
+    "coarse": runs(list(COARSE), 300),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600),
 }

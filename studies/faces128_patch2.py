@@ -15,8 +15,13 @@ ARMS = {
     f"{name}_b32_muon_lr{rate}": faces128.ARMS[f"{name}_b32_muon_lr{rate}"]
     for name in ("scratch", "drop_60", "pool_60")
     for rate in (16, 32)
+} | faces128.COARSE
+PIECES = {
+    "longest": runs(
+        ["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16", "scratch_b32_muon_lr16"], 600
+    ),
+    "half": runs(["drop_60_b32_muon_lr16", "drop_60_b32_muon_lr16_coarse"], 300),
 }
-PIECES = {"longest": runs([name for name in ARMS if not name.startswith("pool")], 600)}
 
 
 def get_config():

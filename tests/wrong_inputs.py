@@ -208,6 +208,13 @@ FIELDS = [
     setting(EDM + "--config.diffusion.rho=0.5", "rho is 0.5", "--config.diffusion.rho=1"),
     setting(EDM + "--config.diffusion.edm_std=-1", "edm_std is -1", "diffusion.edm_std=0"),
     setting("--config.model.wavelet=harr", "'harr'", "--config.model.wavelet=haar"),
+    setting("--config.model.coarse='(2, 1.0)'", "(2, 1.0)", '--config.model.coarse="((2, 1.0),)"'),
+    setting("--config.model.coarse='((3, 1.0),)'", "((3, 1.0),)", '--config.model.coarse="()"'),
+    setting(
+        "--config.model.coarse='((2, 1.0),)' --config.diffusion.coarse_every=3",
+        "coarse_every is 3",
+        "--config.diffusion.coarse_every=2",
+    ),
     setting(
         "--config.model.wavelet=haar --config.data.image_size='(9, 9)' --config.model.patch_size=3",
         "(9, 9)",
@@ -310,6 +317,12 @@ PHASES = [
         "phase 2 of phases: model.patch_size is 2 after 4",
         "(1, {'model.patch_size': 4}))",
         before=f"{NINE}--config.model.wavelet=haar ",
+    ),
+    phases(
+        "((1, {'model.patch_size': 2}), (1, {'model.patch_size': 1}))",
+        "phase 2 of phases: model.patch_size is 1 after 2",
+        "(1, {'model.patch_size': 2}))",
+        before="--config.model.coarse='((2, 1.0),)' ",
     ),
     phases(
         "((1, {'diffusion.draw': 'logit_normal'}),)",

@@ -5,11 +5,20 @@ signal = sqrt(abar_t), noise = sqrt(1 - abar_t), abar = cumprod(1 - beta), t = 0
 once in float64 NumPy; the device computes in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion.process import Level, Process, spaced, to_device
+from maskdm_jax.diffusion.process import (
+    Level,
+    Process,
+    draw_normal,
+    normal_share,
+    spaced,
+    to_device,
+)
 
 # log(signal / noise) at which "log_snr" and "karras" ladders begin at the earliest, as in Lu et al.
 # 2022. The cosine schedule ends at -9.9: a third of an even walk would see nothing but noise.
@@ -33,28 +42,49 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
         p, q = _output(diffusion.prediction, signal, noise)
         return Level(signal, noise, p, q, scale=1.0, time=time)
 
-    def draw(key, batch):
-        if diffusion.draw == "logit_normal":
-            log_ratio = np.log(signal / noise)  # falls with t
-            between = to_device((log_ratio[1:] + log_ratio[:-1]) / 2)
-            drawn = diffusion.draw_mean + diffusion.draw_std * jax.random.normal(key, (batch,))
-            return jnp.searchsorted(-between, -drawn).astype(jnp.int32)
-        return jax.random.randint(key, (batch,), 0, num_timesteps)
+    log_snr = np.log(signal / noise)  # falls with t
+
+    def timesteps_of(low, high):  # the first, and the one after the last
+        return (int(np.searchsorted(noise / signal, x, side="right")) for x in (low, high))
+
+    def bounds(low, high):  # of ln(signal / noise)
+        return (-math.log(x) if x else math.inf for x in (high, low))
+
+    def draw(key, batch, low=0.0, high=math.inf):
+        first, end = timesteps_of(low, high)
+        if diffusion.draw == "uniform":
+            return jax.random.randint(key, (batch,), first, end)
+        between = to_device((log_snr[1:] + log_snr[:-1]) / 2)
+        mean, std = diffusion.draw_mean, diffusion.draw_std
+        drawn = draw_normal(key, batch, mean, std, *bounds(low, high))
+        return jnp.clip(jnp.searchsorted(-between, -drawn).astype(jnp.int32), first, end - 1)
+
+    def share(low, high):
+        first, end = timesteps_of(low, high)
+        if diffusion.draw == "uniform" or first == end:
+            return (end - first) / num_timesteps
+        return normal_share(diffusion.draw_mean, diffusion.draw_std, *bounds(low, high))
 
     def at(t_B):
         # Tables of the float64 square roots: near t = 0, 1 - abar_t has few digits in float32.
         return level(*(to_device(table)[t_B] for table in (signal, noise)), time=t_B)
 
+    def at_time(time):
+        table = to_device(log_snr)
+        ratio = jnp.interp(
+            time.astype(jnp.float32), jnp.arange(num_timesteps, dtype=jnp.float32), table
+        )
+        return level((1 + jnp.exp(-2 * ratio)) ** -0.5, (1 + jnp.exp(2 * ratio)) ** -0.5, time=time)
+
     def ladder(steps, spacing):
         if spacing == "timestep":
             t = timesteps(num_timesteps, steps)[:-1]
             return level(signal[t], noise[t], time=t)
-        log_snr = np.log(signal / noise)
         walk = spaced(spacing, max(log_snr[-1], _NOISIEST), log_snr[0], steps)
         t = np.interp(walk, log_snr[::-1], np.arange(num_timesteps)[::-1])
         return level((1 + np.exp(-2 * walk)) ** -0.5, (1 + np.exp(2 * walk)) ** -0.5, time=t)
 
-    return Process(draw, at, ladder)
+    return Process(draw, share, at, at_time, ladder)
 
 
 def make_alphas_cumprod(diffusion, image_size: tuple[int, int]) -> np.ndarray:

@@ -14,11 +14,12 @@ which most of them are constant. The network's time is therefore 400 c_noise = 1
 spans -621 .. 438.
 """
 
-import jax
+import math
+
 import jax.numpy as jnp
 import numpy as np
 
-from maskdm_jax.diffusion.process import Level, Process
+from maskdm_jax.diffusion.process import Level, Process, draw_normal, normal_share
 
 _TIME_PER_LOG_SIGMA = 100.0
 
@@ -32,8 +33,15 @@ def make_process(diffusion) -> Process:
     """
     data_std = diffusion.sigma_data
 
-    def draw(key, batch):
-        return jnp.exp(diffusion.edm_mean + diffusion.edm_std * jax.random.normal(key, (batch,)))
+    def bounds(low, high):  # of ln(sigma)
+        return (math.log(x) if x else -math.inf for x in (low, high))
+
+    def draw(key, batch, low=0.0, high=math.inf):
+        mean, std = diffusion.edm_mean, diffusion.edm_std
+        return jnp.exp(draw_normal(key, batch, mean, std, *bounds(low, high)))
+
+    def share(low, high):
+        return normal_share(diffusion.edm_mean, diffusion.edm_std, *bounds(low, high))
 
     def at(sigma):
         xp = np if isinstance(sigma, np.ndarray) else jnp
@@ -53,4 +61,7 @@ def make_process(diffusion) -> Process:
             return at(np.geomspace(high, low, steps))
         return at(np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho)
 
-    return Process(draw, at, ladder)
+    def at_time(time):
+        return at(jnp.exp(time / _TIME_PER_LOG_SIGMA))
+
+    return Process(draw, share, at, at_time, ladder)

@@ -5,6 +5,7 @@ output p x0 + q eps: eps, x0 and v are (p, q) = (0, 1), (1, 0) and (-noise, sign
 the samplers depend on nothing else of a framework.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -31,16 +32,20 @@ class Process(NamedTuple):
     """A diffusion framework.
 
     Fields:
-      draw: (key, batch) -> t_B, the training draw for each image: timesteps for DDPM, sigmas for
-        EDM.
+      draw: (key, batch, low, high) -> t_B, the training draw for each image: timesteps for DDPM,
+        sigmas for EDM. Only levels with low < noise / signal <= high are drawn.
+      share: (low, high) -> the probability of such a level, were all drawn.
       at: t_B -> the Level of each t, float32, under jit.
+      at_time: time_B -> the Level of each input of the network's sinusoids, float32, under jit.
       ladder: (steps, spacing) -> the Level of each sampler step, noisiest first, float64 NumPy
         [steps]. The clean image follows the last. `spacing` is "timestep", the framework's own
         (even in t for DDPM, Karras's for EDM), or a spacing of `spaced`.
     """
 
-    draw: Callable[[jax.Array, int], jax.Array]
+    draw: Callable[..., jax.Array]
+    share: Callable[[float, float], float]
     at: Callable[[jax.Array], Level]
+    at_time: Callable[[jax.Array], Level]
     ladder: Callable[[int, str], Level]
 
 
@@ -99,6 +104,20 @@ def spaced(spacing: str, noisiest: float, cleanest: float, steps: int) -> np.nda
     if spacing == "karras":
         return -7 * np.log(np.linspace(np.exp(-noisiest / 7), np.exp(-cleanest / 7), steps))
     return np.linspace(noisiest, cleanest, steps)
+
+
+def draw_normal(key, batch: int, mean: float, std: float, low=-math.inf, high=math.inf):
+    """Draws from N(mean, std^2) within the bounds, float32 [batch]."""
+    if (low, high) == (-math.inf, math.inf):
+        return mean + std * jax.random.normal(key, (batch,))
+    low, high = ((bound - mean) / max(std, 1e-6) for bound in (low, high))
+    return mean + std * jax.random.truncated_normal(key, low, high, (batch,))
+
+
+def normal_share(mean: float, std: float, low: float, high: float) -> float:
+    """The probability that a draw from N(mean, std^2) lies within the bounds."""
+    low, high = ((bound - mean) / max(std, 1e-6) for bound in (low, high))
+    return (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
 
 
 def to_device(tree, dtype=jnp.float32):

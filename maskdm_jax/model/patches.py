@@ -34,7 +34,9 @@ def cut(image_BHWC: jax.Array, patch_size: int, visible_BV: jax.Array | None = N
     return x_BVP.astype(jnp.float32) / 127.5 - 1
 
 
-def pool(image_BHWC: jax.Array, patch_size: int, pool_size: int, pooled_BG: jax.Array) -> jax.Array:
+def pool(
+    image_BHWC: jax.Array, patch_size: int, pool_size: int, pooled_BG: jax.Array | None = None
+) -> jax.Array:
     """Pixels as pooled tokens, float32 [B, G, P] in [-1, 1].
 
     A pooled token is a square of q x q patches, q = pool_size: its (q p) x (q p) pixels, averaged
@@ -44,17 +46,28 @@ def pool(image_BHWC: jax.Array, patch_size: int, pool_size: int, pooled_BG: jax.
       image_BHWC: uint8 [B, H, W, C]; H and W are multiples of q p.
       patch_size: p, side of a patch in pixels.
       pool_size: q, side of a pooled token in patches.
-      pooled_BG: ids of the squares to give, int32 [B, G], row-major on the grid of all squares.
+      pooled_BG: ids of the squares to give, int32 [B, G], row-major on the grid of all squares;
+        None for all, in order.
     """
-    # Sums of uint8 are exact in float32.
-    mean_BHWC = einops.reduce(
-        image_BHWC.astype(jnp.float32),
-        "b (h q1) (w q2) c -> b h w c",
-        "mean",
-        q1=pool_size,
-        q2=pool_size,
-    )
+    mean_BHWC = _means(image_BHWC.astype(jnp.float32), pool_size)  # sums of uint8 are exact
     return gather(patchify(mean_BHWC, patch_size), pooled_BG) / 127.5 - 1
+
+
+def average(x_BNP: jax.Array, patch_size: int, image_size: tuple[int, int], size: int) -> jax.Array:
+    """The values of all pooled tokens, [B, N / q^2, P], from those of all patches; q = size."""
+    return patchify(_means(unpatchify(x_BNP, patch_size, image_size), size), patch_size)
+
+
+def repeat(x_BGP: jax.Array, patch_size: int, image_size: tuple[int, int], size: int) -> jax.Array:
+    """The patches [B, N, P] in which each square of q x q pixels has one value, q = size: those
+    whose `average` is x_BGP."""
+    height, width = image_size
+    image_BHWC = unpatchify(x_BGP, patch_size, (height // size, width // size))
+    return patchify(image_BHWC.repeat(size, axis=1).repeat(size, axis=2), patch_size)
+
+
+def _means(image_BHWC, size):
+    return einops.reduce(image_BHWC, "b (h q1) (w q2) c -> b h w c", "mean", q1=size, q2=size)
 
 
 def join(x_BNP: jax.Array, patch_size: int, image_size: tuple[int, int]) -> jax.Array:

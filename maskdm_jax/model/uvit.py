@@ -39,6 +39,7 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
         dtype=jnp.dtype(config.model.dtype),
         grid=grid,
         pool_size=config.mask.pool_size if config.mask.hidden == "pool" else 0,
+        coarse=tuple(size for size, _ in config.model.coarse),
         haar_patch_size=config.model.patch_size if config.model.wavelet == "haar" else 0,
         mesh=mesh,
     )
@@ -46,13 +47,18 @@ def make_model(config, mesh: Mesh | None = None) -> "UViT":
 
 def init_params(model: "UViT", key: jax.Array) -> dict:
     """Random float32 parameters. No shape depends on the mask, so both stages share them; those of
-    pooled tokens are under "pooled", and only stage 1 has them."""
+    pooled tokens are under "pooled", and only stage 1 has them. Those of coarse tokens of q x q
+    patches are under "coarse_q"."""
     pooled_BG = jnp.zeros((1, 1), jnp.int32) if model.pool_size else None
     num_tokens = model.num_patches + (1 if model.pool_size else 0)
     x_BVP = jnp.zeros((1, num_tokens, model.patch_dim))
     t_B = jnp.zeros((1,), jnp.int32)
     label_B = jnp.zeros((1,), jnp.int32) if model.num_classes else None
-    return model.init(key, x_BVP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
+    params = model.init(key, x_BVP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
+    for size in model.coarse:
+        x_BGP = jnp.zeros((1, model.num_patches // size**2, model.patch_dim))
+        params |= model.init(key, x_BGP, t_B, label_B=label_B, coarse=size)["params"]
+    return params
 
 
 def apply(
@@ -65,6 +71,7 @@ def apply(
     pooled_BG: jax.Array | None = None,
     label_B: jax.Array | None = None,
     dropout_key: jax.Array | None = None,
+    coarse: int = 0,
 ) -> jax.Array:
     """Runs the network on the given patches.
 
@@ -78,6 +85,8 @@ def apply(
         model with pooled tokens also run without them.
       label_B: classes [B], int32; `num_classes` means "no class". None for an unconditional model.
       dropout_key: the key for dropout in training; None switches dropout off.
+      coarse: q, one of `config.model.coarse`: x_BVP are the averages of all squares of q x q
+        patches, in order, [B, N / q^2, P], and so is the output; 0: they are patches.
 
     Returns:
       The network's output, float32, of x_BVP's shape.
@@ -85,7 +94,7 @@ def apply(
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     if model.haar_patch_size:
         x_BVP = patches.to_haar(x_BVP, model.haar_patch_size)
-    given = x_BVP, t_B, visible_BV, label_B, dropout_key is None, pooled_BG
+    given = x_BVP, t_B, visible_BV, label_B, dropout_key is None, pooled_BG, coarse
     out_BVP = model.apply({"params": params}, *given, rngs=rngs)
     if model.haar_patch_size:
         out_BVP = patches.from_haar(out_BVP, model.haar_patch_size)
@@ -119,6 +128,7 @@ class UViT(nn.Module):
     dtype: jnp.dtype = jnp.dtype("float32")
     grid: tuple[int, int] = (0, 0)  # which pooled tokens need
     pool_size: int = 0
+    coarse: tuple[int, ...] = ()  # sizes of the coarse tokens, in patches
     haar_patch_size: int = 0  # side of the patches that `apply` transforms; 0: none
     mesh: Mesh | None = None
 
@@ -134,17 +144,29 @@ class UViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BVP, t_B, visible_BV=None, label_B=None, deterministic=True, pooled_BG=None
+        self,
+        x_BVP,
+        t_B,
+        visible_BV=None,
+        label_B=None,
+        deterministic=True,
+        pooled_BG=None,
+        coarse=0,
     ):
-        pooled, x_BGP = None, None
-        if pooled_BG is not None:
-            sizes = self.grid, self.pool_size, self.patch_dim, self.width
-            pooled = Pooled(*sizes, self.dtype, name="pooled")
-            num_visible = x_BVP.shape[1] - pooled_BG.shape[1]
-            x_BVP, x_BGP = jnp.split(x_BVP, [num_visible], axis=1)
-        x_BLD, rows_ND = self._embed(x_BVP, t_B, visible_BV, label_B)
+        num_patches, pooled = x_BVP.shape[1], None  # of what is given
+        if coarse:
+            num_patches, pooled = 0, self._pooled(coarse, f"coarse_{coarse}")
+        elif pooled_BG is not None:
+            num_patches -= pooled_BG.shape[1]
+            pooled = self._pooled(self.pool_size, "pooled")
+        x_BVP, x_BGP = jnp.split(x_BVP, [num_patches], axis=1)
+        extra_BED, rows_ND = self._extra(t_B, label_B)
+        x_BLD = [extra_BED]
+        if num_patches:
+            x_BLD.append(self._embed(x_BVP, visible_BV, rows_ND))
         if pooled:
-            x_BLD = jnp.concatenate([x_BLD, pooled.embed(x_BGP, pooled_BG, rows_ND)], axis=1)
+            x_BLD.append(pooled.embed(x_BGP, pooled_BG, rows_ND))
+        x_BLD = jnp.concatenate(x_BLD, axis=1)
         num_tokens, head_dim = x_BLD.shape[1], self.width // self.num_heads
         plan = attention.plan(self.attention, num_tokens, head_dim, self.dtype, self.mesh)
         x_BLD = jnp.pad(x_BLD, ((0, 0), (0, plan.length - num_tokens), (0, 0)))
@@ -167,21 +189,30 @@ class UViT(nn.Module):
         x_MD = make_block(name="mid_block")(x_MD, None, deterministic)
         for i in range(self.num_skips):
             x_MD = make_block(name=f"out_block_{i}")(x_MD, skips.pop(), deterministic)
-        norm = Affine(self.width, name="norm")()
-        output = Linear(self.width, self.patch_dim, name="output")()
-        kernel, bias = folded(norm, output, self.dtype)
         normed_BLD = layers.normalize(x_MD).reshape(-1, plan.length, self.width)
-        end = num_tokens if pooled is None else num_tokens - x_BGP.shape[1]
-        out_BVP = normed_BLD[:, self.num_extra_tokens : end] @ kernel
-        out_BVP = out_BVP.astype(jnp.float32) + bias
-        if pooled is None:
-            return out_BVP
-        return jnp.concatenate([out_BVP, pooled.predict(normed_BLD[:, end:num_tokens])], axis=1)
+        start, end = self.num_extra_tokens, self.num_extra_tokens + num_patches
+        out = []
+        if num_patches:
+            norm = Affine(self.width, name="norm")()
+            output = Linear(self.width, self.patch_dim, name="output")()
+            kernel, bias = folded(norm, output, self.dtype)
+            out.append((normed_BLD[:, start:end] @ kernel).astype(jnp.float32) + bias)
+        if pooled:
+            out.append(pooled.predict(normed_BLD[:, end:num_tokens]))
+        return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
-    def _embed(self, x_BVP, t_B, visible_BV, label_B):
-        """The tokens [B, L, D], and the patches' rows of the position table [N, D]."""
+    def _pooled(self, size, name):
+        return Pooled(self.grid, size, self.patch_dim, self.width, self.dtype, name=name)
+
+    def _embed(self, x_BVP, visible_BV, rows_ND):
+        """The patches' tokens [B, V, D]."""
         embed = linear.patch_embed(self.patch_dim, self.width, self.dtype, name="patch_embed")
-        x_BVD = embed(x_BVP)
+        # Gathered in float32, because their gradient, a sum over images, takes the same dtype.
+        rows = rows_ND if visible_BV is None else rows_ND[visible_BV]
+        return embed(x_BVP) + rows.astype(self.dtype)
+
+    def _extra(self, t_B, label_B):
+        """The tokens before them [B, E, D], and the patches' rows of the position table [N, D]."""
         time_BD = timestep_embedding(t_B, self.width)
         if self.mlp_time_embed:
             time_BD = self._dense(4 * self.width, "time_mlp_in")(time_BD)
@@ -197,11 +228,7 @@ class UViT(nn.Module):
             "position", kernel_init, (self.num_extra_tokens + self.num_patches, self.width)
         )
         extra_BED = jnp.stack(extra, axis=1) + position_LD[: self.num_extra_tokens]
-        # Gathered in float32, because their gradient, a sum over images, takes the same dtype.
-        rows_ND = position_LD[self.num_extra_tokens :]
-        rows = rows_ND if visible_BV is None else rows_ND[visible_BV]
-        x_BVD += rows.astype(self.dtype)
-        return jnp.concatenate([extra_BED.astype(self.dtype), x_BVD], axis=1), rows_ND
+        return extra_BED.astype(self.dtype), position_LD[self.num_extra_tokens :]
 
     def _dense(self, features, name):
         return nn.Dense(features, kernel_init=kernel_init, dtype=self.dtype, name=name)

@@ -58,7 +58,7 @@ def _described(run, found):
         f"{config.data.name}, {size}{classes}",
         f"U-ViT, width {width}, {2 * (depth // 2) + 1} blocks, {heads} heads, patches of "
         f"{', then '.join(patches)}",
-        ", then ".join(str(flops.tokens_per_image(part)) for part in parts),
+        ", then ".join(map(flops.tokens_text, parts)),
         f"{runs.steps(run):,} of {config.train.num_steps:,}",
     ]
 
