@@ -129,6 +129,21 @@ def test_coarse_examples_are_averages_of_the_same_images_with_the_noise_of_avera
     assert not np.array_equal(examples["coarse_2"]["t"], examples["coarse_4"]["t"])
 
 
+def test_every_so_many_images_are_seen_as_coarse_tokens_with_their_label_at_their_levels(
+    tiny_config,
+):
+    config = coarse_config(tiny_config, **{"diffusion.coarse_every": 4, "model.class_dropout": 0.0})
+    image = images(16)
+    process, examples = drawn(config, image)
+    for tier in denoiser.tiers(config):
+        given = examples if tier.size == 1 else examples[f"coarse_{tier.size}"]
+        found = ratios(process, given["t"])
+        assert tier.low < found.min() and found.max() <= tier.high
+        if tier.size > 1:
+            assert_close(given["x0"], patches.pool(image[::4], 2, tier.size), 1e-6)
+            assert given["label"].tolist() == [0, 4, 8, 2]
+
+
 def test_patches_and_their_averages_are_each_other_s_inverse():
     x_BGP = jax.random.normal(jax.random.key(0), (2, 6, 4 * 3))
     fine = patches.repeat(x_BGP, 2, (12, 8), 2)
