@@ -38,7 +38,9 @@ def bench(config, seconds: float) -> dict:
     call_s = measure.seconds_per_call(drawn, seconds, warm_up=1)
     evaluations_per_s = batch * _STEPS / call_s
     peak = measure.matmul_tflops()
-    tflops = evaluations_per_s * flops.forward_flops(config) / 1e12
+    walk = config.copy_and_resolve_references()
+    walk.sample.steps = _STEPS
+    tflops = batch / call_s * draw.model_flops(walk) / 1e12
     datasheet = flops.peak_tflops(jax.devices()[0])
     return {
         "device": jax.devices()[0].device_kind,

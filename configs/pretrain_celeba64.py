@@ -36,11 +36,11 @@ blocks are of 4x4 patches. It reached FID-768 0.256 and 0.244, whole images alon
 
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many. In the study the best peaks tried are 1.6e-3 for two stages and 3.2e-3 for whole
-images: after 120 s 0.238 and 0.252, after 300 s, three seeds each, 0.169 and 0.191, after 600 s
-0.135 and 0.146. A rate that suits minutes may be too high for hours, and from 300 to 600 s the gain
-in time fell from 1.52 to 1.26 times. At 64x64 there is only transfer: pre-training on other faces,
-masked or whole, where masking was no help. For a shorter run, divide the updates of both stages,
-and the warm-ups, by one number.
+images: after 120 s 0.238 and 0.252, after 300 s, three seeds each, 0.169 and 0.191, after 600 s,
+one each, 0.135 and 0.146. A rate that suits minutes may be too high for hours, and from 300 to 600
+s the gain in time fell from 1.52 to 1.26 times. At 64x64 there is only transfer: pre-training on
+other faces, masked or whole, where masking was no help. For a shorter run, divide the updates of
+both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config

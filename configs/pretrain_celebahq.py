@@ -34,7 +34,7 @@ to 0. The arm reached FID-768 0.256 and 0.244, whole images alone with these set
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
 study has a warm-up of 200 for some 4,000 updates, and the best peaks tried in it are 1.6e-3 for two
 stages and 3.2e-3 for whole images: 0.238 and 0.252 after 120 s, 0.169 and 0.191 after 300 s (three
-seeds each), 0.135 and 0.146 after 600 s; at 4,097 tokens, as here, 0.258 and 0.320 after 600 s. A
+seeds each), 0.135 and 0.146 after 600 s; at 4,097 tokens, as here, 0.258 and 0.320 (one each). A
 rate that suits minutes may be too high for days and for a wider network, and from 300 to 600 s the
 gain in time fell from 1.52 to 1.26 times: whether stage 1 pays after hours is not known. For a
 shorter run, divide the updates of both stages, and the warm-ups, by one number.

@@ -38,7 +38,7 @@ from maskdm_jax.errors import ConfigError  # noqa: E402
 from maskdm_jax.fields import COUNT, TEXT, one_of  # noqa: E402
 from maskdm_jax.model import attention  # noqa: E402
 from maskdm_jax.model.kernels import splash_attention  # noqa: E402
-from maskdm_jax.model.sizes import dimensions  # noqa: E402
+from maskdm_jax.model.sizes import batch_multiple, dimensions  # noqa: E402
 from maskdm_jax.run import command_line, memory  # noqa: E402
 
 _EXAMPLE = (
@@ -118,7 +118,7 @@ def _batch(config, mode):
 
 def _round_batch_up(config, mode, num_chips):
     settings = config.sample if mode == "sample" else config.train
-    multiple = num_chips * (config.optim.accumulate_steps if mode == "train" else 1)
+    multiple = batch_multiple(config, num_chips) if mode == "train" else num_chips
     settings.batch_size = -(-settings.batch_size // multiple) * multiple
 
 
@@ -143,7 +143,8 @@ def _figures(config, mode, mesh, tpu, compiled):
     """The compiler's figures per chip, and what follows from them. Times are for one train step, or
     for drawing one batch."""
     analysis, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    # The compiler counts a loop's body once. The sampler is one loop. So is an accumulating step,
+    # The compiler counts a loop's body once, and of a switch (`model.coarse`) the dearest branch.
+    # The sampler is one loop. So is an accumulating step,
     # except for the optimizer, which reads and writes the state.
     loops, outside = samplers.evaluations(config.sample.sampler, config.sample.steps), 0
     if mode == "train":
@@ -182,20 +183,17 @@ def _model_flops(config, mode):
     """Model FLOPs of one train step, or of drawing one batch."""
     if mode == "train":
         return config.train.batch_size * flops.training_flops(config)
-    return config.sample.batch_size * sum(
-        calls * flops.forward_flops(config, length) for length, calls in _lengths(config, mode)
-    )
+    return config.sample.batch_size * draw.model_flops(config)
 
 
 def _lengths(config, mode):
     """(tokens, evaluations) of the network for each size of its tokens, for one image."""
-    lengths = [flops.tokens_per_image(config), *flops.coarse_tokens(config)]
-    if mode == "train":
-        often = 1 / config.diffusion.coarse_every
-        return [(length, often if i else 1) for i, length in enumerate(lengths)]
-    by_size = draw.evaluations_by_size(config)
-    sizes = [1, *(size for size, _ in config.model.coarse)]
-    return [(length, by_size[size]) for length, size in zip(lengths, sizes, strict=True)]
+    lengths = {1: flops.tokens_per_image(config), **flops.coarse_tokens(config)}
+    if mode == "sample":
+        calls = draw.evaluations_by_size(config)
+    else:
+        calls = dict.fromkeys(lengths, 1 / config.diffusion.coarse_every) | {1: 1}
+    return [(length, calls[size]) for size, length in lengths.items()]
 
 
 def _splash_flops(config, mode, mesh):

@@ -78,7 +78,8 @@ class Model(Sampling):
             0: the noise's standard deviation on images in [-1, 1].
           label: classes, ints of 0 .. num_classes - 1, one for all images or [B]; num_classes, or
             None for all images, means "no class".
-          visible_ids: patch numbers, ints of 0 .. N - 1, [B, V], for `x_t` in the same order.
+          visible_ids: patch numbers, ints of 0 .. N - 1, [B, V], for `x_t` in the same order; not
+            at levels where the model reads coarse tokens (`model.coarse`).
 
         Returns:
           (x0, eps), float32 of `x_t`'s shape: x_t = signal x0 + noise eps at t. x0 is not clipped.
@@ -99,7 +100,18 @@ class Model(Sampling):
         batch = x_t.shape[0]
         t_B = self._times(t, batch)
         label_B = self._labels(label, batch)
+        if visible_ids is not None and self.config.model.coarse:
+            self._check_reads_patches(t_B)
         return self._predict(self.params, *self._placed(x_t, t_B, label_B, visible_ids))
+
+    def _check_reads_patches(self, t_B):
+        level, first = self._process.at(jnp.asarray(t_B)), denoiser.tiers(self.config)[0]
+        if np.any(level.noise / level.signal > first.high):
+            raise ConfigError(
+                f"t has {t_B.max()} with visible_ids, but above noise / signal of {first.high:g} "
+                "this model reads coarse tokens; expected less noise; type other t, or leave out "
+                "visible_ids"
+            )
 
     def add_noise(self, x0: ArrayLike, eps: ArrayLike, t: ArrayLike) -> jax.Array:
         """x_t = signal x0 + noise eps, float32 of x0's shape.

@@ -14,15 +14,15 @@ from ml_collections import config_dict
 from maskdm_jax.errors import ConfigError, OtherRecipe
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import MEANING, SHAPE, Role, as_tuples, one_of, quoted
-from maskdm_jax.model.sizes import Dimensions, dimensions, grid_shape
+from maskdm_jax.model.sizes import Dimensions, batch_multiple, dimensions, grid_shape
 from maskdm_jax.run import files
 
 # Fields that came after the first scores and folders of samples were named by hashes.
 _LATER = (
     "model.wavelet", "model.coarse", "diffusion.framework", "diffusion.edm_mean",
     "diffusion.edm_std", "diffusion.sigma_data", "diffusion.sigma_min", "diffusion.sigma_max",
-    "diffusion.rho", "sample.recompute_eps", "sample.threshold", "sample.guidance_interval",
-    "sample.strength",
+    "diffusion.rho", "diffusion.coarse_every", "sample.recompute_eps", "sample.threshold",
+    "sample.guidance_interval", "sample.strength",
 )  # fmt: skip
 # Fields of `diffusion` that one framework uses; with another one nothing reads or compares them.
 _FRAMEWORK_FIELDS = {
@@ -120,10 +120,8 @@ def validate_devices(config, num_devices: int, mode: str) -> None:
         name, multiple, of = "sample.batch_size", num_devices, "the number of devices"
     else:
         name, of = "train.batch_size", "devices x optim.accumulate_steps"
-        multiple = num_devices * config.optim.accumulate_steps
-        if config.model.coarse:
-            of += " x diffusion.coarse_every"
-            multiple *= config.diffusion.coarse_every
+        multiple = batch_multiple(config, num_devices)
+        of += " x diffusion.coarse_every" if config.model.coarse else ""
     value = get(config, name)
     if value % multiple:
         near = max(round(value / multiple), 1) * multiple

@@ -2,9 +2,8 @@
 
 `config.model.coarse` holds pairs (q, r): at levels with noise / signal above r the network reads
 one token for the average of each q x q patches, so N / q^2 instead of N. Averages of noisy pixels
-are noisy averages, at the same signal and with noise of 1 / q, so this is the same denoising
-problem at a lower resolution. Of what lies between the averages and the pixels it says nothing,
-and the predicted x0 is 0 there: at strong noise, little is known of it.
+are noisy averages, with the same signal and q times less noise. The network predicts nothing finer
+than the averages: the predicted x0 is 0 between them, where the noise hides nearly everything.
 """
 
 import math
@@ -20,6 +19,8 @@ from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.process import Process
 from maskdm_jax.model import patches, uvit
 from maskdm_jax.model.sizes import grid_shape
+
+_LEAST_SHARE = 1e-3  # of the levels that training draws, for tokens of one size
 
 
 class Tier(NamedTuple):
@@ -49,13 +50,15 @@ def validate(config) -> None:
     kept, largest, low = [], 1, 0.0
     for size, ratio in sorted(config.model.coarse, key=lambda pair: pair[1]):
         fits = size > largest and not any(side % size for side in grid)
-        if fits and process.share(low, ratio) > 0 and process.share(ratio, math.inf) > 0:
+        shares = process.share(low, ratio), process.share(ratio, math.inf)
+        if fits and min(shares) >= _LEAST_SHARE:
             kept.append((size, ratio))
             largest, low = size, ratio
     if len(kept) < len(config.model.coarse):
         problem = (
             f"model.coarse is {config.model.coarse!r}; expected sizes that divide the patch grid, "
-            f"{grid[0]} x {grid[1]}, and grow with the noise, each with noise levels of its own"
+            f"{grid[0]} x {grid[1]}, and grow with the noise, each with a thousandth of the levels "
+            "that training draws"
         )
         raise FieldError("model.coarse", problem, tuple(kept))
     every = config.diffusion.coarse_every
@@ -90,7 +93,7 @@ def make_predict(config, mesh: Mesh, process: Process, alike: bool = False) -> C
             output_BGP = uvit.apply(
                 model, params, coarse_BGP, time_B, label_B=label_B, coarse=tier.size
             )
-            # Output p x0 + q eps for x0 = 0 between the averages, where so eps = x_t / noise.
+            # x0 is taken as 0 between the averages, so eps = x_t / noise there.
             level = process.at_time(time_B)
             factor_B = level.q / (level.noise * level.scale)
             rest_BNP = x_BNP - patches.repeat(coarse_BGP, patch_size, image_size, tier.size)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from maskdm_jax import denoiser, rng, sharding
+from maskdm_jax import denoiser, flops, rng, sharding
 from maskdm_jax.diffusion import make_process, samplers
 from maskdm_jax.model import patches, uvit
 
@@ -155,6 +155,13 @@ def evaluations_by_size(config, from_image: bool = False) -> dict[int, int]:
         tier.size: int(count[(tier.low < ratio) & (ratio <= tier.high)].sum())
         for tier in denoiser.tiers(config)
     }
+
+
+def model_flops(config) -> float:
+    """Model FLOPs of drawing one image of `config.sample`."""
+    lengths = {1: flops.tokens_per_image(config), **flops.coarse_tokens(config)}
+    calls = evaluations_by_size(config).items()
+    return sum(count * flops.forward_flops(config, lengths[size]) for size, count in calls)
 
 
 def _make_walk(config, mesh, steps=None):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 
 from maskdm_jax import phases, sharding
+from maskdm_jax.model.sizes import batch_multiple
 from maskdm_jax.run.memory import GPU_MEMORY_FRACTION, advice, bytes_needed
 from maskdm_jax.run.progress import say
 from maskdm_jax.step import lower_train_step
@@ -54,7 +55,7 @@ def _dry_run(phase, num_examples):
 
     batch = config.train.batch_size
     needs(batch)
-    multiple = jax.device_count() * config.optim.accumulate_steps
+    multiple = batch_multiple(config, jax.device_count())
     fraction = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_MEMORY_FRACTION))
     for card_gb in CARDS_GB:
         largest, size = largest_batch(needs, batch, multiple, int(card_gb * 1e9 * fraction))
@@ -79,7 +80,7 @@ def largest_batch(
     Args:
       needs: batch -> bytes.
       batch: where to start; a multiple of `multiple`.
-      multiple: devices x accumulation steps.
+      multiple: of `sizes.batch_multiple`.
       limit: bytes.
 
     Returns:

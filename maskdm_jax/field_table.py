@@ -67,7 +67,7 @@ FIELDS: dict[str, Field] = {
         "blocks; 0: from model.size; 12 and 13 both build 6 + 1 + 6"),
     "model.num_heads": Field(0, COUNT_OR_0, MEANING, "attention heads; 0: from model.size"),
     "model.patch_size": Field(4, COUNT, SHAPE, "pixels on a patch's side"),
-    "model.coarse": Field((), COARSE, SHAPE,
+    "model.coarse": Field((), COARSE, MEANING,
         "pairs (q, r): where noise / signal is above r, one token for the average of each q x q "
         "patches; (): patches at all levels; see docs/coarse.md"),
     "model.wavelet": Field("none", one_of("none", "haar"), MEANING,

@@ -35,19 +35,19 @@ def tokens_per_image(config) -> int:
     return num_visible(config.mask, grid) + num_pooled(config.mask, grid) + extra
 
 
-def coarse_tokens(config) -> list[int]:
-    """L for each size of coarse tokens, see `denoiser`: as many as cover the image, and the extra
+def coarse_tokens(config) -> dict[int, int]:
+    """L of coarse tokens by their size, see `denoiser`: as many as cover the image, and the extra
     ones."""
     rows, cols = grid_shape(config.data.image_size, config.model.patch_size)
     extra = 2 if config.model.num_classes else 1
-    return [rows * cols // size**2 + extra for size, _ in config.model.coarse]
+    return {size: rows * cols // size**2 + extra for size, _ in config.model.coarse}
 
 
 def tokens_text(config) -> str:
     """The network's tokens for an image in training, and those of each size of coarse tokens."""
     every = config.diffusion.coarse_every
     often = f" / {every}" if every > 1 else ""
-    coarse = [f"{length}{often}" for length in coarse_tokens(config)]
+    coarse = [f"{length}{often}" for length in coarse_tokens(config).values()]
     return " + ".join([str(tokens_per_image(config)), *coarse])
 
 
@@ -65,7 +65,7 @@ def forward_flops(config, length: int | None = None) -> float:
 
 def training_flops(config) -> float:
     """FLOPs of one forward and backward pass for one image of a batch, on average."""
-    coarse = sum(forward_flops(config, length) for length in coarse_tokens(config))
+    coarse = sum(forward_flops(config, length) for length in coarse_tokens(config).values())
     return 3 * (forward_flops(config) + coarse / config.diffusion.coarse_every)
 
 
@@ -85,7 +85,8 @@ def work(phases: Sequence, step: int) -> Work:
         count *= phase.config.train.batch_size
         images += count
         tokens += count * tokens_per_image(phase.config)
-        tokens += count * sum(coarse_tokens(phase.config)) / phase.config.diffusion.coarse_every
+        seen = count // phase.config.diffusion.coarse_every
+        tokens += seen * sum(coarse_tokens(phase.config).values())
         flops += count * training_flops(phase.config)
     return Work(images, tokens, flops)
 

@@ -148,7 +148,7 @@ def value_and_gradient(loss, params, examples: dict, key: jax.Array, num_parts: 
     Args:
       loss: (params, examples, key) -> the mean over the examples, float32 scalar.
       params: the tree to differentiate with respect to.
-      examples: arrays [B, ...]; `num_parts` must divide B.
+      examples: arrays [B, ...], whose B may differ; `num_parts` must divide each.
       key: for the random draws of `loss`; each part folds in its index.
       num_parts: 1 for the whole batch at once.
     """
@@ -187,8 +187,8 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
       "label" int32 [B] if the model has classes, and "input_eps", of eps's shape, if the input is
       perturbed (Ning et al. 2023): the noise of the network's input, eps + gamma xi. With pooled
       tokens, "pooled" int32 [B, G] too, and "x0" and "eps" are [B, V + G, P], patches first. With
-    coarse tokens of q x q patches, "coarse_q" has the same of every `diffusion.coarse_every`-th
-    image at another level, with "x0" and "eps" [.., N / q^2, P], see `denoiser`.
+      coarse tokens of q x q patches, "coarse_q" has the same for every `diffusion.coarse_every`-th
+      image, n of them, at another level, with "x0" and "eps" [n, N / q^2, P], see `denoiser`.
     """
     image_BHWC = batch["image"]
     size = image_BHWC.shape[0]

@@ -20,7 +20,7 @@ _TIMED_S = 3.0  # of steps, for each phase
 class Phase(NamedTuple):
     """What a phase of a run cost."""
 
-    tokens: int
+    tokens: str
     batch: int
     steps: int
     step_ms: float
@@ -42,7 +42,7 @@ def measured(config, seconds: float, source) -> list[Phase]:
         step_s = step_seconds(phase, source)
         found.append(
             Phase(
-                flops.tokens_per_image(phase.config),
+                flops.tokens_text(phase.config),
                 phase.config.train.batch_size,
                 max(round(share / whole * seconds / step_s), 1),
                 1e3 * step_s,

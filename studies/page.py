@@ -11,6 +11,7 @@ import base64
 import html
 import io
 import math
+import operator
 import pathlib
 import statistics
 import sys
@@ -69,7 +70,10 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         "<h2>Seconds until scratch's final score</h2>",
         _table(["scratch's score", *_REACHED], factors(points.reached(found))),
         "<h2>Seconds until scratch's final held-out loss</h2>",
-        _table(["scratch's loss", *_REACHED], factors(points.reached(found, lambda p: p.heldout))),
+        _table(
+            ["scratch's loss", *_REACHED],
+            factors(points.reached(found, *[operator.attrgetter("heldout")] * 2)),
+        ),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
     ]

@@ -113,7 +113,9 @@ def plot_factors(levels: dict):
     bounded = False
     for number, ((arm, seconds), of_line) in enumerate(sorted(levels.items())):
         factors = [r.factor if r else math.nan for r in of_line]
-        axis.plot(factors, "o-", color=f"C{number}", label=f"{arm}, scratch's {seconds:g} s")
+        scratch = next(r.scratch.arm for r in of_line if r)
+        label = f"{arm} to {scratch}, {seconds:g} s"
+        axis.plot(factors, "o-", color=f"C{number}", label=label)
         bounds = [(i, r.factor) for i, r in enumerate(of_line) if r and r.is_bound]
         if bounds:
             label = None if bounded else "at least"
@@ -124,7 +126,7 @@ def plot_factors(levels: dict):
     axis.axhline(1, color="grey", linestyle="--")
     _bin_ticks(axis)
     axis.set(ylabel="factor in seconds until scratch's held-out loss", ylim=(0, None))
-    axis.legend()
+    axis.legend(fontsize="small")
     return figure
 
 

@@ -121,14 +121,15 @@ class Reached(NamedTuple):
         return self.scratch.seconds / self.seconds
 
 
-def reached(found: list[Point], value: Value = _score) -> list[Reached]:
-    """Where every other arm reaches a value of scratch's runs with the best score.
+def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> list[Reached]:
+    """Where every other arm reaches the value of scratch's best run at each budget, by `rank`.
 
-    Budgets at which scratch has no best score are left out.
+    Budgets at which scratch is behind a shorter run of it are left out.
     """
     results, arms = [], by_arm(found)
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
-        best = next(p for p in found if p.family == BASELINE and p.seconds <= budget)
+        runs = [p for p in found if p.family == BASELINE and p.seconds <= budget]
+        best = min(runs, key=rank)
         if best.seconds < budget:
             continue  # tuned less than the shorter one
         for arm, of_arm in arms.items():
@@ -140,7 +141,8 @@ def reached(found: list[Point], value: Value = _score) -> list[Reached]:
 
 
 def reached_by_level(found: list[Point]) -> dict[tuple[str, float], list[Reached | None]]:
-    """Where the arms with several budgets reach the held-out losses of scratch's best runs.
+    """Where the arms with several budgets reach the held-out losses of scratch's runs with the best
+    score.
 
     Returns:
       {(arm, scratch's seconds): one for each of `heldout.NAMES`; None where it does not}.

@@ -25,11 +25,13 @@ from maskdm_jax import (
     step,
     train,
 )
-from maskdm_jax.config import default_config, whole_images
+from maskdm_jax.api import load
+from maskdm_jax.config import whole_images
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.diffusion.process import invert, network_input, noised, target, x0_and_eps
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import patches, uvit
+from maskdm_jax.run import memory
 
 COARSE = ((2, 1.0), (4, 2.5))
 FRAMEWORKS = [
@@ -92,6 +94,16 @@ def test_each_size_is_trained_at_its_own_levels_with_its_share_of_the_draws(tiny
         for quantile in (0.25, 0.5, 0.75):
             below = np.mean(of_all <= np.quantile(found, quantile))
             assert abs(below - quantile) < 0.01 + 5 * (0.25 / len(of_all) + 0.25 / count) ** 0.5
+
+
+def test_bounded_draws_are_finite_however_many(tiny_config):
+    config = coarse_config(
+        tiny_config, **{"diffusion.framework": "edm", "model.coarse": ((2, 10),)}
+    )
+    process = make_process(config.diffusion, (16, 16))
+    for low, high in ((10, math.inf), (0, 10)):
+        sigma = np.asarray(process.draw(jax.random.key(0), 2**22, low, high))
+        assert np.isfinite(sigma).all() and sigma.min() > low
 
 
 @pytest.mark.parametrize("fields", FRAMEWORKS)
@@ -319,6 +331,35 @@ def test_drawing_takes_each_level_s_own_tokens(run):
         assert not np.array_equal(drawing(other, jnp.arange(4)), made)
 
 
+def test_predictions_are_of_the_level_s_own_tokens_and_patches_alone_are_refused_there(run):
+    model = load(run[0], weights="raw")
+    image = np.random.default_rng(0).normal(size=(3, 8, 8, 1)).astype(np.float32)
+    x0, _ = model.predict(image, np.array([0, 600, 990]))
+    squares = np.asarray(x0).reshape(3, 4, 2, 4, 2)
+    spread = np.ptp(squares, axis=(2, 4)).max((1, 2)) / np.abs(squares).max((1, 2, 3, 4))
+    assert spread[1:].max() < 1e-5 and spread[0] > 0.01
+    ids = np.arange(8)[None].repeat(3, 0)
+    visible = image.reshape(3, 64, 1)[:, :8]
+    model.predict(visible, 100, visible_ids=ids)
+    with pytest.raises(ConfigError, match="t has 990 .* reads coarse tokens; .* leave out"):
+        model.predict(visible, np.array([0, 600, 990]), visible_ids=ids)
+
+
+def test_a_run_starts_from_weights_without_coarse_tokens_if_it_is_told_to(run, trained, tmp_path):
+    config = run[1].copy_and_resolve_references()
+    config.init.path = str(trained)
+    config.model.patch_size, config.phases = 2, ()
+    config.train.num_steps = 1
+    with pytest.raises(ConfigError, match=r"init.reinit=.*coarse_2/\.\*"):
+        train.train(config, tmp_path / "run")
+    config.init.reinit = ("coarse_.*",)
+    with pytest.raises(ConfigError, match="model.coarse"):
+        train.train(config, tmp_path / "run")
+    config.init.allow = ("model.coarse",)
+    train.train(config, tmp_path / "run")
+    assert "coarse_4" in checkpoint.restore_item(tmp_path / "run", 1, "params")
+
+
 def test_the_held_out_loss_reads_each_level_s_own_tokens(run):
     workdir, config = run
     config = whole_images(phases.at(config, 4).config)
@@ -345,7 +386,7 @@ def test_the_held_out_loss_reads_each_level_s_own_tokens(run):
 def test_an_image_costs_its_patches_and_its_coarse_tokens(tiny_config):
     config = coarse_config(tiny_config)
     extra = 2 if config.model.num_classes else 1
-    assert flops.coarse_tokens(config) == [16 + extra, 4 + extra]
+    assert flops.coarse_tokens(config) == {2: 16 + extra, 4: 4 + extra}
     assert flops.tokens_text(config) == f"{64 + extra} + {16 + extra} + {4 + extra}"
     fine, *coarse = [flops.forward_flops(config, n + extra) for n in (64, 16, 4)]
     assert flops.training_flops(config) == 3 * (fine + sum(coarse))
@@ -355,6 +396,10 @@ def test_an_image_costs_its_patches_and_its_coarse_tokens(tiny_config):
     config.sample.update(sampler="ddim", steps=50, guidance_scale=1.0)
     by_size = draw.evaluations_by_size(config)
     assert sum(by_size.values()) == draw.evaluations(config) == 50 and all(by_size.values())
+    each = [flops.forward_flops(config, n + extra) for n in (64, 16, 4)]
+    assert draw.model_flops(config) == sum(
+        n * x for n, x in zip(by_size.values(), each, strict=True)
+    )
 
 
 @pytest.mark.parametrize("coarse, near", [
@@ -374,12 +419,7 @@ def test_an_image_in_so_many_must_divide_the_batch(tiny_config):
     config = coarse_config(tiny_config, **{"diffusion.coarse_every": 4})
     with pytest.raises(ConfigError, match="a multiple of 32, .* x diffusion.coarse_every"):
         phases.validate_devices(config, 8, "train")
-
-
-def test_patches_of_another_size_are_refused_in_a_phase():
-    config = default_config()
-    config.data.image_size = (32, 32)
-    config.model.coarse = COARSE
-    config.phases = ((1, {"model.patch_size": 4}), (1, {"model.patch_size": 2}))
-    with pytest.raises(ConfigError, match="with model.coarse="):
-        phases.validate(config)
+    config.train.batch_size = 64
+    assert "--config.train.batch_size=32" in memory.advice(config, num_devices=8)
+    config.train.batch_size = 32
+    assert "batch_size" not in memory.advice(config, num_devices=8)

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import operator
 import signal
 import sys
 import textwrap
@@ -70,7 +71,8 @@ def test_a_held_out_loss_is_reached_at_its_own_time_and_so_is_each_of_its_levels
     runs += [row("drop_60", heldout_loss=0.055, **{low: 0.2, high: 0.2})]
     runs += [row("drop_60", 480.0, heldout_loss=0.045, **{low: 0.05, high: 0.15})]
     found = as_points(*runs, row("drop_90", **{low: 0.01}))  # one budget: no line of its own
-    first, _, second, _ = points.reached(found, lambda point: point.heldout)
+    heldout = operator.attrgetter("heldout")
+    first, _, second, _ = points.reached(found, heldout, heldout)
     assert (first.value, first.seconds, first.is_bound) == (0.06, 120, True)
     until = 120 * 4 ** (math.log(0.055 / 0.05) / math.log(0.055 / 0.045))
     assert second.seconds == pytest.approx(until) and second.factor == pytest.approx(480 / until)
@@ -79,9 +81,17 @@ def test_a_held_out_loss_is_reached_at_its_own_time_and_so_is_each_of_its_levels
     assert levels["drop_60", 480.0][0] is None and levels["drop_60", 480.0][-1].seconds == 240
     (axis,) = plots.plot_factors(levels).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    drawn = lines["drop_60, scratch's 480 s"]
+    drawn = lines["drop_60 to scratch, 480 s"]
     assert math.isnan(drawn[0][1]) and drawn[-1] == [9, 2]
     assert lines["at least"][-1] == [9, 1]
+
+
+def test_scratch_is_ranked_by_the_loss_where_that_is_asked_for():
+    runs = [row(heldout_loss=0.06), row("scratch_b32", fid=3.0, heldout_loss=0.05)]
+    found = as_points(*runs, row("drop_60", heldout_loss=0.04))
+    heldout = operator.attrgetter("heldout")
+    assert [r.scratch.arm for r in points.reached(found, heldout)] == ["scratch"]
+    assert [r.scratch.arm for r in points.reached(found, heldout, heldout)] == ["scratch_b32"]
 
 
 def test_families_are_compared_where_scratch_and_another_were_run():
@@ -118,7 +128,7 @@ def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
     page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
     text = (tmp_path / "page.html").read_text()
-    assert "http" not in text and text.count("data:image/png") == 4  # no arm has two budgets
+    assert "http" not in text and text.count("data:image/png") == 4  # no other arm has two budgets
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
@@ -239,8 +249,8 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     (found,) = compute_matched.read_rows(out / "rows.csv")
     first, last = json.loads(found["phases"])
     # 16 device-seconds on 8 devices, of which three quarters for the first phase
-    assert (first["steps"], first["batch"], first["tokens"]) == (3, 32, 12)
-    assert (last["steps"], last["batch"], last["tokens"]) == (2, 16, 18)
+    assert (first["steps"], first["batch"], first["tokens"]) == (3, 32, "12")
+    assert (last["steps"], last["batch"], last["tokens"]) == (2, 16, "18")
     assert (found["updates"], found["images"], found["seed"]) == ("5", "128", "1")
     assert float(found["trained_s"]) == 16 and float(found["swd"]) > 0
     cost = sum(p["steps"] * p["batch"] * p["gflop_per_image"] for p in (first, last)) / 1e6

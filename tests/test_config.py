@@ -262,7 +262,21 @@ def test_our_rate_falls_to_0_only_at_the_end_of_the_last_stage(name):
         assert rates == pytest.approx([0, 4e-4, last], rel=1e-4, abs=1e-9)
 
 
+# The fields of model and diffusion that name scores and folders of samples since the first version.
+HASHED = """
+    model.size model.width model.depth model.num_heads model.patch_size model.mlp_ratio
+    model.qkv_bias model.mlp_time_embed model.num_classes model.class_dropout model.dropout
+    model.remat model.attention model.dtype diffusion.schedule diffusion.num_timesteps
+    diffusion.prediction diffusion.loss diffusion.loss_weight diffusion.min_snr_gamma
+    diffusion.sigmoid_bias diffusion.draw diffusion.draw_mean diffusion.draw_std
+    diffusion.input_perturbation
+""".split()
+
+
 def test_hashes_of_earlier_versions_name_the_same_fields():
+    groups = ("model.", "diffusion.")
+    fields = {name: get(default_config(), name) for name in FIELDS if name.startswith(groups)}
+    assert sorted(without_later(fields)) == sorted(HASHED)
     fields = {name: get(default_config(), name) for name in ("model.wavelet", "model.depth")}
     assert without_later(fields) == {"model.depth": 0}
     assert without_later(fields | {"model.wavelet": "haar"}) == fields | {"model.wavelet": "haar"}

@@ -44,7 +44,7 @@ ALLOWED = {
     "denoiser": {"config", "diffusion", "model"},
     "step": {"denoiser", "model", "diffusion", "optim", "phases", "state", "data.batch"},
     "transition": {"optim", "phases", "state", "weights"},
-    "draw": {"denoiser", "model", "diffusion"},
+    "draw": {"denoiser", "flops", "model", "diffusion"},
     "draw_batches": {"draw", "model", "diffusion"},
     "report": {"config", "config_file", "flops", "phases", "quality", "run"},
     "sample": {"config", "draw", "draw_batches", "images", "run", "weights"},

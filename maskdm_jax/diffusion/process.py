@@ -110,7 +110,8 @@ def draw_normal(key, batch: int, mean: float, std: float, low=-math.inf, high=ma
     """Draws from N(mean, std^2) within the bounds, float32 [batch]."""
     if (low, high) == (-math.inf, math.inf):
         return mean + std * jax.random.normal(key, (batch,))
-    low, high = ((bound - mean) / max(std, 1e-6) for bound in (low, high))
+    # Unbounded draws reach 5.4 in float32; an infinite bound gives some that are infinite.
+    low, high = (min(max((x - mean) / max(std, 1e-6), -5.4), 5.4) for x in (low, high))
     return mean + std * jax.random.truncated_normal(key, low, high, (batch,))
 
 

@@ -32,3 +32,10 @@ def grid_shape(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """The patch grid (rows, columns) of an image of `image_size` (height, width) pixels."""
     height, width = image_size
     return height // patch_size, width // patch_size
+
+
+def batch_multiple(config, num_devices: int) -> int:
+    """What `train.batch_size` must be a multiple of on so many devices: each part of an
+    accumulated update is split over them, and so are the coarse tokens of some of its images."""
+    every = config.diffusion.coarse_every if config.model.coarse else 1
+    return num_devices * config.optim.accumulate_steps * every

@@ -57,7 +57,8 @@ def init_params(model: "UViT", key: jax.Array) -> dict:
     params = model.init(key, x_BVP, t_B, label_B=label_B, pooled_BG=pooled_BG)["params"]
     for size in model.coarse:
         x_BGP = jnp.zeros((1, model.num_patches // size**2, model.patch_dim))
-        params |= model.init(key, x_BGP, t_B, label_B=label_B, coarse=size)["params"]
+        name = f"coarse_{size}"
+        params[name] = model.init(key, x_BGP, t_B, label_B=label_B, coarse=size)["params"][name]
     return params
 
 
@@ -153,16 +154,16 @@ class UViT(nn.Module):
         pooled_BG=None,
         coarse=0,
     ):
-        num_patches, pooled = x_BVP.shape[1], None  # of what is given
+        num_given, pooled = x_BVP.shape[1], None  # patches
         if coarse:
-            num_patches, pooled = 0, self._pooled(coarse, f"coarse_{coarse}")
+            num_given, pooled = 0, self._pooled(coarse, f"coarse_{coarse}")
         elif pooled_BG is not None:
-            num_patches -= pooled_BG.shape[1]
+            num_given -= pooled_BG.shape[1]
             pooled = self._pooled(self.pool_size, "pooled")
-        x_BVP, x_BGP = jnp.split(x_BVP, [num_patches], axis=1)
+        x_BVP, x_BGP = jnp.split(x_BVP, [num_given], axis=1)
         extra_BED, rows_ND = self._extra(t_B, label_B)
         x_BLD = [extra_BED]
-        if num_patches:
+        if num_given:
             x_BLD.append(self._embed(x_BVP, visible_BV, rows_ND))
         if pooled:
             x_BLD.append(pooled.embed(x_BGP, pooled_BG, rows_ND))
@@ -190,9 +191,9 @@ class UViT(nn.Module):
         for i in range(self.num_skips):
             x_MD = make_block(name=f"out_block_{i}")(x_MD, skips.pop(), deterministic)
         normed_BLD = layers.normalize(x_MD).reshape(-1, plan.length, self.width)
-        start, end = self.num_extra_tokens, self.num_extra_tokens + num_patches
+        start, end = self.num_extra_tokens, self.num_extra_tokens + num_given
         out = []
-        if num_patches:
+        if num_given:
             norm = Affine(self.width, name="norm")()
             output = Linear(self.width, self.patch_dim, name="output")()
             kernel, bias = folded(norm, output, self.dtype)

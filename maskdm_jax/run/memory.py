@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jax
 
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.model.sizes import batch_multiple
 
 # The share of a GPU's memory that JAX takes at start; cuDNN and NCCL need the rest as workspace.
 GPU_MEMORY_FRACTION = "0.92"
@@ -57,7 +58,7 @@ def advice(config, mode: str = "train", num_devices: int | None = None) -> str:
     if mode == "train":
         field, batch = "train.batch_size", config.train.batch_size
         pieces = 2 * config.optim.accumulate_steps
-        multiple = num_devices * config.optim.accumulate_steps
+        multiple = batch_multiple(config, num_devices)
         if batch % (2 * multiple) == 0:
             tries.append(
                 f"--config.optim.accumulate_steps={pieces} (the same updates, in smaller pieces)"

@@ -231,6 +231,7 @@ def config_of(official: Official, config):
         "model.mlp_time_embed": "time_mlp_in" in params,
         "model.num_classes": num_classes,
         "model.wavelet": "none",
+        "model.coarse": (),
         "diffusion.framework": "ddpm",
         "diffusion.prediction": "eps",
         "mask.hidden": "drop",
