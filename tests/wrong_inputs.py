@@ -322,7 +322,7 @@ PHASES = [
         "((1, {'model.patch_size': 2}), (1, {'model.patch_size': 1}))",
         "phase 2 of phases: model.patch_size is 1 after 2",
         "(1, {'model.patch_size': 2}))",
-        before="--config.model.coarse='((2, 1.0),)' ",
+        before=f"{NINE}--config.model.coarse='((2, 1.0),)' ",
     ),
     phases(
         "((1, {'diffusion.draw': 'logit_normal'}),)",
