@@ -132,12 +132,16 @@ def _make_loss(config, mesh, process):
             )
             return jnp.mean(loss_B)
 
-        value = of_tier(tiers[0], examples, num_pooled)
-        if len(tiers) == 1:
+        first, *coarse = tiers
+        value = of_tier(first, examples, num_pooled)
+        if not coarse:
             return value
-        values = [value] + [of_tier(t, examples[f"coarse_{t.size}"]) for t in tiers[1:]]
         # As if each image had one level, drawn from all.
-        return sum(process.share(t.low, t.high) * x for t, x in zip(tiers, values, strict=True))
+        value *= process.share(first.low, first.high)
+        for tier in coarse:
+            share = process.share(tier.low, tier.high)
+            value += share * of_tier(tier, examples[f"coarse_{tier.size}"])
+        return value
 
     return loss
 

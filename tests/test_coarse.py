@@ -9,6 +9,7 @@ import pytest
 import textbook
 from close import assert_close
 from conftest import TINY
+from test_pooling import curve, images
 
 from configs import phases_digits
 from maskdm_jax import (
@@ -47,11 +48,6 @@ def coarse_config(config, **fields):
     config.update_from_flattened_dict(fields)
     phases.validate(config)
     return config
-
-
-def images(count, seed=0):
-    shape = (count, 16, 16, 1)
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
 def drawn(config, image):
@@ -235,19 +231,6 @@ def test_all_other_parameters_start_as_without_coarse_tokens():
 
 
 # ----------------------------------------------------------------------------- the loss, devices
-def curve(config, num_devices, steps=3):
-    mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
-    run = state.init_state(config, mesh)
-    update = step.jit_train_step(phases.phases(config)[0], mesh)
-    losses = []
-    for number in range(steps):
-        batch = {"image": images(16, seed=number), "label": np.arange(16, dtype=np.int32) % 10}
-        batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        run, metrics = update(run, {}, batch)
-        losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
-    return np.array(losses), run
-
-
 MASKED = {
     "mask.kind": "block", "mask.block_size": 4, "mask.ratio": 0.75, "diffusion.coarse_every": 2,
     "optim.accumulate_steps": 2,
