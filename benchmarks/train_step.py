@@ -23,7 +23,7 @@ from maskdm_jax import flops, phases, sharding
 from maskdm_jax.data import loader
 from maskdm_jax.run import command_line, memory
 from maskdm_jax.state import init_state
-from maskdm_jax.step import lower_train_step
+from maskdm_jax.step import lower_train_step, planned
 
 # Kinds of kernels, by their names in a trace; the first match counts.
 _KINDS = (
@@ -56,11 +56,11 @@ def start(config, compiled):
         {"ids": jax.device_put(order.ids(step * size, size).astype(np.int32), by_batch)}
         for step in range(8)
     ]
-    state = init_state(config, mesh)
+    state, plan = init_state(config, mesh), planned(phases.phases(config)[0], mesh)
 
     def call(i):
         nonlocal state
-        state, metrics = compiled(state, arrays, ready[i % len(ready)])
+        state, metrics = compiled(state, arrays, ready[i % len(ready)], plan)
         return metrics
 
     return call

@@ -1,6 +1,8 @@
 """AdamW, Muon and schedules from Optax, clipping, and the EMA of the parameters."""
 
+import functools
 import re
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,34 @@ _EMA_COPY_UPDATES = 100
 POWER_STDS = {"short": 0.05, "long": 0.1}
 
 
-def learning_rate(config, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `optim.lr_peak`, then `optim.lr_schedule`.
+class Schedule(NamedTuple):
+    """The numbers of a learning rate, float32 scalars; counts are of updates.
+
+    They are inputs of the compiled step, so that it serves any of them.
+    """
+
+    peak: jax.Array
+    end: jax.Array  # a share of the peak
+    warmup: jax.Array
+    decay_start: jax.Array
+    decay_steps: jax.Array
+
+
+def schedule(config, num_steps: int) -> Schedule:
+    """The numbers of `learning_rate` for a run, or a phase, of `num_steps` updates."""
+    optim = config.optim
+    length = max(num_steps - optim.warmup_steps, 1)
+    decay = length
+    if optim.lr_schedule == "wsd":
+        decay = max(min(round(optim.lr_decay_share * num_steps), length), 1)
+    start = optim.warmup_steps + length - decay
+    return Schedule(
+        *map(np.float32, (optim.lr_peak, optim.lr_end, optim.warmup_steps, start, decay))
+    )
+
+
+def learning_rate(name: str, numbers: Schedule, count: jax.Array) -> jax.Array:
+    """The rate after `count` updates: linear warm-up from 0 to the peak, then `optim.lr_schedule`.
 
     "constant" stays at the peak. The others end at `lr_end` x `lr_peak` after `num_steps` updates:
     "cosine" and "linear" fall from the warm-up on. "wsd" (warm-up, stable, decay; Hu et al. 2024)
@@ -23,28 +51,31 @@ def learning_rate(config, num_steps: int) -> optax.Schedule:
 
     The warm-up comes first: a decay starts at its end at the earliest, and if the warm-up lasts
     `num_steps` or longer, there is no decay.
+
+    Args:
+      name: `optim.lr_schedule`.
+      numbers: of `schedule`.
+      count: int32 scalar.
+
+    Returns:
+      A float32 scalar.
     """
-    optim = config.optim
-    peak, end, warmup = optim.lr_peak, optim.lr_end, optim.warmup_steps
-    length = max(num_steps - warmup, 1)
-    if optim.lr_schedule == "cosine":
-        after = optax.cosine_decay_schedule(peak, length, end)
-    elif optim.lr_schedule == "linear":
-        after = optax.linear_schedule(peak, end * peak, length)
-    elif optim.lr_schedule == "wsd":
-        decay = max(min(round(optim.lr_decay_share * num_steps), length), 1)
-
-        def after(count):
-            progress = jnp.clip((count - (length - decay)) / decay, 0, 1)
-            return peak * (1 - (1 - end) * jnp.sqrt(progress))
-    else:
-        after = optax.constant_schedule(peak)
-    if not warmup:
-        return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+    progress = jnp.clip((count - numbers.decay_start) / numbers.decay_steps, 0, 1)
+    left = {
+        "constant": jnp.ones_like(progress),
+        "cosine": (1 + jnp.cos(jnp.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "wsd": 1 - jnp.sqrt(progress),
+    }[name]
+    share = jnp.where(
+        count < numbers.warmup,
+        count / jnp.maximum(numbers.warmup, 1),
+        numbers.end + (1 - numbers.end) * left,
+    )
+    return numbers.peak * share
 
 
-def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config, numbers: Schedule) -> optax.GradientTransformation:
     """Clipping if `optim.clip_norm` is set, then AdamW, or Muon on the matrices of the blocks.
 
     Each update also subtracts learning rate x `optim.weight_decay` x the parameter, for `decay_on`
@@ -52,15 +83,14 @@ def make_optimizer(config, num_steps: int) -> optax.GradientTransformation:
     bias, no LayerNorm, and no table of positions or classes.
 
     Clipping and decay do not change the state's structure, so a run can resume with others.
-    `num_steps` is the number of updates that the learning rate is planned for.
+    `numbers` are the learning rate's.
     """
     optim = config.optim
     scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2)
     if optim.name == "muon":
         scale = optax.partition({"muon": _scale_by_muon(), "adam": scale}, _label)
-    steps = optax.chain(
-        scale, _decay_weights(optim), optax.scale_by_learning_rate(learning_rate(config, num_steps))
-    )
+    rate = functools.partial(learning_rate, optim.lr_schedule, numbers)
+    steps = optax.chain(scale, _decay_weights(optim), optax.scale_by_learning_rate(rate))
     clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(clip, steps)
 

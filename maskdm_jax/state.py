@@ -51,5 +51,7 @@ def _create(config, mesh, params=None):
         step=jnp.int32(0),
         params=params,
         ema=optim.init_ema(params, config),
-        opt_state=optim.make_optimizer(config, config.train.num_steps).init(params),
+        opt_state=optim.make_optimizer(config, optim.schedule(config, config.train.num_steps)).init(
+            params
+        ),
     )

@@ -5,9 +5,11 @@ non-finite loss or gradient is not applied.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -23,55 +25,76 @@ from maskdm_jax.phases import Phase
 from maskdm_jax.state import TrainState
 
 
+class Plan(NamedTuple):
+    """Where the phase of a step begins, and its learning rate: scalars, inputs of the program.
+
+    So runs and phases that differ only in these, or in how long they are, share one program, and
+    JAX's compilation cache has it for all of them.
+    """
+
+    first_step: jax.Array
+    ema_first_step: jax.Array
+    rate: optim.Schedule
+
+
 def jit_train_step(phase: Phase, mesh: Mesh):
     """The update of a phase under jit on `mesh`, as main.py runs it.
 
     Returns:
-      (state, arrays, batch) -> (state, metrics), see `make_train_step`; `data.batch` defines arrays
-      and batch. The state is donated, and the new one has the same shardings.
+      (state, arrays, batch, plan) -> (state, metrics), see `make_train_step`; `data.batch` defines
+      arrays and batch. The state is donated, and the new one has the same shardings.
     """
     abstract = state_lib.abstract_state(phase.config, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     return jax.jit(
-        make_train_step(phase, mesh),
+        make_train_step(phase.config, mesh),
         donate_argnums=0,
         out_shardings=(shardings, sharding.replicated(mesh)),
         compiler_options=sharding.compiler_options(mesh),
     )
 
 
+def planned(phase: Phase, mesh: Mesh) -> Plan:
+    """The plan of a phase, on the devices of `mesh`."""
+    return jax.device_put(_plan(phase), sharding.replicated(mesh))
+
+
+def _plan(phase):
+    rate = optim.schedule(phase.config, phase.num_steps)
+    return Plan(np.int32(phase.first_step), np.int32(phase.ema_first_step), rate)
+
+
 def lower_train_step(phase: Phase, mesh: Mesh, num_examples: int):
     """`jit_train_step` lowered from shapes alone, for a data set of `num_examples` images."""
     arrays, batch = batch_lib.abstract_inputs(phase.config, num_examples, mesh)
     state = state_lib.abstract_state(phase.config, mesh)
-    return jit_train_step(phase, mesh).lower(state, arrays, batch)
+    plan = sharding.abstract(lambda: jax.tree.map(jnp.asarray, _plan(phase)), mesh)
+    return jit_train_step(phase, mesh).lower(state, arrays, batch, plan)
 
 
 def make_train_step(
-    phase: Phase, mesh: Mesh
-) -> Callable[[TrainState, dict, dict], tuple[TrainState, dict]]:
-    """Makes the update of one step of a phase, to be jitted.
+    config, mesh: Mesh
+) -> Callable[[TrainState, dict, dict, Plan], tuple[TrainState, dict]]:
+    """Makes the update of one step of a phase, to be jitted; `config` is the phase's.
 
     Random draws depend on the run's step, the learning rate on the step within the phase.
 
     Returns:
-      (state, arrays, batch) -> (state, metrics). The metrics are float32 scalars: "loss",
+      (state, arrays, batch, plan) -> (state, metrics). The metrics are float32 scalars: "loss",
       "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
       skipped update still advances `step`, which the random draws and the data order depend on.
     """
-    config = phase.config
-    optimizer = optim.make_optimizer(config, phase.num_steps)
     process = make_process(config.diffusion, config.data.image_size)
     loss = _make_loss(config, mesh, process)
-    schedule = optim.learning_rate(config, phase.num_steps)
 
-    def train_step(state, arrays, batch):
+    def train_step(state, arrays, batch, plan):
         batch = batch_lib.materialize(config, arrays, batch)
         examples = draw_examples(config, process, batch, state.step)
         dropout_key = rng.stream(config.seed, "dropout", state.step)
         value, grads = value_and_gradient(
             loss, state.params, examples, dropout_key, config.optim.accumulate_steps
         )
+        optimizer = optim.make_optimizer(config, plan.rate)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optim.global_norm(grads)
@@ -79,7 +102,7 @@ def make_train_step(
         updated = TrainState(
             step=state.step + 1,
             params=params,
-            ema=optim.update_ema(state.ema, params, state.step - phase.ema_first_step, config),
+            ema=optim.update_ema(state.ema, params, state.step - plan.ema_first_step, config),
             opt_state=opt_state,
         )
         # XLA fuses this choice into the update's own loops, which read the old values anyway.
@@ -88,7 +111,9 @@ def make_train_step(
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
-            "lr": jnp.asarray(schedule(state.step - phase.first_step), jnp.float32),
+            "lr": optim.learning_rate(
+                config.optim.lr_schedule, plan.rate, state.step - plan.first_step
+            ),
             "skipped": 1 - applied.astype(jnp.float32),
         }
         return new_state, metrics

@@ -34,7 +34,7 @@ from maskdm_jax.run import distributed, faults, files, memory, preemption, wandb
 from maskdm_jax.run.progress import say
 from maskdm_jax.run.telemetry import Telemetry
 from maskdm_jax.state import abstract_state, fresh_params, init_state
-from maskdm_jax.step import jit_train_step
+from maskdm_jax.step import jit_train_step, planned
 from maskdm_jax.weights import start
 
 
@@ -120,7 +120,8 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
+            plan = planned(phase, mesh)
+            compiled = _compile(phase, mesh, (state, batches.arrays, batch, plan), verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -128,7 +129,7 @@ def train(
                 snapshots = averages.Snapshots(workdir, phase.config, step)
             telemetry.start_clock(step)
 
-        state, metrics = compiled(state, batches.arrays, batch)
+        state, metrics = compiled(state, batches.arrays, batch, plan)
         step += 1
         if pending is not None:
             _log(telemetry, skips, config, *pending)
@@ -170,13 +171,13 @@ def train(
     say(f"finished: {workdir} is at step {step}")
 
 
-def _compile(phase, mesh, state, arrays, batch, verbose):
-    """The update of a phase; prints the memory it needs."""
+def _compile(phase, mesh, inputs, verbose):
+    """The update of a phase, for such inputs; prints the memory it needs."""
     if verbose:
-        say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
+        say(parameter_overview.get_parameter_overview(inputs[0].params, include_stats=False))
     say("compiling the step ...")
     start = time.perf_counter()
-    compiled = jit_train_step(phase, mesh).lower(state, arrays, batch).compile()
+    compiled = jit_train_step(phase, mesh).lower(*inputs).compile()
     seconds = time.perf_counter() - start
     say(start_summary.row("memory", f"{memory.described(compiled)} (compiled in {seconds:.0f} s)"))
     return compiled

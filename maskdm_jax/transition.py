@@ -32,7 +32,8 @@ def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainSt
             ema = optim.init_ema(params, config)
         else:
             ema = plan.carried(state.ema, fresh)
-        opt_state = optim.make_optimizer(config, phase.num_steps).init(params)
+        rate = optim.schedule(config, phase.num_steps)
+        opt_state = optim.make_optimizer(config, rate).init(params)
         if config.optim.moments_at_phase == "keep":
             opt_state = optim.with_moments(opt_state, state.opt_state)
         return TrainState(step=state.step, params=params, ema=ema, opt_state=opt_state)

@@ -70,10 +70,11 @@ def step_seconds(phase: phases.Phase, source) -> float:
     mesh = sharding.make_mesh(phase.config)
     batches = loader.Loader(phase.config, source, mesh)
     feed, update = batches.batches(0), step.jit_train_step(phase, mesh)
+    plan = step.planned(phase, mesh)
     now = [state.init_state(phase.config, mesh)]
 
     def call(_):
-        now[0], metrics = update(now[0], batches.arrays, next(feed))
+        now[0], metrics = update(now[0], batches.arrays, next(feed), plan)
         return metrics["loss"]
 
     return measure.seconds_per_call(call, _TIMED_S)

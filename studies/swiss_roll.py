@@ -54,18 +54,16 @@ def step_seconds(stages: list[str], data_dir: pathlib.Path) -> dict[str, float]:
         config = config_of(stage, data_dir, 0)
         mesh = sharding.make_mesh(config)
         feed = loader.Loader(config, sources.open_source(config), mesh)
-        runs[stage] = [
-            step.jit_train_step(phases.phases(config)[0], mesh),
-            state.init_state(config, mesh, None),
-        ]
-        runs[stage] += [feed.arrays, feed.batches(0)]
+        phase = phases.phases(config)[0]
+        runs[stage] = [step.jit_train_step(phase, mesh), state.init_state(config, mesh, None)]
+        runs[stage] += [feed.arrays, feed.batches(0), step.planned(phase, mesh)]
     seconds = {stage: [] for stage in stages}
     for _ in range(_ROUNDS):
         for stage, run in runs.items():
-            update, now, arrays, batches = run
+            update, now, arrays, batches, plan = run
             start = time.perf_counter()
             for _ in range(_STEPS_PER_ROUND):
-                now, metrics = update(now, arrays, next(batches))
+                now, metrics = update(now, arrays, next(batches), plan)
                 float(metrics["loss"])  # as the training loop does
             run[1] = now
             seconds[stage].append((time.perf_counter() - start) / _STEPS_PER_ROUND)

@@ -91,7 +91,9 @@ def test_predictions_on_visible_patches_have_the_loss_that_training_reports(work
     }
     process = make_process(config.diffusion, config.data.image_size)
     drawn = step.draw_examples(config, process, batch, state.step)
-    _, metrics = step.jit_train_step(phases(config)[0], mesh)(state, {}, batch)  # donates the state
+    phase = phases(config)[0]
+    plan = step.planned(phase, mesh)
+    _, metrics = step.jit_train_step(phase, mesh)(state, {}, batch, plan)  # donates the state
 
     model = maskdm_jax.load(workdir, weights="raw")
     x_t = model.add_noise(drawn["x0"], drawn["eps"], drawn["t"])

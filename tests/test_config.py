@@ -256,9 +256,12 @@ def test_the_refusal_of_a_run_names_the_recipe_that_it_has():
 def test_our_rate_falls_to_0_only_at_the_end_of_the_last_stage(name):
     for stage in STAGES:
         config = shipped(stage, name)
-        rate = optim.learning_rate(config, config.train.num_steps)
+        numbers = optim.schedule(config, config.train.num_steps)
         last = 1.2e-4 if stage == "pretrain" else 0
-        rates = [float(rate(step)) for step in (0, 2_000, config.train.num_steps)]
+        rates = [
+            float(optim.learning_rate(config.optim.lr_schedule, numbers, step))
+            for step in (0, 2_000, config.train.num_steps)
+        ]
         assert rates == pytest.approx([0, 4e-4, last], rel=1e-4, abs=1e-9)
 
 

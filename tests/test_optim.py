@@ -24,25 +24,19 @@ def test_ema_is_the_weighted_mean_of_old_and_new():
     assert float(ema["a"]) == pytest.approx(2.0)
 
 
-def test_learning_rate_warms_up_and_decays():
-    config = default_config()
-    config.optim.lr_peak = 1.0
-    config.optim.warmup_steps = 10
-    constant = optim.learning_rate(config, 110)
-    assert [float(constant(s)) for s in (0, 5, 10, 110)] == pytest.approx([0, 0.5, 1, 1])
-    config.optim.lr_schedule = "cosine"
-    cosine = optim.learning_rate(config, 110)
-    assert [float(cosine(s)) for s in (5, 10, 60, 110)] == pytest.approx([0.5, 1, 0.5, 0], abs=1e-6)
-    config.optim.warmup_steps = 0
-    assert float(optim.learning_rate(config, 110)(0)) == pytest.approx(1)
-
-
 def rates(steps, num_steps=110, **fields):
     """Learning rates after so many updates, with a peak of 1 and a warm-up of 10."""
     config = default_config()
     config.optim.update({"lr_peak": 1.0, "warmup_steps": 10} | fields)
-    schedule = optim.learning_rate(config, num_steps)
-    return np.array([float(schedule(step)) for step in steps])
+    numbers, name = optim.schedule(config, num_steps), config.optim.lr_schedule
+    return np.array([float(optim.learning_rate(name, numbers, step)) for step in steps])
+
+
+def test_learning_rate_warms_up_and_decays():
+    assert rates((0, 5, 10, 110)) == pytest.approx([0, 0.5, 1, 1])
+    falling = rates((5, 10, 60, 110), lr_schedule="cosine")
+    assert falling == pytest.approx([0.5, 1, 0.5, 0], abs=1e-6)
+    assert rates((0,), lr_schedule="cosine", warmup_steps=0) == pytest.approx([1])
 
 
 def test_a_linear_schedule_falls_evenly_to_its_end():
@@ -95,7 +89,7 @@ def first_updates(params, grads, **fields):
     """Name -> first update over the learning rate."""
     config = default_config()
     config.optim.update({"lr_peak": 0.1, "weight_decay": 0.0} | fields)
-    optimizer = optim.make_optimizer(config, 10)
+    optimizer = optim.make_optimizer(config, optim.schedule(config, 10))
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     return {name: update / -0.1 for name, update in named(updates).items()}
 
@@ -118,13 +112,17 @@ def test_the_optimizers_state_does_not_depend_on_what_decays_or_is_clipped():
     for name in ("adamw", "muon"):
         config = default_config()
         config.optim.name = name
-        before = jax.eval_shape(optim.make_optimizer(config, 10).init, params)
+        before = jax.eval_shape(
+            optim.make_optimizer(config, optim.schedule(config, 10)).init, params
+        )
         config.optim.update(decay_on="matrices", clip_norm=1.0, lr_schedule="wsd")
-        after = jax.eval_shape(optim.make_optimizer(config, 20).init, params)
+        after = jax.eval_shape(
+            optim.make_optimizer(config, optim.schedule(config, 20)).init, params
+        )
         assert jax.tree.structure(before) == jax.tree.structure(after)
     plain = optax.chain(optax.identity(), optax.adamw(lambda count: 0.1))
     config.optim.name = "adamw"
-    ours = jax.eval_shape(optim.make_optimizer(config, 10).init, params)
+    ours = jax.eval_shape(optim.make_optimizer(config, optim.schedule(config, 10)).init, params)
     # As it was when AdamW was the only optimizer: such checkpoints are still restored.
     assert jax.tree.structure(ours) == jax.tree.structure(jax.eval_shape(plain.init, params))
 
@@ -156,7 +154,7 @@ def test_clipping_bounds_the_gradient_and_decay_reaches_every_parameter():
     config.optim.clip_norm = 1.0
     config.optim.lr_peak = 0.1
     config.optim.weight_decay = 0.5
-    optimizer = optim.make_optimizer(config, 10)
+    optimizer = optim.make_optimizer(config, optim.schedule(config, 10))
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
     zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros((2,))}
     updates, state = optimizer.update(zero, optimizer.init(params), params)

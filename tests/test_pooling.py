@@ -288,15 +288,13 @@ def test_the_loss_is_that_of_the_visible_patches_plus_the_weighted_one_of_pooled
 
 def curve(config, num_devices, steps=3):
     mesh = sharding.make_mesh(config, jax.devices()[:num_devices])
-    run, update = (
-        state.init_state(config, mesh),
-        step.jit_train_step(phases.phases(config)[0], mesh),
-    )
+    phase, run = phases.phases(config)[0], state.init_state(config, mesh)
+    update, plan = step.jit_train_step(phase, mesh), step.planned(phase, mesh)
     losses = []
     for number in range(steps):
         batch = {"image": images(16, seed=number), "label": np.arange(16, dtype=np.int32) % 10}
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        run, metrics = update(run, {}, batch)
+        run, metrics = update(run, {}, batch, plan)
         losses.append([float(metrics["loss"]), float(metrics["grad_norm"])])
     return np.array(losses), run
 

@@ -178,7 +178,7 @@ def update(phase):
         "label": np.arange(shape[0], dtype=np.int32),
     }
     batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-    state, metrics = step.jit_train_step(phase, mesh)(state, {}, batch)
+    state, metrics = step.jit_train_step(phase, mesh)(state, {}, batch, step.planned(phase, mesh))
     return jax.tree.map(float, metrics) | {"step": int(state.step)}
 
 

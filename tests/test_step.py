@@ -10,7 +10,7 @@ from maskdm_jax import draw, optim, sharding, step
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.model import patches
-from maskdm_jax.phases import phases
+from maskdm_jax.phases import Phase, phases
 from maskdm_jax.state import abstract_state, init_state
 
 STEPS = 20
@@ -26,7 +26,8 @@ def mesh_of(config, num_devices):
 def curve(config, num_devices=8, steps=STEPS):
     """Losses and final parameters of a short run on random images."""
     mesh = mesh_of(config, num_devices)
-    state, update = init_state(config, mesh), step.jit_train_step(phases(config)[0], mesh)
+    phase, state = phases(config)[0], init_state(config, mesh)
+    update, plan = step.jit_train_step(phase, mesh), step.planned(phase, mesh)
     generator = np.random.default_rng(0)
     losses = []
     for _ in range(steps):
@@ -37,7 +38,7 @@ def curve(config, num_devices=8, steps=STEPS):
             "label": generator.integers(0, 10, (16,), dtype=np.int32),
         }
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        state, metrics = update(state, {}, batch)
+        state, metrics = update(state, {}, batch, plan)
         losses.append(float(metrics["loss"]))
     return np.array(losses), state
 
@@ -171,10 +172,11 @@ def one_update(monkeypatch):
 
     def made(config, num_devices):
         mesh = mesh_of(config, num_devices)
-        jitted = step.jit_train_step(phases(config)[0], mesh)
+        phase = phases(config)[0]
+        jitted, plan = step.jit_train_step(phase, mesh), step.planned(phase, mesh)
 
         def update(state, arrays, batch):  # the step donates its state
-            return jitted(jax.tree.map(jnp.copy, state), arrays, batch)
+            return jitted(jax.tree.map(jnp.copy, state), arrays, batch, plan)
 
         def batch(label):
             image = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 1), dtype=np.uint8)
@@ -293,9 +295,11 @@ def test_ids_of_images_on_the_device_give_the_same_update_as_the_images(tiny_con
         arrays = batch_lib.flat(cache) if cached else {}
         batch = {"ids": ids} if cached else {k: v[ids] for k, v in cache.items()}
         arrays = jax.device_put(arrays, sharding.replicated(mesh))
+        phase = phases(tiny_config)[0]
         given = init_state(tiny_config, mesh), arrays, jax.device_put(batch, by_batch)
         # Compiled from shapes alone, as the dry run and the benchmarks do.
-        states.append(step.lower_train_step(phases(tiny_config)[0], mesh, 40).compile()(*given)[0])
+        compiled = step.lower_train_step(phase, mesh, 40).compile()
+        states.append(compiled(*given, step.planned(phase, mesh))[0])
     # The first learning rate is 0, so the images and labels affect only the moments.
     assert_same_bits(states[0].opt_state, states[1].opt_state)
 
@@ -315,11 +319,28 @@ def test_dropout_is_drawn_anew_for_each_step_and_each_part_of_a_batch(tiny_confi
 
 def test_the_step_donates_its_state(tiny_config):
     mesh = mesh_of(tiny_config, 1)
-    state, update = init_state(tiny_config, mesh), step.jit_train_step(phases(tiny_config)[0], mesh)
+    phase, state = phases(tiny_config)[0], init_state(tiny_config, mesh)
     batch = {
         "image": jnp.zeros((16, 8, 8, 1), jnp.uint8),
         "label": jnp.zeros((16,), jnp.int32),
     }
-    update(state, {}, jax.device_put(batch, sharding.batch_sharding(mesh)))
+    batch = jax.device_put(batch, sharding.batch_sharding(mesh))
+    step.jit_train_step(phase, mesh)(state, {}, batch, step.planned(phase, mesh))
     kernel = state.params["mid_block"]["qkv"]["kernel"]
     assert kernel.is_deleted()
+
+
+def test_runs_that_differ_in_length_and_learning_rate_share_one_program(tiny_config):
+    tiny_config.optim.lr_schedule = "wsd"
+    mesh = mesh_of(tiny_config, 2)
+
+    def program(first_step, last_step, **fields):
+        config = tiny_config.copy_and_resolve_references()
+        config.optim.update(fields)
+        phase = Phase(1, first_step, last_step, config, 0, first_step)
+        return step.lower_train_step(phase, mesh, 40).as_text()
+
+    first = program(0, 10, lr_peak=1e-3, warmup_steps=2)
+    other = program(7, 900, lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
+    assert first == other
+    assert first != program(0, 10, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
