@@ -4,6 +4,7 @@ The same function serves all stages and phases, which differ in their configs. A
 non-finite loss or gradient is not applied.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from ml_collections import FrozenConfigDict
 
 from maskdm_jax import denoiser, optim, rng, sharding
 from maskdm_jax import state as state_lib
@@ -23,6 +25,10 @@ from maskdm_jax.model import masking, patches, uvit
 from maskdm_jax.model.sizes import grid_shape
 from maskdm_jax.phases import Phase
 from maskdm_jax.state import TrainState
+
+# JAX's compilation cache does not find a program with Hopper kernels again in the same process: JAX
+# 0.11 numbers all kernels of a process, and the number becomes part of the program.
+_jitted = weakref.WeakValueDictionary()
 
 
 class Plan(NamedTuple):
@@ -42,16 +48,23 @@ def jit_train_step(phase: Phase, mesh: Mesh):
 
     Returns:
       (state, arrays, batch, plan) -> (state, metrics), see `make_train_step`; `data.batch` defines
-      arrays and batch. The state is donated, and the new one has the same shardings.
+      arrays and batch. The state is donated, and the new one has the same shardings. As long as
+      somebody holds it, phases with the same program get the same one, compiled once.
     """
-    abstract = state_lib.abstract_state(phase.config, mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(
-        make_train_step(phase.config, mesh),
-        donate_argnums=0,
-        out_shardings=(shardings, sharding.replicated(mesh)),
-        compiler_options=sharding.compiler_options(mesh),
-    )
+    fields = phase.config.copy_and_resolve_references()
+    fields.train.num_steps = 1  # part of the plan alone
+    program = FrozenConfigDict(fields), mesh
+    jitted = _jitted.get(program)
+    if jitted is None:
+        abstract = state_lib.abstract_state(phase.config, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, abstract)
+        jitted = _jitted[program] = jax.jit(
+            make_train_step(phase.config, mesh),
+            donate_argnums=0,
+            out_shardings=(shardings, sharding.replicated(mesh)),
+            compiler_options=sharding.compiler_options(mesh),
+        )
+    return jitted
 
 
 def planned(phase: Phase, mesh: Mesh) -> Plan:

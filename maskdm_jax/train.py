@@ -120,8 +120,7 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            plan = planned(phase, mesh)
-            compiled = _compile(phase, mesh, (state, batches.arrays, batch, plan), verbose)
+            compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -129,7 +128,7 @@ def train(
                 snapshots = averages.Snapshots(workdir, phase.config, step)
             telemetry.start_clock(step)
 
-        state, metrics = compiled(state, batches.arrays, batch, plan)
+        state, metrics = compiled(state, batches.arrays, batch)
         step += 1
         if pending is not None:
             _log(telemetry, skips, config, *pending)
@@ -171,16 +170,16 @@ def train(
     say(f"finished: {workdir} is at step {step}")
 
 
-def _compile(phase, mesh, inputs, verbose):
-    """The update of a phase, for such inputs; prints the memory it needs."""
+def _compile(phase, mesh, state, arrays, batch, verbose):
+    """The update of a phase, (state, arrays, batch) -> (state, metrics); prints its memory."""
     if verbose:
-        say(parameter_overview.get_parameter_overview(inputs[0].params, include_stats=False))
+        say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     say("compiling the step ...")
-    start = time.perf_counter()
-    compiled = jit_train_step(phase, mesh).lower(*inputs).compile()
+    start, plan = time.perf_counter(), planned(phase, mesh)
+    compiled = jit_train_step(phase, mesh).lower(state, arrays, batch, plan).compile()
     seconds = time.perf_counter() - start
     say(start_summary.row("memory", f"{memory.described(compiled)} (compiled in {seconds:.0f} s)"))
-    return compiled
+    return lambda state, arrays, batch: compiled(state, arrays, batch, plan)
 
 
 def _log(telemetry, skips, config, step, metrics):

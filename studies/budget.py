@@ -27,8 +27,10 @@ class Phase(NamedTuple):
     gflop_per_image: float
 
 
-def measured(config, seconds: float, source) -> list[Phase]:
+def measured(config, seconds: float, source) -> tuple[list[Phase], list]:
     """The phases of a config, each with as many steps as fit in its share of `seconds` here.
+
+    Beside them their compiled steps: whoever holds these trains without compiling them again.
 
     Args:
       config: a run's; its phases have shares of the seconds.
@@ -37,9 +39,10 @@ def measured(config, seconds: float, source) -> list[Phase]:
     """
     given = config.phases or ((1.0, {}),)
     whole = sum(share for share, _ in given)
-    found = []
+    found, steps = [], []
     for (share, _), phase in zip(given, phases.phases(config), strict=True):
-        step_s = step_seconds(phase, source)
+        step_s, compiled = step_seconds(phase, source)
+        steps.append(compiled)
         found.append(
             Phase(
                 flops.tokens_text(phase.config),
@@ -49,7 +52,7 @@ def measured(config, seconds: float, source) -> list[Phase]:
                 flops.training_flops(phase.config) / 1e9,
             )
         )
-    return found
+    return found, steps
 
 
 def fitted(config, found: list[Phase]):
@@ -65,8 +68,8 @@ def fitted(config, found: list[Phase]):
     return config
 
 
-def step_seconds(phase: phases.Phase, source) -> float:
-    """Seconds of one training step of a phase, from images of its data set."""
+def step_seconds(phase: phases.Phase, source):
+    """(seconds of one training step of a phase, from images of its data set; that step, jitted)."""
     mesh = sharding.make_mesh(phase.config)
     batches = loader.Loader(phase.config, source, mesh)
     feed, update = batches.batches(0), step.jit_train_step(phase, mesh)
@@ -77,7 +80,7 @@ def step_seconds(phase: phases.Phase, source) -> float:
         now[0], metrics = update(now[0], batches.arrays, next(feed), plan)
         return metrics["loss"]
 
-    return measure.seconds_per_call(call, _TIMED_S)
+    return measure.seconds_per_call(call, _TIMED_S), update
 
 
 def trained_seconds(workdir: pathlib.Path) -> float:

@@ -92,7 +92,7 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     folder, before = run_folder(out, run), ""
     begun = budget.Begun(folder, {"settings": arm, "device": device})
-    cost, trained = [], 0.0
+    cost, trained, steps = [], 0.0, []
     try:
         for index, (share, fields) in enumerate(arm):
             config = study.get_config()
@@ -104,11 +104,13 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
             phases.validate_devices(config, jax.device_count(), "train")
             wall = share * run.seconds / jax.device_count()
             if not begun.phases(index):
-                begun.add(budget.measured(config, wall, sources.open_source(config)))
+                found, steps = budget.measured(config, wall, sources.open_source(config))
+                begun.add(found)
             found = begun.phases(index)
             config, workdir = budget.fitted(config, found), folder / str(index)
             with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
-                train.train(config, workdir, is_stopped)
+                train.train(config, workdir, is_stopped)  # finds `steps` compiled
+            steps.clear()
             cost, before = cost + found, str(workdir)
             trained += budget.trained_seconds(workdir)
         # Scoring goes on with the images that are there, however it was stopped.

@@ -221,7 +221,7 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
     times = {32: 0.5, 16: 0.25}  # seconds of a step, by batch
     monkeypatch.setattr(
-        budget, "step_seconds", lambda phase, _: times[phase.config.train.batch_size]
+        budget, "step_seconds", lambda phase, _: (times[phase.config.train.batch_size], None)
     )
     monkeypatch.setattr(budget, "trained_seconds", lambda workdir: 2.0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest keeps its own handlers

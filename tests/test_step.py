@@ -344,3 +344,13 @@ def test_runs_that_differ_in_length_and_learning_rate_share_one_program(tiny_con
     other = program(7, 900, lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
     assert first == other
     assert first != program(0, 10, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
+
+
+def test_a_step_that_is_held_is_not_compiled_again(tiny_config):
+    mesh, other = mesh_of(tiny_config, 2), tiny_config.copy_and_resolve_references()
+    held = step.jit_train_step(phases(tiny_config)[0], mesh)
+    other.train.num_steps += 10
+    assert step.jit_train_step(phases(other)[0], mesh) is held
+    assert step.jit_train_step(phases(other)[0], mesh_of(other, 1)) is not held
+    other.seed += 1
+    assert step.jit_train_step(phases(other)[0], mesh) is not held
