@@ -39,7 +39,7 @@ from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
 from maskdm_jax.fields import COUNT, FREE, SEED, TEXT, number
 from maskdm_jax.heldout import NAMES as BINS
-from maskdm_jax.run import command_line, files, preemption
+from maskdm_jax.run import command_line, files, lock, preemption
 from maskdm_jax.run.progress import say
 from studies import budget
 
@@ -230,11 +230,6 @@ def add_row(path: pathlib.Path, row: dict) -> None:
         writer.writerow(row)
 
 
-def _fields(study, run, changes):
-    """The `fields` of a run's row."""
-    return json.loads(json.dumps(with_typed(study, study.ARMS[run.arm], changes)[0]))
-
-
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     example = "python -m studies.compute_matched --study=studies/faces128.py --arms scratch"
@@ -252,27 +247,45 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
-    rows = read_rows(out / ROWS)
-    done = [
-        (Run(row["arm"], float(row["seconds"]), int(row["seed"])), json.loads(row["fields"]))
-        for row in rows
-    ]
-    todo = [run for run in wanted if (run, _fields(study, run, args.changes)) not in done]
+    todo = [run for run in wanted if not _is_done(study, run, args.changes, out)]
     say(f"{len(wanted)} runs, of which {len(todo)} are not in {out / ROWS} yet")
     last = 0.0
-    for index, run in enumerate(todo):
+    for run in todo:
         begun = time.perf_counter()
         if begun - start + last > args.until:
-            say(f"no time for {', '.join(f'{r.arm} (seed {r.seed})' for r in todo[index:])}")
+            say("no time for another run; the same command goes on")
             return
-        row = run_arm(study, run, args.changes, out)
-        add_row(out / ROWS, row)
-        shutil.rmtree(run_folder(out, run))
-        last = time.perf_counter() - begun
-        name = list(row)[3]  # the first score
-        say(
-            f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {name} {row[name]:.4g} in {last:.0f} s"
-        )
+        if _run_once(study, run, args.changes, out):
+            last = time.perf_counter() - begun
+
+
+def _run_once(study, run, changes, out) -> bool:
+    """Trains, scores and adds the row of a run, unless another process of this --out has it."""
+    begun, folder = time.perf_counter(), run_folder(out, run)
+    try:
+        with lock.one_run(folder, wait_s=0):
+            if _is_done(study, run, changes, out):
+                return False
+            row = run_arm(study, run, changes, out)
+            with lock.hold(out):
+                add_row(out / ROWS, row)
+            shutil.rmtree(folder)
+    except lock.InUse:
+        return False
+    name = list(row)[3]  # the first score
+    seconds = time.perf_counter() - begun
+    say(f"{run.arm}, {run.seconds:g} s, seed {run.seed}: {name} {row[name]:.4g} in {seconds:.0f} s")
+    return True
+
+
+def _is_done(study, run, changes, out) -> bool:
+    """Whether rows.csv has the run, with the same fields."""
+    fields = json.loads(json.dumps(with_typed(study, study.ARMS[run.arm], changes)[0]))
+    return any(
+        (Run(row["arm"], float(row["seconds"]), int(row["seed"])), json.loads(row["fields"]))
+        == (run, fields)
+        for row in read_rows(out / ROWS)
+    )
 
 
 if __name__ == "__main__":

@@ -107,12 +107,24 @@ ARMS |= {
 
 _TUNED_AT_120 = [name for name in ARMS if name.startswith("scratch")]
 
-# What might help the best of each, tried at 300 s, where seeds differ little.
+
+def _drawn(mean: float, std: float) -> dict:
+    """Fields that draw ln(signal / noise) from that normal distribution."""
+    return {
+        "diffusion.draw": "logit_normal",
+        "diffusion.draw_mean": mean,
+        "diffusion.draw_std": std,
+    }
+
+
+# What might help the best of each, tried at 300 s, where seeds differ little. `_levels` draws more
+# of the noise levels that matter; a masked phase more of the details, which it is fast at.
 _SCRATCH = ARMS["scratch_b32_muon_lr32"]
 BETTER_SCRATCH = {
     "scratch_b64_muon_lr32": changed(_SCRATCH, train__batch_size=64),
     "scratch_b16_muon_lr32": changed(_SCRATCH, train__batch_size=16),
     "scratch_b32_muon_lr32_perturbed": changed(_SCRATCH, diffusion__input_perturbation=0.1),
+    "scratch_b32_muon_lr32_levels": [(1.0, _SCRATCH[0][1] | _drawn(-0.5, 1.4))],
 }
 BETTER_DROP = {
     f"drop_{share}_b32_muon_lr16{what}": cheap_first(
@@ -131,7 +143,23 @@ BETTER_DROP = {
         (60, "_blocks2", {"mask.block_size": 2}, {}),
         (60, "_blocks8", {"mask.block_size": 8}, {}),
         (60, "_first128", {"train.batch_size": 128}, {}),
+        (60, "_levels", _drawn(0.7, 1.6), _drawn(-0.5, 1.4)),
     )
+} | {
+    "drop_40_half_30_b32_muon_lr16": [
+        (
+            1.0,
+            {
+                "optim.name": "muon",
+                "optim.lr_peak": 1.6e-3,
+                "phases": (
+                    (0.4, DROP),
+                    (0.3, DROP | {"mask.ratio": 0.5, "train.batch_size": 64}),
+                    (0.3, {"train.batch_size": 32}),
+                ),
+            },
+        )
+    ]
 }
 # Coarse tokens where the noise is strong; masked phases have them for every fourth image.
 _LEVELS = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}

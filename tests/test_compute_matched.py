@@ -14,6 +14,7 @@ from conftest import ROOT
 
 from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import lock
 from maskdm_jax.run.command_line import TRY_AGAIN
 from studies import budget, compute_matched, page, plots, points
 
@@ -229,6 +230,10 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     argv = [f"--study={tmp_path / 'study.py'}", f"--out={out}", "--piece=all"]
     with pytest.raises(ConfigError, match="num_heads"):
         compute_matched.main([*argv, "--config.model.num_heads=5"])  # leaves nothing behind
+
+    with lock.one_run(out / "runs" / "pool_75_16s_seed1"):
+        compute_matched.main(argv)  # leaves it to the process that has it
+    assert not compute_matched.read_rows(out / "rows.csv") and not list((out / "runs").iterdir())
 
     # Stopped in training, then in scoring: neither is begun again, nor are the steps timed again.
     with monkeypatch.context() as stopping:

@@ -37,12 +37,15 @@ def holder():
         process.communicate()
 
 
-def test_a_second_run_is_refused_with_who_holds_the_workdir(holder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lock, "_WAIT_S", 0.6)
+def test_a_second_run_is_refused_with_who_holds_the_workdir(holder, tmp_path, capsys):
     first = holder(tmp_path / "w", 60)
     before = (tmp_path / "w" / ".run_lock").read_text()
-    with pytest.raises(ConfigError) as error:
-        with lock.one_run(tmp_path / "w"):
+    with pytest.raises(lock.InUse, match="in use by a run on"):
+        with lock.one_run(tmp_path / "w", wait_s=0):
+            pytest.fail("the lock was given to two")
+    assert capsys.readouterr().out == ""
+    with pytest.raises(lock.InUse) as error:
+        with lock.one_run(tmp_path / "w", wait_s=0.6):
             pytest.fail("the lock was given to two")
     text = str(error.value)
     assert f"process {first.pid}, started 2" in text and os.uname().nodename in text

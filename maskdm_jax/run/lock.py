@@ -24,6 +24,10 @@ _RUN_LOCK = ".run_lock"
 _WAIT_S = 60  # a restarted job may meet its predecessor, which is still saving
 
 
+class InUse(ConfigError):
+    """Another process holds the folder."""
+
+
 @contextlib.contextmanager
 def hold(folder: str | pathlib.Path, name: str = ".lock") -> Iterator[bool]:
     """Waits for a lock of that name in `folder`, and holds it for the block.
@@ -52,22 +56,22 @@ def hold(folder: str | pathlib.Path, name: str = ".lock") -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
+def one_run(workdir: str | pathlib.Path, wait_s: float = _WAIT_S) -> Iterator[None]:
     """Holds `workdir` for this run alone; makes the folder, and removes it if it stays empty.
 
-    If another run holds it, waits up to a minute for that run's end.
+    If another run holds it, waits up to `wait_s` seconds for that run's end.
 
     Raises:
-      ConfigError: if the other run goes on, with its host, process and start; nothing was changed
-        then. If the folder is not writable.
+      InUse: if the other run goes on, with its host, process and start; nothing was changed then.
+      ConfigError: if the folder is not writable.
       OSError: if the disk is full.
     """
     if files.is_remote(workdir):
-        with _held_in_bucket(workdir, _RUN_LOCK, _WAIT_S):
+        with _held_in_bucket(workdir, _RUN_LOCK, wait_s):
             yield
         return
     workdir = pathlib.Path(workdir)
-    file, is_new = _acquired(workdir)
+    file, is_new = _acquired(workdir, wait_s)
     with file:
         if holder := _holder(file):
             say(f"taking over {workdir} from {holder}, which ended without releasing it")
@@ -85,9 +89,9 @@ def one_run(workdir: str | pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _held_in_bucket(folder, name, wait_s):
-    """Holds a lock in a bucket; gives up if its holder is alive after `wait_s`, if that is set."""
+    """Holds a lock in a bucket; gives up if its holder is alive after `wait_s` (None: never)."""
     lock = bucket_lock.Lock(files.as_place(folder) / name, _myself())
-    deadline, told = time.monotonic() + (wait_s or math.inf), False
+    deadline, told = time.monotonic() + (math.inf if wait_s is None else wait_s), False
     while (holder := _acquire_in_bucket(lock, folder)) is not None:
         who = _described(holder) or "another run"
         if lock.holder_died:
@@ -116,7 +120,7 @@ def _acquire_in_bucket(lock, folder):
         ) from error
 
 
-def _acquired(workdir):
+def _acquired(workdir, wait_s):
     """(the locked file, whether this run made the workdir)."""
     while True:
         try:
@@ -133,15 +137,15 @@ def _acquired(workdir):
                 f"--workdir {workdir} cannot be written to: {error.strerror}; expected a folder, "
                 "or a path where one can be made; type another --workdir"
             ) from error
-        _acquire(file, workdir)
+        _acquire(file, workdir, wait_s)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(workdir / _RUN_LOCK)):
                 return file, is_new
         file.close()  # the lock of a file that was removed while this run waited
 
 
-def _acquire(file, workdir):
-    deadline, told = time.monotonic() + _WAIT_S, False
+def _acquire(file, workdir, wait_s):
+    deadline, told = time.monotonic() + wait_s, False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -150,16 +154,16 @@ def _acquire(file, workdir):
             holder = _holder(file) or "another run"
         except OSError:  # a file system without locks
             return
-        if time.monotonic() > deadline:
+        if time.monotonic() >= deadline:
             raise _in_use(workdir, holder)
         if not told:
-            say(f"{workdir} is in use by {holder}; waiting up to {_WAIT_S} s for its end ...")
+            say(f"{workdir} is in use by {holder}; waiting up to {wait_s:g} s for its end ...")
             told = True
         time.sleep(0.5)
 
 
 def _in_use(workdir, holder):
-    return ConfigError(
+    return InUse(
         f"--workdir {workdir} is in use by {holder}; wait for its end, or type another --workdir"
     )
 
