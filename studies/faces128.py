@@ -108,7 +108,7 @@ ARMS |= {
 _TUNED_AT_120 = [name for name in ARMS if name.startswith("scratch")]
 
 
-def _drawn(mean: float, std: float) -> dict:
+def drawn(mean: float, std: float) -> dict:
     """Fields that draw ln(signal / noise) from that normal distribution."""
     return {
         "diffusion.draw": "logit_normal",
@@ -117,23 +117,32 @@ def _drawn(mean: float, std: float) -> dict:
     }
 
 
-# What might help the best of each, tried at 300 s, where seeds differ little. `_levels` draws more
-# of the noise levels that matter; a masked phase more of the details, which it is fast at.
+def _better_drop(share: float, first: dict, last: dict, **fields) -> list:
+    """The best arm with a masked phase at 120 s, changed."""
+    last = {"train.batch_size": 32} | last
+    return cheap_first(
+        share, DROP | first, last, optim__name="muon", optim__lr_peak=1.6e-3, **fields
+    )
+
+
+# What might help the best of each, tried at 300 s, where seeds differ little. With `_levels` the last
+# phase sees fewer levels of the strongest noise, and a masked phase, which is fast at details, more
+# of little noise. Uniform draws have a mean of -0.7 and a standard deviation of 1.5.
+EARLY, LATE = drawn(0.7, 1.6), drawn(-0.5, 1.4)
 _SCRATCH = ARMS["scratch_b32_muon_lr32"]
 BETTER_SCRATCH = {
     "scratch_b64_muon_lr32": changed(_SCRATCH, train__batch_size=64),
     "scratch_b16_muon_lr32": changed(_SCRATCH, train__batch_size=16),
     "scratch_b32_muon_lr32_perturbed": changed(_SCRATCH, diffusion__input_perturbation=0.1),
-    "scratch_b32_muon_lr32_levels": [(1.0, _SCRATCH[0][1] | _drawn(-0.5, 1.4))],
+    "scratch_b32_muon_lr32_levels": changed(_SCRATCH, **LATE),
+    "scratch_b64_muon_lr32_levels": changed(_SCRATCH, train__batch_size=64, **LATE),
+    # The levels of both phases, and no mask.
+    "scratch_b32_muon_lr32_levels_early": [
+        (1.0, _SCRATCH[0][1] | {"phases": ((0.6, EARLY | {"optim.lr_end": 0.3}), (0.4, LATE))})
+    ],
 }
 BETTER_DROP = {
-    f"drop_{share}_b32_muon_lr16{what}": cheap_first(
-        share / 100,
-        DROP | first,
-        {"train.batch_size": 32} | last,
-        optim__name="muon",
-        optim__lr_peak=1.6e-3,
-    )
+    f"drop_{share}_b32_muon_lr16{what}": _better_drop(share / 100, first, last)
     for share, what, first, last in (
         (75, "", {}, {}),
         (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
@@ -143,7 +152,12 @@ BETTER_DROP = {
         (60, "_blocks2", {"mask.block_size": 2}, {}),
         (60, "_blocks8", {"mask.block_size": 8}, {}),
         (60, "_first128", {"train.batch_size": 128}, {}),
-        (60, "_levels", _drawn(0.7, 1.6), _drawn(-0.5, 1.4)),
+        (60, "_levels", EARLY, LATE),
+        (60, "_levels_early", EARLY, {}),
+        (60, "_levels_late", {}, LATE),
+        (60, "_levels_more", drawn(1.4, 1.6), drawn(-0.5, 1.2)),
+        (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
+        (75, "_levels", EARLY, LATE),
     )
 } | {
     "drop_40_half_30_b32_muon_lr16": [
@@ -162,20 +176,15 @@ BETTER_DROP = {
     ]
 }
 # Coarse tokens where the noise is strong; masked phases have them for every fourth image.
-_LEVELS = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
+_SIZES = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
 COARSE = {
     f"scratch_b32_muon_lr32_{name}": changed(_SCRATCH, model__coarse=pairs)
-    for name, pairs in _LEVELS.items()
+    for name, pairs in _SIZES.items()
 } | {
-    f"drop_60_b32_muon_lr16_{name}": cheap_first(
-        0.6,
-        DROP | {"diffusion.coarse_every": 4},
-        {"train.batch_size": 32},
-        optim__name="muon",
-        optim__lr_peak=1.6e-3,
-        model__coarse=pairs,
+    f"drop_60_b32_muon_lr16_{name}": _better_drop(
+        0.6, {"diffusion.coarse_every": 4}, {}, model__coarse=pairs
     )
-    for name, pairs in _LEVELS.items()
+    for name, pairs in _SIZES.items()
 }
 ARMS |= BETTER_SCRATCH | BETTER_DROP | COARSE
 
@@ -200,5 +209,8 @@ PIECES = {
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
     "coarse": runs(list(COARSE), 300),
-    "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600),
+    "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 120)
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 300, (0, 1, 2)),
+    "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 600),
 }

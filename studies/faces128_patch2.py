@@ -15,12 +15,21 @@ ARMS = {
     f"{name}_b32_muon_lr{rate}": faces128.ARMS[f"{name}_b32_muon_lr{rate}"]
     for name in ("scratch", "drop_60", "pool_60")
     for rate in (16, 32)
-} | faces128.COARSE
+} | {
+    name: faces128.ARMS[name]
+    for name in (
+        *faces128.COARSE,
+        "drop_60_b32_muon_lr16_levels",
+        "scratch_b32_muon_lr32_levels",
+        "scratch_b16_muon_lr32",
+    )
+}
 PIECES = {
     "longest": runs(
         ["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16", "scratch_b32_muon_lr16"], 600
     ),
-    "half": runs(["drop_60_b32_muon_lr16", "drop_60_b32_muon_lr16_coarse"], 300),
+    "half": runs([f"drop_60_b32_muon_lr16{what}" for what in ("", "_levels", "_coarse")], 300),
+    "better_scratch": runs(["scratch_b32_muon_lr32_levels", "scratch_b16_muon_lr32"], 600),
 }
 
 

@@ -83,7 +83,7 @@ def of_rows(rows: list[dict], score: str) -> list[Point]:
 
 
 Value = Callable[[Point], float]  # a score or a loss of a point: the lower, the better
-_score = operator.attrgetter("score")
+_score, _heldout = operator.attrgetter("score"), operator.attrgetter("heldout")
 
 
 def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[float, bool] | None:
@@ -124,7 +124,8 @@ class Reached(NamedTuple):
 def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> list[Reached]:
     """Where every other arm reaches the value of scratch's best run at each budget, by `rank`.
 
-    Budgets at which scratch is behind a shorter run of it are left out.
+    Budgets at which scratch is behind a shorter run of it are left out, and so are arms of which
+    only longer runs exist.
     """
     results, arms = [], by_arm(found)
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
@@ -135,14 +136,15 @@ def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> 
         for arm, of_arm in arms.items():
             if of_arm[0].family == BASELINE:
                 continue
-            if when := seconds_to(of_arm, value(best), value):
+            when = seconds_to(of_arm, value(best), value)
+            if when and (when[0] <= best.seconds or not when[1]):
                 results.append(Reached(arm, best, value(best), *when))
     return results
 
 
 def reached_by_level(found: list[Point]) -> dict[tuple[str, float], list[Reached | None]]:
-    """Where the arms with several budgets reach the held-out losses of scratch's runs with the best
-    score.
+    """Where the arms with several budgets reach the held-out losses by level of scratch's runs, of
+    each budget's run whose mean loss is the lowest.
 
     Returns:
       {(arm, scratch's seconds): one for each of `heldout.NAMES`; None where it does not}.
@@ -150,7 +152,7 @@ def reached_by_level(found: list[Point]) -> dict[tuple[str, float], list[Reached
     levels = {}
     several = [point for point in found if point.family == BASELINE or _is_repeated(found, point)]
     for index in range(len(BINS)):
-        for r in reached(several, lambda point, index=index: point.bins[index]):
+        for r in reached(several, lambda point, index=index: point.bins[index], _heldout):
             of_line = levels.setdefault((r.arm, r.scratch.seconds), [None] * len(BINS))
             of_line[index] = r
     return levels

@@ -52,11 +52,12 @@ def test_the_time_to_a_score_follows_the_line_through_two_budgets():
 def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
     found = as_points(
         row("scratch_b32", fid=3.0), row(fid=2.0), row(seconds=480.0, fid=1.0),
-        row("drop_60", fid=1.0),
+        row("drop_60", fid=1.0), row("pool_60", 480.0, fid=0.5),
     )  # fmt: skip
     rows = page.factors(points.reached(found))
     assert rows == [
         ["2 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
+        ["1 (scratch, 480 s)", "pool_60", "at most 480 s", "at least 1.00"],
         ["1 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
     ]
 
