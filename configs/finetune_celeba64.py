@@ -15,6 +15,8 @@ from configs import pretrain_celeba64
 
 RECIPES = {
     "ours": {
+        "diffusion.draw_mean": 0.2,
+        "diffusion.draw_std": 1.4,
         "optim.lr_end": 0.0,
         "train.num_steps": 49_000,
         "train.batch_size": 256,

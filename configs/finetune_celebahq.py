@@ -15,6 +15,8 @@ from configs import pretrain_celebahq
 
 RECIPES = {
     "ours": {
+        "diffusion.draw_mean": -1.2,
+        "diffusion.draw_std": 1.4,
         "optim.lr_end": 0.0,
         "train.num_steps": 250_000,
     },

@@ -125,9 +125,9 @@ def _better_drop(share: float, first: dict, last: dict, **fields) -> list:
     )
 
 
-# What might help the best of each, tried at 300 s, where seeds differ little. With `_levels` the last
-# phase sees fewer levels of the strongest noise, and a masked phase, which is fast at details, more
-# of little noise. Uniform draws have a mean of -0.7 and a standard deviation of 1.5.
+# What might help the best of each, tried at 300 s, where seeds differ little. With `_levels`, the
+# last phase sees fewer levels of the strongest noise, and a masked phase, which is fast at details,
+# more of little noise. Uniform draws have a mean of -0.7 and a standard deviation of 1.5.
 EARLY, LATE = drawn(0.7, 1.6), drawn(-0.5, 1.4)
 _SCRATCH = ARMS["scratch_b32_muon_lr32"]
 BETTER_SCRATCH = {
