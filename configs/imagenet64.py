@@ -5,8 +5,8 @@ tokens instead of 258.
 
 All is ours; the sources at hand give no recipe of the paper for this set. It is the recommended
 recipe of configs/pretrain_celeba64.py and configs/finetune_celeba64.py with another network, the
-classes (hidden in 10 % of the examples, for guidance) and four times the updates. None of it was
-measured on these images.
+classes (hidden in 10 % of the examples, for guidance), uniform noise levels and four times the
+updates. None of it was measured on these images.
 
 Prepare:  tfds build imagenet_resized/64x64 --file_format=array_record
           after pip install 'maskdm_jax[prepare]', see docs/data.md
@@ -30,6 +30,7 @@ def get_config(stage):
     config.data.name = "imagenet_resized/64x64"
     config.data.cache = "host"
     config.model.size = "B"
+    config.diffusion.draw = "uniform"
     config.model.num_classes = 1000
     config.train.num_steps *= 4
     config.eval.heldout_split = "validation"

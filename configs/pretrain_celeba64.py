@@ -39,9 +39,10 @@ levels of stage 2 and 0.191 with uniform ones (three seeds), after twice the tim
 
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and with
-uniform levels the gain in time fell from 1.52 times at 300 s to 1.26 at 600 s. At 64x64 there is
-only transfer: pre-training on other faces, masked or whole, where masking was no help. For a
-shorter run, divide the updates of both stages, and the warm-ups, by one number.
+uniform levels the gain in time fell from 1.37 times at 300 s to 1.26 at 600 s. How much of the gain
+of the levels is masking's is open. At 64x64 there is only transfer: pre-training on other faces,
+masked or whole, where masking was no help. For a shorter run, divide the updates of both stages,
+and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config

@@ -12,8 +12,8 @@ Expected: initial weights for configs/finetune_celebahq.py; score: not measured 
 |                           | ours                                 | paper                         |
 | ------------------------- | ------------------------------------ | ----------------------------- |
 | network's output, noise   | v, shifted cosine                    | eps, cosine                   |
-| stage 1: ln(signal/noise) | normal, mean 0, deviation 1.6        | mean 0, 1.5: uniform t        |
-| stage 2: ln(signal/noise) | normal, mean -1.2, deviation 1.4     | the same                      |
+| stage 1: ln(signal/noise) | normal, mean 0, deviation 1.6        | uniform t: mean 0, dev. 1.5   |
+| stage 2: ln(signal/noise) | normal, mean -1.2, deviation 1.4     | uniform t                     |
 | optimizer, flips          | Muon and AdamW (b1 0.9), yes         | AdamW (b1 0.99), no           |
 | stage 1: updates, batch   | 880,000 of 256                       | 200,000 of 256                |
 | stage 1: learning rate    | 4e-4, warm-up 2,000, cosine to 1.2e-4 | 2e-4, constant               |
@@ -37,9 +37,10 @@ and 0.191 with uniform ones (three seeds), after twice the time 0.146.
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
 study has a peak of 1.6e-3, and a warm-up of 200 for some 10,000 updates. A rate that suits minutes
 may be too high for days and for a wider network. With uniform levels the gain in time fell from
-1.52 times at 300 s to 1.26 at 600 s, and whether stage 1 pays after hours is not known. At 4,097
-tokens, as here, it was 1.72 times at 600 s with uniform levels; others were not tried. For a
-shorter run, divide the updates of both stages, and the warm-ups, by one number.
+1.37 times at 300 s to 1.26 at 600 s, and whether stage 1 pays after hours is not known; how much of
+the gain of the levels is masking's is open. At 4,097 tokens, as here, it was 1.72 times at 600 s
+with uniform levels; others were not tried. For a shorter run, divide the updates of both stages,
+and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config

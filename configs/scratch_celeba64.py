@@ -10,8 +10,8 @@ Device:   as for configs/finetune_celeba64.py, but on an H200 1.55 h (paper: 2.5
 Expected: score: not measured yet
 
 Ours has the settings of our stage 2 and was not measured at this size. In the study at 128x128
-(docs/study.md) Muon, a batch of 32 and the noise levels of stage 2 gave the best of scratch's runs,
-with a learning rate of 3.2e-3; with uniform levels, a batch of 64 was as good.
+(docs/study.md) Muon, a batch of 32 and the noise levels of stage 2 gave the best of scratch's runs
+of 300 s, with a learning rate of 3.2e-3; with uniform levels, a batch of 64 was as good.
 """
 
 from configs import finetune_celeba64

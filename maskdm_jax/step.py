@@ -49,17 +49,18 @@ def jit_train_step(phase: Phase, mesh: Mesh):
     Returns:
       (state, arrays, batch, plan) -> (state, metrics), see `make_train_step`; `data.batch` defines
       arrays and batch. The state is donated, and the new one has the same shardings. As long as
-      somebody holds it, phases with the same program get the same one, compiled once.
+      somebody holds it, phases that differ in the plan alone get the same one, compiled once.
     """
-    fields = phase.config.copy_and_resolve_references()
-    fields.train.num_steps = 1  # part of the plan alone
-    program = FrozenConfigDict(fields), mesh
+    config = phase.config.copy_and_resolve_references()
+    config.train.num_steps, config.phases_by = 1, "steps"
+    config.optim.update(lr_peak=0.0, lr_end=0.0, warmup_steps=0, lr_decay_share=0.0)
+    program = FrozenConfigDict(config), mesh
     jitted = _jitted.get(program)
     if jitted is None:
         abstract = state_lib.abstract_state(phase.config, mesh)
         shardings = jax.tree.map(lambda x: x.sharding, abstract)
         jitted = _jitted[program] = jax.jit(
-            make_train_step(phase.config, mesh),
+            make_train_step(config, mesh),
             donate_argnums=0,
             out_shardings=(shardings, sharding.replicated(mesh)),
             compiler_options=sharding.compiler_options(mesh),

@@ -13,6 +13,10 @@ the same command goes on after a stop. SIGTERM makes a run in training save and 
 python ...` cuts one that is longer than a machine is lent into pieces. --until is when no further
 run is started. The images of DIR/grids come from the same noise.
 
+Processes with the same --out share the runs: each takes the next that no other has. So the GPUs of
+one host, with CUDA_VISIBLE_DEVICES=0 for the first process and so on, train as many runs at once.
+DIR is then on a file system with locks, as local disks and NFS are.
+
 `studies.page` makes the plots, tables and the page from rows.csv.
 """
 
@@ -252,8 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     last = 0.0
     for run in todo:
         begun = time.perf_counter()
+        if _is_done(study, run, args.changes, out):
+            continue
         if begun - start + last > args.until:
-            say("no time for another run; the same command goes on")
+            say(f"no time to begin {run.arm} or another run; the same command resumes")
             return
         if _run_once(study, run, args.changes, out):
             last = time.perf_counter() - begun
@@ -262,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
 def _run_once(study, run, changes, out) -> bool:
     """Trains, scores and adds the row of a run, unless another process of this --out has it."""
     begun, folder = time.perf_counter(), run_folder(out, run)
+    done = folder.with_name(f".{folder.name}")
     try:
         with lock.one_run(folder, wait_s=0):
             if _is_done(study, run, changes, out):
@@ -269,8 +276,12 @@ def _run_once(study, run, changes, out) -> bool:
             row = run_arm(study, run, changes, out)
             with lock.hold(out):
                 add_row(out / ROWS, row)
-            shutil.rmtree(folder)
+            # A folder that another process looks into cannot be removed.
+            shutil.rmtree(done, ignore_errors=True)
+            folder.rename(done)
+        shutil.rmtree(done)
     except lock.InUse:
+        say(f"another process has {run.arm}, {run.seconds:g} s, seed {run.seed}")
         return False
     name = list(row)[3]  # the first score
     seconds = time.perf_counter() - begun
@@ -280,11 +291,13 @@ def _run_once(study, run, changes, out) -> bool:
 
 def _is_done(study, run, changes, out) -> bool:
     """Whether rows.csv has the run, with the same fields."""
+    with lock.hold(out):  # others add rows
+        rows = read_rows(out / ROWS)
     fields = json.loads(json.dumps(with_typed(study, study.ARMS[run.arm], changes)[0]))
     return any(
         (Run(row["arm"], float(row["seconds"]), int(row["seed"])), json.loads(row["fields"]))
         == (run, fields)
-        for row in read_rows(out / ROWS)
+        for row in rows
     )
 
 

@@ -350,6 +350,7 @@ def test_a_step_that_is_held_is_not_compiled_again(tiny_config):
     mesh, other = mesh_of(tiny_config, 2), tiny_config.copy_and_resolve_references()
     held = step.jit_train_step(phases(tiny_config)[0], mesh)
     other.train.num_steps += 10
+    other.optim.update(lr_peak=0.5, lr_end=0.5, warmup_steps=3, lr_decay_share=0.5)
     assert step.jit_train_step(phases(other)[0], mesh) is held
     assert step.jit_train_step(phases(other)[0], mesh_of(other, 1)) is not held
     other.seed += 1
