@@ -1,4 +1,4 @@
-"""AdamW, Muon and schedules from Optax, clipping, and the EMA of the parameters."""
+"""AdamW and Muon from Optax, the learning rate, clipping, and the EMA of the parameters."""
 
 import functools
 import re
