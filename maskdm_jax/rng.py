@@ -9,11 +9,11 @@ import zlib
 import jax
 
 
-def stream(seed: int, name: str, step: int | jax.Array | None = None) -> jax.Array:
+def stream(seed: int | jax.Array, name: str, step: int | jax.Array | None = None) -> jax.Array:
     """The key of the stream `name`, at `step` if the stream has steps.
 
     Args:
-      seed: the run's seed.
+      seed: the run's seed, an int or a traced int32 scalar.
       name: what the numbers are for ("time", "mask", "noise", ...); each name has its own numbers.
       step: completed updates, an int or a traced int32 scalar.
     """

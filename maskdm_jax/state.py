@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import FrozenConfigDict
 
@@ -36,16 +37,19 @@ def _abstract_state(config, mesh):
 def init_state(config, mesh: Mesh, params=None) -> TrainState:
     """A state at step 0 on the devices of `mesh`, with `params`, or fresh ones if None."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(config, mesh))
-    return jax.jit(lambda given: _create(config, mesh, given), out_shardings=shardings)(params)
+    # The seed is an input, so that the compilation cache has one program for all seeds.
+    create = jax.jit(functools.partial(_create, config, mesh), out_shardings=shardings)
+    return create(np.int32(config.seed), params)
 
 
-def fresh_params(config, mesh: Mesh):
-    """The random parameters that a run starts with by default."""
-    return uvit.init_params(uvit.make_model(config, mesh), rng.stream(config.seed, "init"))
+def fresh_params(config, mesh: Mesh, seed: jax.Array | None = None):
+    """The random parameters that a run starts with by default; `seed` is its own, if traced."""
+    seed = config.seed if seed is None else seed
+    return uvit.init_params(uvit.make_model(config, mesh), rng.stream(seed, "init"))
 
 
-def _create(config, mesh, params=None):
-    params = fresh_params(config, mesh) if params is None else params
+def _create(config, mesh, seed=None, params=None):
+    params = fresh_params(config, mesh, seed) if params is None else params
     # The EMA needs its own buffers: the step donates its input, and no buffer can be donated twice.
     return TrainState(
         step=jnp.int32(0),

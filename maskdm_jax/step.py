@@ -32,12 +32,13 @@ _jitted = weakref.WeakValueDictionary()
 
 
 class Plan(NamedTuple):
-    """Where the phase of a step begins, and its learning rate: scalars, inputs of the program.
+    """A run's seed, where the phase of a step begins, and its learning rate: inputs of the program.
 
-    So runs and phases that differ only in these, or in how long they are, share one program, and
-    JAX's compilation cache has it for all of them.
+    All are scalars. So runs and phases that differ only in these, or in how long they are, share
+    one program, and JAX's compilation cache has it for all of them.
     """
 
+    seed: jax.Array
     first_step: jax.Array
     ema_first_step: jax.Array
     rate: optim.Schedule
@@ -52,7 +53,7 @@ def jit_train_step(phase: Phase, mesh: Mesh):
       somebody holds it, phases that differ in the plan alone get the same one, compiled once.
     """
     config = phase.config.copy_and_resolve_references()
-    config.train.num_steps, config.phases_by = 1, "steps"
+    config.seed, config.train.num_steps, config.phases_by = 0, 1, "steps"
     config.optim.update(lr_peak=0.0, lr_end=0.0, warmup_steps=0, lr_decay_share=0.0)
     program = FrozenConfigDict(config), mesh
     jitted = _jitted.get(program)
@@ -74,8 +75,9 @@ def planned(phase: Phase, mesh: Mesh) -> Plan:
 
 
 def _plan(phase):
+    begins = np.int32(phase.first_step), np.int32(phase.ema_first_step)
     rate = optim.schedule(phase.config, phase.num_steps)
-    return Plan(np.int32(phase.first_step), np.int32(phase.ema_first_step), rate)
+    return Plan(np.int32(phase.config.seed), *begins, rate)
 
 
 def lower_train_step(phase: Phase, mesh: Mesh, num_examples: int):
@@ -103,8 +105,8 @@ def make_train_step(
 
     def train_step(state, arrays, batch, plan):
         batch = batch_lib.materialize(config, arrays, batch)
-        examples = draw_examples(config, process, batch, state.step)
-        dropout_key = rng.stream(config.seed, "dropout", state.step)
+        examples = draw_examples(config, process, batch, plan.seed, state.step)
+        dropout_key = rng.stream(plan.seed, "dropout", state.step)
         value, grads = value_and_gradient(
             loss, state.params, examples, dropout_key, config.optim.accumulate_steps
         )
@@ -216,13 +218,14 @@ def is_finite(loss: jax.Array, grad_norm: jax.Array) -> jax.Array:
     return jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
 
-def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
+def draw_examples(config, process, batch: dict, seed, step: jax.Array) -> dict:
     """Everything the loss of a batch needs, drawn from (seed, name, step).
 
     Args:
       config: the run's config.
       process: the config's noise process.
       batch: "image" uint8 [B, H, W, C] and "label" int32 [B].
+      seed: the run's, an int or a traced int32 scalar.
       step: completed updates, int32 scalar.
 
     Returns:
@@ -237,7 +240,7 @@ def draw_examples(config, process, batch: dict, step: jax.Array) -> dict:
     size = image_BHWC.shape[0]
 
     def key(name):
-        return rng.stream(config.seed, name, step)
+        return rng.stream(seed, name, step)
 
     first, *coarse = denoiser.tiers(config)
     examples = {"t": process.draw(key("time"), size, first.low, first.high)}

@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from maskdm_jax import optim
@@ -25,8 +26,8 @@ def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainSt
     """
     config, plan = phase.config, _plan(phase, before, mesh)
 
-    def made(state):
-        fresh = fresh_params(config, mesh)
+    def made(state, seed):
+        fresh = fresh_params(config, mesh, seed)
         params = plan.carried(state.params, fresh)
         if phase.ema_first_step == phase.first_step:
             ema = optim.init_ema(params, config)
@@ -43,7 +44,7 @@ def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainSt
     jitted = jax.jit(made, donate_argnums=0, keep_unused=True, out_shardings=shardings)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-        return jitted(state)
+        return jitted(state, np.int32(config.seed))
 
 
 def rescheduled(state: TrainState, count: int) -> TrainState:

@@ -90,7 +90,7 @@ def test_predictions_on_visible_patches_have_the_loss_that_training_reports(work
         "label": generator.integers(0, 10, (16,), dtype=np.int32),
     }
     process = make_process(config.diffusion, config.data.image_size)
-    drawn = step.draw_examples(config, process, batch, state.step)
+    drawn = step.draw_examples(config, process, batch, config.seed, state.step)
     phase = phases(config)[0]
     plan = step.planned(phase, mesh)
     _, metrics = step.jit_train_step(phase, mesh)(state, {}, batch, plan)  # donates the state

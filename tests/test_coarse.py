@@ -54,7 +54,7 @@ def drawn(config, image):
     process = make_process(config.diffusion, config.data.image_size)
     label = jnp.arange(len(image), dtype=jnp.int32) % 10
     batch = {"image": jnp.asarray(image), "label": label}
-    return process, step.draw_examples(config, process, batch, jnp.int32(0))
+    return process, step.draw_examples(config, process, batch, config.seed, jnp.int32(0))
 
 
 def ratios(process, t_B):

@@ -129,7 +129,7 @@ def test_the_peer_gives_our_loss_and_gradients_for_our_draws(
     model, params, peer = both_models(config)
     process = make_process(config.diffusion, config.data.image_size)
     batch = {"image": jnp.asarray(some_images(4, (32, 64)))}
-    examples = draw_examples(config, process, batch, jnp.int32(0))
+    examples = draw_examples(config, process, batch, config.seed, jnp.int32(0))
     assert ("pooled" in examples) == (hidden == "pool")
     ours, gradient = our_loss_and_gradient(config, model, params, examples)
     theirs = peer_torch.make_loss(config, peer, torch.device("cpu"), False)(for_the_peer(examples))

@@ -57,7 +57,7 @@ def images(count, size=16, seed=0):
 def drawn(config, image, number=0):
     process = make_process(config.diffusion, config.data.image_size)
     batch = {"image": jnp.asarray(image), "label": jnp.zeros(len(image), jnp.int32)}
-    return process, step.draw_examples(config, process, batch, jnp.int32(number))
+    return process, step.draw_examples(config, process, batch, config.seed, jnp.int32(number))
 
 
 # ------------------------------------------------------------------------------- masks and pixels

@@ -11,7 +11,7 @@ from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.model import patches
 from maskdm_jax.phases import Phase, phases
-from maskdm_jax.state import abstract_state, init_state
+from maskdm_jax.state import abstract_state, fresh_params, init_state
 
 STEPS = 20
 PINNED_LOSSES = [0.9510877, 0.9951195, 0.9362011]
@@ -105,7 +105,7 @@ def test_fsdp_splits_kernels_ema_and_moments(tiny_config):
 
 def drawn(config, batch, number=0):
     process = make_process(config.diffusion, config.data.image_size)
-    return step.draw_examples(config, process, batch, jnp.int32(number))
+    return step.draw_examples(config, process, batch, config.seed, jnp.int32(number))
 
 
 def test_draws_are_fresh_each_step_and_repeat_for_the_same_step(tiny_config):
@@ -330,28 +330,49 @@ def test_the_step_donates_its_state(tiny_config):
     assert kernel.is_deleted()
 
 
-def test_runs_that_differ_in_length_and_learning_rate_share_one_program(tiny_config):
+def test_runs_that_differ_in_seed_length_and_learning_rate_share_one_program(tiny_config):
     tiny_config.optim.lr_schedule = "wsd"
     mesh = mesh_of(tiny_config, 2)
 
-    def program(first_step, last_step, **fields):
+    def program(seed, first_step, last_step, **fields):
         config = tiny_config.copy_and_resolve_references()
+        config.seed = seed
         config.optim.update(fields)
         phase = Phase(1, first_step, last_step, config, 0, first_step)
         return step.lower_train_step(phase, mesh, 40).as_text()
 
-    first = program(0, 10, lr_peak=1e-3, warmup_steps=2)
-    other = program(7, 900, lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
+    first = program(0, 0, 10, lr_peak=1e-3, warmup_steps=2)
+    other = program(1, 7, 900, lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
     assert first == other
-    assert first != program(0, 10, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
+    assert first != program(0, 0, 10, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
+
+
+def test_another_seed_starts_from_other_weights_without_compiling(tiny_config):
+    mesh, misses = mesh_of(tiny_config, 1), []
+    first = init_state(tiny_config, mesh).params
+    tiny_config.seed += 1
+
+    def listen(event, **_):
+        misses.extend([event] if event == "/jax/compilation_cache/cache_misses" else [])
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        other = init_state(tiny_config, mesh).params
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
+    assert not misses
+    assert jnp.any(first["position"] != other["position"])
+    expected = jax.jit(lambda: fresh_params(tiny_config, mesh))()
+    assert jax.tree.all(jax.tree.map(np.array_equal, other, expected))
 
 
 def test_a_step_that_is_held_is_not_compiled_again(tiny_config):
     mesh, other = mesh_of(tiny_config, 2), tiny_config.copy_and_resolve_references()
     held = step.jit_train_step(phases(tiny_config)[0], mesh)
     other.train.num_steps += 10
+    other.seed += 1
     other.optim.update(lr_peak=0.5, lr_end=0.5, warmup_steps=3, lr_decay_share=0.5)
     assert step.jit_train_step(phases(other)[0], mesh) is held
     assert step.jit_train_step(phases(other)[0], mesh_of(other, 1)) is not held
-    other.seed += 1
+    other.optim.weight_decay += 0.1
     assert step.jit_train_step(phases(other)[0], mesh) is not held

@@ -89,7 +89,7 @@ def rotated(params, patch_size):
 def loss_of(config, params, image):
     process, model = make_process(config.diffusion, config.data.image_size), uvit.make_model(config)
     batch = {"image": jnp.asarray(image), "label": jnp.zeros(len(image), jnp.int32)}
-    examples = step.draw_examples(config, process, batch, jnp.int32(0))
+    examples = step.draw_examples(config, process, batch, config.seed, jnp.int32(0))
     pooled = examples.get("pooled")
 
     def predict(x_BVP, time_B):
