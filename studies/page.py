@@ -2,6 +2,9 @@
 
     python -m studies.page --rows=studies/faces128.csv --out=DIR [--grids=GRIDS]
 
+Scores compare only where they were computed alike, and seconds only on one kind of device, so
+--device says which rows are taken if there are several kinds.
+
 Writes DIR/page.html, which needs no other file, and its pictures. An arm's family is the first word
 of its name; "scratch" is what the others are compared with. Needs matplotlib: pip install
 'maskdm_jax[demo]'.
@@ -13,6 +16,7 @@ import io
 import math
 import operator
 import pathlib
+import shlex
 import statistics
 import sys
 
@@ -24,6 +28,9 @@ from maskdm_jax.run import command_line, files
 from studies import plots, points
 from studies.compute_matched import read_rows
 from studies.points import Reached
+
+# What rows that are compared have in common.
+_ALIKE = ("n", "steps", "reference_sha256", "network_sha256", "device")
 
 
 def factors(found: list[Reached]) -> list[list[str]]:
@@ -147,17 +154,42 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(__doc__, example)
     parser.flag("--rows", TEXT, "CSV of studies.compute_matched", required=True)
     parser.flag("--out", TEXT, "folder for the page and its plots", required=True)
+    parser.flag("--device", TEXT, "take the rows of this one, as the column `device` has it", "")
     parser.flag("--grids", TEXT, "its folder of samples", "")
     args = parser.parse(argv)
     path = files.local_path(args.rows, "--rows")
-    rows = read_rows(path)
-    if not rows or not {"arm", "seconds", "seed", "phases"} <= rows[0].keys():
+    rows = _chosen(read_rows(path), path, args.device)
+    grids = files.local_path(args.grids, "--grids") if args.grids else None
+    write_page(rows, files.local_path(args.out, "--out"), grids)
+
+
+def _chosen(rows, path, device):
+    """The rows of `device`, or all; those that do not compare are refused."""
+    if not rows or not {"arm", "seconds", "seed", "phases", *_ALIKE} <= rows[0].keys():
         raise ConfigError(
             f"--rows {path} holds no rows of arms; expected the rows.csv of "
             "studies.compute_matched; type --rows=studies/faces128.csv"
         )
-    grids = files.local_path(args.grids, "--grids") if args.grids else None
-    write_page(rows, files.local_path(args.out, "--out"), grids)
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    if device and device not in devices:
+        raise ConfigError(
+            f"--device is {device!r}, of which {path} has no row; expected one of "
+            f"{', '.join(devices)}; type --device={shlex.quote(devices[0])}"
+        )
+    rows = [row for row in rows if device in ("", row["device"])]
+    for name in _ALIKE:
+        values = list(dict.fromkeys(row[name] for row in rows))
+        if len(values) > 1:
+            mend = (
+                f"--device={shlex.quote(values[0])}"
+                if name == "device"
+                else f"--rows=FILE with those of {values[0]} alone"
+            )
+            raise ConfigError(
+                f"--rows {path} has rows that do not compare, of {name} {' and '.join(values)}; "
+                f"expected one; type {mend}"
+            )
+    return rows
 
 
 if __name__ == "__main__":

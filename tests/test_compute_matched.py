@@ -134,6 +134,23 @@ def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
+def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path, capsys):
+    path = tmp_path / "rows.csv"
+    for found in (row(), row("drop_60"), row("drop_60", device="1 x H200"), row(n=2000)):
+        compute_matched.add_row(path, found)
+    argv = [f"--rows={path}", f"--out={tmp_path}"]
+    with pytest.raises(ConfigError, match="of n 5000 and 2000; expected one; type --rows=FILE"):
+        page.main(argv)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match="of device 1 x H100 and 1 x H200; .*--device='1 x H100'"):
+        page.main(argv)
+    with pytest.raises(ConfigError, match="--device is 'H100', of which .* has no row"):
+        page.main([*argv, "--device=H100"])
+    page.main([*argv, "--device=1 x H100"])
+    text = (tmp_path / "page.html").read_text()
+    assert "1 x H100" in text and "H200" not in text
+
+
 def test_rows_with_other_columns_are_not_mixed(tmp_path):
     compute_matched.add_row(tmp_path / "rows.csv", {"arm": "a", "fid768": 1.0})
     compute_matched.add_row(tmp_path / "rows.csv", {"arm": "b", "fid768": 2.0})
