@@ -136,10 +136,14 @@ BETTER_SCRATCH = {
     "scratch_b32_muon_lr32_perturbed": changed(_SCRATCH, diffusion__input_perturbation=0.1),
     "scratch_b32_muon_lr32_levels": changed(_SCRATCH, **LATE),
     "scratch_b64_muon_lr32_levels": changed(_SCRATCH, train__batch_size=64, **LATE),
+} | {
     # The levels of both phases, and no mask.
-    "scratch_b32_muon_lr32_levels_early": [
-        (1.0, _SCRATCH[0][1] | {"phases": ((0.6, EARLY | {"optim.lr_end": 0.3}), (0.4, LATE))})
-    ],
+    f"scratch_b{batch}_muon_lr32_levels_early": changed(
+        _SCRATCH,
+        train__batch_size=batch,
+        phases=((0.6, EARLY | {"optim.lr_end": 0.3}), (0.4, LATE)),
+    )
+    for batch in (32, 64)
 }
 BETTER_DROP = {
     f"drop_{share}_b32_muon_lr16{what}": _better_drop(share / 100, first, last)
@@ -212,5 +216,5 @@ PIECES = {
     "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 120)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 300, (0, 1, 2)),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
-    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 600),
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 600),
 }
