@@ -187,7 +187,7 @@ def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
     assert made == [(1.0, given | {"optim.lr_peak": 0.5})] and not free
 
 
-@pytest.mark.parametrize("name", ["faces128", "faces128_patch2", "transfer64"])
+@pytest.mark.parametrize("name", ["faces128", "faces128_patch2", "faces64", "transfer64"])
 def test_every_arm_of_a_shipped_study_is_a_run(name):
     study = compute_matched.load_study(str(ROOT / "studies" / f"{name}.py"))
     for arm, parts in study.ARMS.items():
