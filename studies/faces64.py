@@ -1,6 +1,6 @@
 """Does masking pay at 256 patches? The faces of faces128.py at 64x64 pixels, patch 4.
 
-Attention is a small part of the cost here, so a masked image saves less than with more patches: the
+Attention is a small part of the cost here, so masking saves less than with more patches: the
 aim is scratch's score in 0.8 of its seconds, not in half. A run:
 
     python -m studies.compute_matched --study=studies/faces64.py --piece=tune --out=DIR \
