@@ -154,29 +154,32 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(__doc__, example)
     parser.flag("--rows", TEXT, "CSV of studies.compute_matched", required=True)
     parser.flag("--out", TEXT, "folder for the page and its plots", required=True)
+    parser.flag("--arms", TEXT, "take these arms alone", [], many=True)
     parser.flag("--device", TEXT, "take the rows of this one, as the column `device` has it", "")
     parser.flag("--grids", TEXT, "its folder of samples", "")
     args = parser.parse(argv)
     path = files.local_path(args.rows, "--rows")
-    rows = _chosen(read_rows(path), path, args.device)
+    rows = _chosen(read_rows(path), path, args.arms, args.device)
     grids = files.local_path(args.grids, "--grids") if args.grids else None
     write_page(rows, files.local_path(args.out, "--out"), grids)
 
 
-def _chosen(rows, path, device):
-    """The rows of `device`, or all; those that do not compare are refused."""
+def _chosen(rows, path, arms, device):
+    """The rows of those arms on that device, or all; those that do not compare are refused."""
     if not rows or not {"arm", "seconds", "seed", "phases", *_ALIKE} <= rows[0].keys():
         raise ConfigError(
             f"--rows {path} holds no rows of arms; expected the rows.csv of "
             "studies.compute_matched; type --rows=studies/faces128.csv"
         )
-    devices = list(dict.fromkeys(row["device"] for row in rows))
-    if device and device not in devices:
-        raise ConfigError(
-            f"--device is {device!r}, of which {path} has no row; expected one of "
-            f"{', '.join(devices)}; type --device={shlex.quote(devices[0])}"
-        )
-    rows = [row for row in rows if device in ("", row["device"])]
+    asked = ("--arms", "arm", arms), ("--device", "device", [device] if device else [])
+    for flag, name, given in asked:
+        there = list(dict.fromkeys(row[name] for row in rows))
+        if unknown := [value for value in given if value not in there]:
+            raise ConfigError(
+                f"{flag} has {unknown[0]!r}, of which {path} has no row; expected "
+                f"{', '.join(there)}; type {flag} {shlex.quote(there[0])}"
+            )
+        rows = [row for row in rows if not given or row[name] in given]
     for name in _ALIKE:
         values = list(dict.fromkeys(row[name] for row in rows))
         if len(values) > 1:

@@ -7,7 +7,12 @@ import numpy as np
 from maskdm_jax.heldout import NAMES as BINS
 from studies.points import BASELINE, by_arm
 
-_COSTS = {"seconds": "device-seconds", "images": "images seen", "pflop": "PFLOP"}
+# Label and unit of each cost.
+_COSTS = {
+    "seconds": ("device-seconds", 1),
+    "images": ("images seen, M", 1e6),
+    "pflop": ("PFLOP", 1),
+}
 _FINE = (1, 1.5, 2, 3, 5, 7)  # ticks for less than a decade
 
 
@@ -32,10 +37,10 @@ def plot_scores(found: list, floor: float, score: str):
     """Score against each cost; one line and colour per arm, dashed for scratch."""
     figure, axes = _subplots(len(_COSTS))
     arms = by_arm(found)
-    for axis, (cost, label) in zip(axes, _COSTS.items(), strict=True):
+    for axis, (cost, (label, unit)) in zip(axes, _COSTS.items(), strict=True):
         for arm, of_arm in arms.items():
             of_arm = sorted(of_arm, key=lambda point: point.seconds)
-            costs = [getattr(point, cost) for point in of_arm]
+            costs = [getattr(point, cost) / unit for point in of_arm]
             scores = [point.score for point in of_arm]
             spread = [
                 [point.score - min(point.scores) for point in of_arm],
@@ -45,8 +50,7 @@ def plot_scores(found: list, floor: float, score: str):
             axis.errorbar(costs, scores, spread, fmt=f"o{line}", markersize=4, label=arm)
         axis.set(xscale="log", yscale="log", xlabel=label)
         _plain_ticks(axis.yaxis, _FINE)
-        if cost != "images":
-            _plain_ticks(axis.xaxis, _FINE)
+        _plain_ticks(axis.xaxis, _FINE)
         if math.isfinite(floor):
             axis.axhline(floor, color="grey", linestyle=":", label="floor")
         axis.grid(alpha=0.3, which="both")
@@ -109,12 +113,12 @@ def plot_factors(levels: dict):
     """
     if not levels:
         return None
-    figure, (axis,) = _subplots(1)
+    figure, (axis,) = _subplots(1, height=4.4 + 0.4 * len(levels))  # with the legend below
     bounded = False
     for number, ((arm, seconds), of_line) in enumerate(sorted(levels.items())):
         factors = [r.factor if r else math.nan for r in of_line]
         scratch = next(r.scratch.arm for r in of_line if r)
-        label = f"{arm} to {scratch}, {seconds:g} s"
+        label = f"{arm}\nto {scratch}, {seconds:g} s"
         axis.plot(factors, "o-", color=f"C{number}", label=label)
         bounds = [(i, r.factor) for i, r in enumerate(of_line) if r and r.is_bound]
         if bounds:
@@ -126,7 +130,7 @@ def plot_factors(levels: dict):
     axis.axhline(1, color="grey", linestyle="--")
     _bin_ticks(axis)
     axis.set(ylabel="factor in seconds until scratch's held-out loss", ylim=(0, None))
-    axis.legend(fontsize="small")
+    figure.legend(fontsize="small", loc="outside lower center")
     return figure
 
 

@@ -83,7 +83,7 @@ def test_a_held_out_loss_is_reached_at_its_own_time_and_so_is_each_of_its_levels
     assert levels["drop_60", 480.0][0] is None and levels["drop_60", 480.0][-1].seconds == 240
     (axis,) = plots.plot_factors(levels).axes
     lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
-    drawn = lines["drop_60 to scratch, 480 s"]
+    drawn = lines["drop_60\nto scratch, 480 s"]
     assert math.isnan(drawn[0][1]) and drawn[-1] == [9, 2]
     assert lines["at least"][-1] == [9, 1]
 
@@ -134,7 +134,7 @@ def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
-def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path, capsys):
+def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path):
     path = tmp_path / "rows.csv"
     for found in (row(), row("drop_60"), row("drop_60", device="1 x H200"), row(n=2000)):
         compute_matched.add_row(path, found)
@@ -144,11 +144,15 @@ def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path, capsys
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match="of device 1 x H100 and 1 x H200; .*--device='1 x H100'"):
         page.main(argv)
-    with pytest.raises(ConfigError, match="--device is 'H100', of which .* has no row"):
+    with pytest.raises(ConfigError, match="--device has 'H100', of which .* has no row"):
         page.main([*argv, "--device=H100"])
+    with pytest.raises(ConfigError, match="--arms has 'drop', .*; type --arms scratch"):
+        page.main([*argv, "--arms", "scratch", "drop"])
     page.main([*argv, "--device=1 x H100"])
     text = (tmp_path / "page.html").read_text()
-    assert "1 x H100" in text and "H200" not in text
+    assert "1 x H100" in text and "H200" not in text and "<td>drop_60</td>" in text
+    page.main([*argv, "--device=1 x H100", "--arms", "scratch"])
+    assert "<td>drop_60</td>" not in (tmp_path / "page.html").read_text()
 
 
 def test_rows_with_other_columns_are_not_mixed(tmp_path):
