@@ -34,15 +34,14 @@ Carried over from the study at 128x128 (docs/study.md, arm drop_60_b32_muon_lr16
 300 s of training, one seed): Muon, stage 1's 60 % of the time, its decay to 0.3 of the peak, and
 the noise levels of each stage, moved by ln 2 as the schedule is. Our batches give an update about
 as many tokens as 256 and 64 do there (the arm has 256 and 32); its blocks are of 4x4 patches. It
-reached FID-768 0.128, with uniform levels 0.169 (three seeds); whole images alone 0.180 with the
-levels of stage 2 and 0.191 with uniform ones (three seeds), after twice the time 0.146.
+reached FID-768 0.128, with uniform levels 0.169 (three seeds); whole images alone 0.168 with the
+levels of both stages in turn and 0.191 with uniform ones (three seeds).
 
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
-for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and with
-uniform levels the gain in time fell from 1.37 times at 300 s to 1.26 at 600 s. How much of the gain
-of the levels is masking's is open. At 64x64 there is only transfer: pre-training on other faces,
-masked or whole, where masking was no help. For a shorter run, divide the updates of both stages,
-and the warm-ups, by one number.
+for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and over
+whole images with the same levels the gain in time fell from 1.64 times at 300 s to 1.43 at 600 s.
+At 64x64 there is only transfer: pre-training on other faces, masked or whole, where masking was no
+help. For a shorter run, divide the updates of both stages, and the warm-ups, by one number.
 """
 
 from maskdm_jax.config import default_config

@@ -145,40 +145,49 @@ BETTER_SCRATCH = {
     )
     for batch in (32, 64)
 }
-BETTER_DROP = {
-    f"drop_{share}_b32_muon_lr16{what}": _better_drop(share / 100, first, last)
-    for share, what, first, last in (
-        (75, "", {}, {}),
-        (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
-        (60, "_last32", {}, {"optim.lr_peak": 3.2e-3}),
-        (60, "_kept", {}, {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}),
-        (60, "_ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}, {}),
-        (60, "_blocks2", {"mask.block_size": 2}, {}),
-        (60, "_blocks8", {"mask.block_size": 8}, {}),
-        (60, "_first128", {"train.batch_size": 128}, {}),
-        (60, "_levels", EARLY, LATE),
-        (60, "_levels_early", EARLY, {}),
-        (60, "_levels_late", {}, LATE),
-        (60, "_levels_more", drawn(1.4, 1.6), drawn(-0.5, 1.2)),
-        (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
-        (75, "_levels", EARLY, LATE),
-    )
-} | {
-    "drop_40_half_30_b32_muon_lr16": [
-        (
-            1.0,
-            {
-                "optim.name": "muon",
-                "optim.lr_peak": 1.6e-3,
-                "phases": (
-                    (0.4, DROP),
-                    (0.3, DROP | {"mask.ratio": 0.5, "train.batch_size": 64}),
-                    (0.3, {"train.batch_size": 32}),
-                ),
-            },
+BETTER_DROP = (
+    {
+        f"drop_{share}_b32_muon_lr16{what}": _better_drop(share / 100, first, last)
+        for share, what, first, last in (
+            (75, "", {}, {}),
+            (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
+            (60, "_last32", {}, {"optim.lr_peak": 3.2e-3}),
+            (60, "_kept", {}, {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}),
+            (60, "_ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}, {}),
+            (60, "_blocks2", {"mask.block_size": 2}, {}),
+            (60, "_blocks8", {"mask.block_size": 8}, {}),
+            (60, "_first128", {"train.batch_size": 128}, {}),
+            (60, "_levels", EARLY, LATE),
+            (60, "_levels_early", EARLY, {}),
+            (60, "_levels_late", {}, LATE),
+            (60, "_levels_more", drawn(1.4, 1.6), drawn(-0.5, 1.2)),
+            (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
+            (75, "_levels", EARLY, LATE),
         )
-    ]
-}
+    }
+    | {
+        f"drop_60_b64_muon_lr16_levels{what}": _better_drop(
+            0.6, EARLY | first, LATE | {"train.batch_size": 64}
+        )
+        for what, first in (("", {}), ("_blocks2", {"mask.block_size": 2}))
+    }
+    | {
+        "drop_40_half_30_b32_muon_lr16": [
+            (
+                1.0,
+                {
+                    "optim.name": "muon",
+                    "optim.lr_peak": 1.6e-3,
+                    "phases": (
+                        (0.4, DROP),
+                        (0.3, DROP | {"mask.ratio": 0.5, "train.batch_size": 64}),
+                        (0.3, {"train.batch_size": 32}),
+                    ),
+                },
+            )
+        ]
+    }
+)
 # Coarse tokens where the noise is strong; masked phases have them for every fourth image.
 _SIZES = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
 COARSE = {
@@ -213,8 +222,8 @@ PIECES = {
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
     "coarse": runs(list(COARSE), 300),
-    "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 120)
-    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels"], 300, (0, 1, 2)),
+    "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 120)
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 300, (0, 1, 2)),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 600),
 }
