@@ -216,6 +216,16 @@ def _costs(config):
 
 
 def _check_change(config, index, name, value):
+    if name in FIELDS and not config_lib.is_used(config, name):
+        fixed = tuple(
+            (share, {k: v for k, v in changes.items() if config_lib.is_used(config, k)})
+            for share, changes in config.phases
+        )
+        raise ConfigError(
+            f"phase {index + 1} of phases sets {name}, which diffusion.framework="
+            f"{config.diffusion.framework} does not use; expected fields that it uses; type "
+            f"--config.phases={quoted(fixed)}"
+        )
     changeable = [f for f in FIELDS if can_change(f) and config_lib.is_used(config, f)]
     if name not in changeable:
         share, changes = config.phases[index]
@@ -223,11 +233,6 @@ def _check_change(config, index, name, value):
         leaves = {field.rpartition(".")[2]: field for field in changeable}
         near = leaves.get(name.rpartition(".")[2]) or nearest_word(name, changeable)
         fault = "no phase can change" if name in FIELDS else "is not a field"
-        if name in FIELDS and not config_lib.is_used(config, name):
-            fault, near = f"diffusion.framework={config.diffusion.framework} does not use", None
-            kept = {
-                k: v for k, v in kept.items() if k not in FIELDS or config_lib.is_used(config, k)
-            }
         if near and near not in changes and FIELDS[near].kind.accepts(value):
             kept[near] = value
         fixed = (*config.phases[:index], (share, kept), *config.phases[index + 1 :])

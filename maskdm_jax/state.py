@@ -43,7 +43,12 @@ def init_state(config, mesh: Mesh, params=None) -> TrainState:
 
 
 def fresh_params(config, mesh: Mesh, seed: jax.Array | None = None):
-    """The random parameters that a run starts with by default; `seed` is its own, if traced."""
+    """The random parameters that a run starts with by default.
+
+    Args:
+      config, mesh: the run's.
+      seed: the run's as a traced scalar; None takes `config.seed`.
+    """
     seed = config.seed if seed is None else seed
     return uvit.init_params(uvit.make_model(config, mesh), rng.stream(seed, "init"))
 

@@ -32,7 +32,7 @@ _jitted = weakref.WeakValueDictionary()
 
 
 class Plan(NamedTuple):
-    """A run's seed, where the phase of a step begins, and its learning rate: inputs of the program.
+    """A run's seed, and the first steps and the learning rate of a phase: inputs of the program.
 
     All are scalars. So runs and phases that differ only in these, or in how long they are, share
     one program, and JAX's compilation cache has it for all of them.
@@ -93,7 +93,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict, dict, Plan], tuple[TrainState, dict]]:
     """Makes the update of one step of a phase, to be jitted; `config` is the phase's.
 
-    Random draws depend on the run's step, the learning rate on the step within the phase.
+    Random draws depend on the plan's seed, not the config's, and on the run's step; the learning
+    rate depends on the step within the phase.
 
     Returns:
       (state, arrays, batch, plan) -> (state, metrics). The metrics are float32 scalars: "loss",

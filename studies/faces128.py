@@ -138,7 +138,7 @@ BETTER_SCRATCH = {
     "scratch_b64_muon_lr32_levels": changed(_SCRATCH, train__batch_size=64, **LATE),
 } | {
     # The levels of both phases, and no mask.
-    f"scratch_b{batch}_muon_lr32_levels_early": changed(
+    f"scratch_b{batch}_muon_lr32_levels_both": changed(
         _SCRATCH,
         train__batch_size=batch,
         phases=((0.6, EARLY | {"optim.lr_end": 0.3}), (0.4, LATE)),
@@ -222,8 +222,8 @@ PIECES = {
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
     "coarse": runs(list(COARSE), 300),
-    "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 120)
-    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 300, (0, 1, 2)),
+    "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 120)
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
-    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_early"], 600),
+    + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 600),
 }

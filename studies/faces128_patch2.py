@@ -20,7 +20,7 @@ ARMS = {
     for name in (
         *faces128.COARSE,
         "drop_60_b32_muon_lr16_levels",
-        "scratch_b32_muon_lr32_levels_early",
+        "scratch_b32_muon_lr32_levels_both",
         "scratch_b16_muon_lr32",
     )
 }
@@ -29,7 +29,7 @@ PIECES = {
         ["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16", "scratch_b32_muon_lr16"], 600
     ),
     "half": runs([f"drop_60_b32_muon_lr16{what}" for what in ("", "_levels", "_coarse")], 300),
-    "better_scratch": runs(["scratch_b32_muon_lr32_levels_early", "scratch_b16_muon_lr32"], 600),
+    "better_scratch": runs(["scratch_b32_muon_lr32_levels_both", "scratch_b16_muon_lr32"], 600),
 }
 
 

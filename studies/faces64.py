@@ -29,7 +29,7 @@ ARMS = {
         train__batch_size=batch, optim__lr_peak=rate / 1e4, **fields
     )
     for batch, rate in ((64, 32), (128, 32), (128, 16))
-    for what, fields in (("", {}), ("_levels_early", _LEVELS))
+    for what, fields in (("", {}), ("_levels_both", _LEVELS))
 } | {
     f"drop_60_b{batch}_lr16{what}": faces128.cheap_first(
         0.6,
@@ -45,6 +45,6 @@ _DROP = [name for name in ARMS if name.startswith("drop")]
 
 PIECES = {
     "tune": runs([*_SCRATCH, *_DROP], 120),
-    "longer": runs(["scratch_b64_lr32_levels_early", "drop_60_b64_lr16_levels"], 300)
+    "longer": runs(["scratch_b64_lr32_levels_both", "drop_60_b64_lr16_levels"], 300)
     + runs(["drop_60_b64_lr16_levels"], 240),
 }

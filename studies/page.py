@@ -1,9 +1,9 @@
 """Plots, tables and one HTML page from the rows of `studies.compute_matched`.
 
-    python -m studies.page --rows=studies/faces128.csv --out=DIR [--grids=GRIDS]
+    python -m studies.page --rows=studies/transfer64.csv --out=DIR [--grids=GRIDS]
 
 Scores compare only where they were computed alike, and seconds only on one kind of device, so
---device says which rows are taken if there are several kinds.
+rows of several kinds need --device=NAME, as the column has it.
 
 Writes DIR/page.html, which needs no other file, and its pictures. An arm's family is the first word
 of its name; "scratch" is what the others are compared with. Needs matplotlib: pip install
@@ -150,7 +150,7 @@ def _small(path):
 
 
 def main(argv: list[str] | None = None) -> None:
-    example = "python -m studies.page --rows=studies/faces128.csv --out=DIR"
+    example = "python -m studies.page --rows=studies/transfer64.csv --out=DIR"
     parser = command_line.Parser(__doc__, example)
     parser.flag("--rows", TEXT, "CSV of studies.compute_matched", required=True)
     parser.flag("--out", TEXT, "folder for the page and its plots", required=True)
@@ -169,14 +169,15 @@ def _chosen(rows, path, arms, device):
     if not rows or not {"arm", "seconds", "seed", "phases", *_ALIKE} <= rows[0].keys():
         raise ConfigError(
             f"--rows {path} holds no rows of arms; expected the rows.csv of "
-            "studies.compute_matched; type --rows=studies/faces128.csv"
+            "studies.compute_matched; type --rows=studies/transfer64.csv"
         )
-    asked = ("--arms", "arm", arms), ("--device", "device", [device] if device else [])
-    for flag, name, given in asked:
+    for flag, name, given in (("--arms", "arm", arms), ("--device", "device", [device])):
+        given = [value for value in given if value]
         there = list(dict.fromkeys(row[name] for row in rows))
         if unknown := [value for value in given if value not in there]:
+            of_arms = f" of {', '.join(arms)}" if name == "device" and arms else ""
             raise ConfigError(
-                f"{flag} has {unknown[0]!r}, of which {path} has no row; expected "
+                f"{flag} has {unknown[0]!r}, of which {path} has no row{of_arms}; expected "
                 f"{', '.join(there)}; type {flag} {shlex.quote(there[0])}"
             )
         rows = [row for row in rows if not given or row[name] in given]
@@ -189,8 +190,8 @@ def _chosen(rows, path, arms, device):
                 else f"--rows=FILE with those of {values[0]} alone"
             )
             raise ConfigError(
-                f"--rows {path} has rows that do not compare, of {name} {' and '.join(values)}; "
-                f"expected one; type {mend}"
+                f"--rows {path} has rows that do not compare: their {name} is "
+                f"{' or '.join(values)}; expected one alone; type {mend}"
             )
     return rows
 

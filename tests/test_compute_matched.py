@@ -139,15 +139,20 @@ def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path):
     for found in (row(), row("drop_60"), row("drop_60", device="1 x H200"), row(n=2000)):
         compute_matched.add_row(path, found)
     argv = [f"--rows={path}", f"--out={tmp_path}"]
-    with pytest.raises(ConfigError, match="of n 5000 and 2000; expected one; type --rows=FILE"):
+    with pytest.raises(
+        ConfigError, match="n is 5000 or 2000; expected one alone; type --rows=FILE"
+    ):
         page.main(argv)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(ConfigError, match="of device 1 x H100 and 1 x H200; .*--device='1 x H100'"):
+    with pytest.raises(ConfigError, match="device is 1 x H100 or 1 x H200; .*--device='1 x H100'"):
         page.main(argv)
     with pytest.raises(ConfigError, match="--device has 'H100', of which .* has no row"):
         page.main([*argv, "--device=H100"])
     with pytest.raises(ConfigError, match="--arms has 'drop', .*; type --arms scratch"):
         page.main([*argv, "--arms", "scratch", "drop"])
+    other = ["--arms", "scratch", "--device=1 x H200"]
+    with pytest.raises(ConfigError, match="has no row of scratch; expected 1 x H100;"):
+        page.main([*argv, *other])
     page.main([*argv, "--device=1 x H100"])
     text = (tmp_path / "page.html").read_text()
     assert "1 x H100" in text and "H200" not in text and "<td>drop_60</td>" in text

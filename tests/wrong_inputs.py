@@ -325,9 +325,9 @@ PHASES = [
         before=f"{NINE}--config.model.coarse='((2, 1.0),)' ",
     ),
     phases(
-        "((1, {'diffusion.draw': 'logit_normal'}),)",
+        "((1, {'diffusion.draw': 'uniform', 'mask.ratio': 0.5}), (1, {'diffusion.draw_std': 1}))",
         "diffusion.draw, which diffusion.framework=edm does not use",
-        "((1, {}),)",
+        "((1, {'mask.ratio': 0.5}), (1, {}))",
         before=EDM,
     ),
     Wrong(
