@@ -328,7 +328,7 @@ PHASES = [
         "((1, {'diffusion.draw': 'uniform', 'mask.ratio': 0.5}), (1, {'diffusion.draw_std': 1}))",
         "diffusion.draw, which diffusion.framework=edm does not use",
         "((1, {'mask.ratio': 0.5}), (1, {}))",
-        before=EDM,
+        before=f"{NINE}{EDM}",
     ),
     Wrong(
         MAIN + "--config.mask.ratio=0.25 --config.phases=\"((1, {{'mask.ratio': 0.5}}),)\"",
