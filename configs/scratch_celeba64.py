@@ -9,13 +9,8 @@ Command:  python main.py --config=configs/scratch_celeba64.py --workdir=W
 Device:   as for configs/finetune_celeba64.py, but on an H200 1.55 h (paper: 2.5 h)
 Expected: score: not measured yet
 
-Ours has the settings of our stage 2 in two phases, 60 and 40 % of the updates: the noise levels of
-stage 1, down to 0.3 of the peak, then those of stage 2, down to 0, each with a warm-up of its own.
-It was not measured at this size, and the peak of 4e-4 is our choice. In the study at 128x128
-(docs/study.md; one H200, one seed) such phases gave the best of scratch's runs, with a peak of
-3.2e-3 and a batch of 64: FID-768 0.161 after 300 s and 0.118 after 600 s. The arm with a masked
-first phase, at its own peak and batches, has 0.132 and 0.105. Other levels, or EDM, need
---config.phases="()" too.
+Ours is in two phases, for the reason that configs/scratch_celebahq.py gives, which also says what
+was measured elsewhere. Nothing was measured at this size.
 """
 
 from configs import finetune_celeba64
