@@ -129,6 +129,7 @@ def _better_drop(share: float, first: dict, last: dict, **fields) -> list:
 # last phase sees fewer levels of the strongest noise, and a masked phase, which is fast at details,
 # more of little noise. Uniform draws have a mean of -0.7 and a standard deviation of 1.5.
 EARLY, LATE = drawn(0.7, 1.6), drawn(-0.5, 1.4)
+MORE_EARLY, MORE_LATE = drawn(1.4, 1.6), drawn(-0.5, 1.2)  # the same, further
 _SCRATCH = ARMS["scratch_b32_muon_lr32"]
 BETTER_SCRATCH = {
     "scratch_b64_muon_lr32": changed(_SCRATCH, train__batch_size=64),
@@ -138,12 +139,16 @@ BETTER_SCRATCH = {
     "scratch_b64_muon_lr32_levels": changed(_SCRATCH, train__batch_size=64, **LATE),
 } | {
     # The levels of both phases, and no mask.
-    f"scratch_b{batch}_muon_lr32_levels_both": changed(
+    f"scratch_b{batch}_muon_lr32_levels_{what}": changed(
         _SCRATCH,
         train__batch_size=batch,
-        phases=((0.6, EARLY | {"optim.lr_end": 0.3}), (0.4, LATE)),
+        phases=((0.6, early | {"optim.lr_end": 0.3}), (0.4, late)),
     )
-    for batch in (32, 64)
+    for batch, what, early, late in (
+        (32, "both", EARLY, LATE),
+        (64, "both", EARLY, LATE),
+        (64, "more_both", MORE_EARLY, MORE_LATE),
+    )
 }
 BETTER_DROP = (
     {
@@ -160,16 +165,20 @@ BETTER_DROP = (
             (60, "_levels", EARLY, LATE),
             (60, "_levels_early", EARLY, {}),
             (60, "_levels_late", {}, LATE),
-            (60, "_levels_more", drawn(1.4, 1.6), drawn(-0.5, 1.2)),
+            (60, "_levels_more", MORE_EARLY, MORE_LATE),
             (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
             (75, "_levels", EARLY, LATE),
         )
     }
     | {
         f"drop_60_b64_muon_lr16_levels{what}": _better_drop(
-            0.6, EARLY | first, LATE | {"train.batch_size": 64}
+            0.6, first, last | {"train.batch_size": 64}
         )
-        for what, first in (("", {}), ("_blocks2", {"mask.block_size": 2}))
+        for what, first, last in (
+            ("", EARLY, LATE),
+            ("_blocks2", EARLY | {"mask.block_size": 2}, LATE),
+            ("_more_blocks2", MORE_EARLY | {"mask.block_size": 2}, MORE_LATE),
+        )
     }
     | {
         "drop_40_half_30_b32_muon_lr16": [
