@@ -18,7 +18,7 @@ from ml_collections import FrozenConfigDict
 from maskdm_jax import denoiser, optim, rng, sharding
 from maskdm_jax import state as state_lib
 from maskdm_jax.data import batch as batch_lib
-from maskdm_jax.diffusion import make_process
+from maskdm_jax.diffusion import level_normal, make_process
 from maskdm_jax.diffusion.objective import denoising_loss
 from maskdm_jax.diffusion.weighting import loss_weight
 from maskdm_jax.model import masking, patches, uvit
@@ -32,16 +32,17 @@ _jitted = weakref.WeakValueDictionary()
 
 
 class Plan(NamedTuple):
-    """A run's seed, and the first steps and the learning rate of a phase: inputs of the program.
+    """A run's seed, and a phase's first steps, learning rate and distribution of noise levels.
 
-    All are scalars. So runs and phases that differ only in these, or in how long they are, share
-    one program, and JAX's compilation cache has it for all of them.
+    All are scalars, and inputs of the program. So runs and phases that differ only in these, or in
+    how long they are, share one, and JAX's compilation cache has it for all of them.
     """
 
     seed: jax.Array
     first_step: jax.Array
     ema_first_step: jax.Array
     rate: optim.Schedule
+    levels: tuple[jax.Array, jax.Array]  # `diffusion.level_normal`
 
 
 def jit_train_step(phase: Phase, mesh: Mesh):
@@ -55,6 +56,7 @@ def jit_train_step(phase: Phase, mesh: Mesh):
     config = phase.config.copy_and_resolve_references()
     config.seed, config.train.num_steps, config.phases_by = 0, 1, "steps"
     config.optim.update(lr_peak=0.0, lr_end=0.0, warmup_steps=0, lr_decay_share=0.0)
+    config.diffusion.update(draw_mean=0.0, draw_std=0.0, edm_mean=0.0, edm_std=0.0)
     program = FrozenConfigDict(config), mesh
     jitted = _jitted.get(program)
     if jitted is None:
@@ -77,7 +79,8 @@ def planned(phase: Phase, mesh: Mesh) -> Plan:
 def _plan(phase):
     begins = np.int32(phase.first_step), np.int32(phase.ema_first_step)
     rate = optim.schedule(phase.config, phase.num_steps)
-    return Plan(np.int32(phase.config.seed), *begins, rate)
+    levels = tuple(map(np.float32, level_normal(phase.config.diffusion)))
+    return Plan(np.int32(phase.config.seed), *begins, rate, levels)
 
 
 def lower_train_step(phase: Phase, mesh: Mesh, num_examples: int):
@@ -93,18 +96,18 @@ def make_train_step(
 ) -> Callable[[TrainState, dict, dict, Plan], tuple[TrainState, dict]]:
     """Makes the update of one step of a phase, to be jitted; `config` is the phase's.
 
-    Random draws depend on the plan's seed, not the config's, and on the run's step; the learning
-    rate depends on the step within the phase.
+    Random draws depend on the plan's seed and levels, not the config's, and on the run's step; the
+    learning rate depends on the step within the phase.
 
     Returns:
       (state, arrays, batch, plan) -> (state, metrics). The metrics are float32 scalars: "loss",
       "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
       skipped update still advances `step`, which the random draws and the data order depend on.
     """
-    process = make_process(config.diffusion, config.data.image_size)
-    loss = _make_loss(config, mesh, process)
 
     def train_step(state, arrays, batch, plan):
+        process = make_process(config.diffusion, config.data.image_size, plan.levels)
+        loss = _make_loss(config, mesh, process)
         batch = batch_lib.materialize(config, arrays, batch)
         examples = draw_examples(config, process, batch, plan.seed, state.step)
         dropout_key = rng.stream(plan.seed, "dropout", state.step)

@@ -120,7 +120,9 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
+            # Held until the next phase, which takes it if it has the same program.
+            jitted = jit_train_step(phase, mesh)
+            compiled = _compile(jitted, phase, mesh, state, batches.arrays, batch, verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -170,13 +172,13 @@ def train(
     say(f"finished: {workdir} is at step {step}")
 
 
-def _compile(phase, mesh, state, arrays, batch, verbose):
+def _compile(jitted, phase, mesh, state, arrays, batch, verbose):
     """The update of a phase, (state, arrays, batch) -> (state, metrics); prints its memory."""
     if verbose:
         say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     say("compiling the step ...")
     start, plan = time.perf_counter(), planned(phase, mesh)
-    compiled = jit_train_step(phase, mesh).lower(state, arrays, batch, plan).compile()
+    compiled = jitted.lower(state, arrays, batch, plan).compile()
     seconds = time.perf_counter() - start
     say(start_summary.row("memory", f"{memory.described(compiled)} (compiled in {seconds:.0f} s)"))
     return lambda state, arrays, batch: compiled(state, arrays, batch, plan)

@@ -14,6 +14,7 @@ from conftest import TINY
 from configs import finetune_digits, phases_digits, pretrain_digits
 from maskdm_jax import checkpoint, config_file, dry_run, flops, phases, sample, sharding, train
 from maskdm_jax import config as config_lib
+from maskdm_jax import step as step_lib
 from maskdm_jax.data.loader import Order
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
@@ -288,6 +289,25 @@ def test_a_run_stopped_before_at_and_after_a_boundary_ends_like_an_undisturbed_o
         assert checkpoint.digest(tmp_path, step) == checkpoint.digest(calm, step)
     losses = [[(r["step"], r["loss"]) for r in read_metrics(w)] for w in (tmp_path, calm)]
     assert losses[0] == losses[1]
+
+
+def test_phases_that_differ_in_rate_and_levels_alone_share_one_program(
+    tiny_config, tmp_path, monkeypatch
+):
+    made, original = [], step_lib.make_train_step
+
+    def make_train_step(*given):
+        made.append(given)
+        return original(*given)
+
+    monkeypatch.setattr(step_lib, "make_train_step", make_train_step)
+    levels = {"diffusion.draw": "logit_normal", "optim.lr_peak": 5e-4}
+    narrow = levels | {"diffusion.draw_std": 0.5, "optim.lr_peak": 1e-3}
+    tiny_config.update_from_flattened_dict(WHOLE)
+    tiny_config.train.sample_every_steps = 0
+    parts = (1, levels), (1, narrow), (1, narrow | {"diffusion.draw": "uniform"})
+    train.train(phased(tiny_config, *parts, train__num_steps=3), tmp_path)
+    assert len(made) == 2
 
 
 def test_records_have_the_work_and_the_learning_rate_of_their_phases(calm):

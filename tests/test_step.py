@@ -330,21 +330,26 @@ def test_the_step_donates_its_state(tiny_config):
     assert kernel.is_deleted()
 
 
-def test_runs_that_differ_in_seed_length_and_learning_rate_share_one_program(tiny_config):
+@pytest.mark.parametrize("framework, draw", [("ddpm", "draw"), ("edm", "edm")])
+def test_runs_that_differ_in_seed_length_rate_and_levels_share_one_program(
+    tiny_config, framework, draw
+):
     tiny_config.optim.lr_schedule = "wsd"
+    tiny_config.diffusion.update(framework=framework, draw="logit_normal")
     mesh = mesh_of(tiny_config, 2)
 
-    def program(seed, first_step, last_step, **fields):
+    def program(seed, first_step, last_step, level_mean, level_std, **fields):
         config = tiny_config.copy_and_resolve_references()
         config.seed = seed
         config.optim.update(fields)
+        config.diffusion.update({f"{draw}_mean": level_mean, f"{draw}_std": level_std})
         phase = Phase(1, first_step, last_step, config, 0, first_step)
         return step.lower_train_step(phase, mesh, 40).as_text()
 
-    first = program(0, 0, 10, lr_peak=1e-3, warmup_steps=2)
-    other = program(1, 7, 900, lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
-    assert first == other
-    assert first != program(0, 0, 10, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
+    first = program(0, 0, 10, -1.0, 1.0, lr_peak=1e-3, warmup_steps=2)
+    rate = dict(lr_peak=0.02, lr_end=0.1, warmup_steps=50, lr_decay_share=0.6)
+    assert first == program(1, 7, 900, 0.5, 1.5, **rate)
+    assert first != program(0, 0, 10, -1.0, 1.0, lr_peak=1e-3, warmup_steps=2, weight_decay=0.5)
 
 
 def test_another_seed_starts_from_other_weights_without_compiling(tiny_config):
@@ -372,6 +377,7 @@ def test_a_step_that_is_held_is_not_compiled_again(tiny_config):
     other.train.num_steps += 10
     other.seed += 1
     other.optim.update(lr_peak=0.5, lr_end=0.5, warmup_steps=3, lr_decay_share=0.5)
+    other.diffusion.update(draw_mean=1.0, draw_std=2.0)
     assert step.jit_train_step(phases(other)[0], mesh) is held
     assert step.jit_train_step(phases(other)[0], mesh_of(other, 1)) is not held
     other.optim.weight_decay += 0.1

@@ -25,12 +25,17 @@ from maskdm_jax.diffusion.process import (
 _NOISIEST = -5.1
 
 
-def make_process(diffusion, image_size: tuple[int, int]) -> Process:
+def level_normal(diffusion) -> tuple[float, float]:
+    """Mean and standard deviation of ln(signal / noise) where `diffusion.draw` is not uniform."""
+    return diffusion.draw_mean, diffusion.draw_std
+
+
+def make_process(diffusion, image_size: tuple[int, int], normal: tuple | None = None) -> Process:
     """The process of `config.diffusion`: its schedule, num_timesteps, prediction and draw.
 
     Training draws t uniformly, or "logit_normal": the t whose ln(signal / noise) is nearest to a
     draw of N(draw_mean, draw_std^2) (Esser et al. 2024; Li & He 2025), so draws beyond the
-    schedule's ends give the first or the last t.
+    schedule's ends give the first or the last t. `normal` is given in place of these two.
     The network's time is t, int32; in a "log_snr" or "karras" ladder it is real-valued, float64,
     with log(signal / noise) interpolated between timesteps, from at least -5.1 on.
     """
@@ -55,7 +60,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
         if diffusion.draw == "uniform":
             return jax.random.randint(key, (batch,), first, end)
         between = to_device((log_snr[1:] + log_snr[:-1]) / 2)
-        mean, std = diffusion.draw_mean, diffusion.draw_std
+        mean, std = normal or level_normal(diffusion)
         drawn = draw_normal(key, batch, mean, std, *bounds(low, high))
         return jnp.clip(jnp.searchsorted(-between, -drawn).astype(jnp.int32), first, end - 1)
 
@@ -63,7 +68,7 @@ def make_process(diffusion, image_size: tuple[int, int]) -> Process:
         first, end = timesteps_of(low, high)
         if diffusion.draw == "uniform" or first == end:
             return (end - first) / num_timesteps
-        return normal_share(diffusion.draw_mean, diffusion.draw_std, *bounds(low, high))
+        return normal_share(*(normal or level_normal(diffusion)), *bounds(low, high))
 
     def at(t_B):
         # Tables of the float64 square roots: near t = 0, 1 - abar_t has few digits in float32.

@@ -24,24 +24,29 @@ from maskdm_jax.diffusion.process import Level, Process, draw_normal, normal_sha
 _TIME_PER_LOG_SIGMA = 100.0
 
 
-def make_process(diffusion) -> Process:
+def level_normal(diffusion) -> tuple[float, float]:
+    """Mean and standard deviation of ln(sigma)."""
+    return diffusion.edm_mean, diffusion.edm_std
+
+
+def make_process(diffusion, normal: tuple | None = None) -> Process:
     """The process of `config.diffusion`; its t is sigma, float32.
 
-    Training draws ln(sigma) from N(edm_mean, edm_std^2), the paper's P_mean and P_std. A ladder
-    goes from sigma_max to sigma_min: evenly in sigma^(1 / rho) (equation 5 there), or with
-    "log_snr" in ln(sigma).
+    Training draws ln(sigma) from N(edm_mean, edm_std^2), the paper's P_mean and P_std, or from
+    `normal`. A ladder goes from sigma_max to sigma_min: evenly in sigma^(1 / rho) (equation 5
+    there), or with "log_snr" in ln(sigma).
     """
     data_std = diffusion.sigma_data
+    mean, std = normal or level_normal(diffusion)
 
     def bounds(low, high):  # of ln(sigma)
         return (math.log(x) if x else -math.inf for x in (low, high))
 
     def draw(key, batch, low=0.0, high=math.inf):
-        mean, std = diffusion.edm_mean, diffusion.edm_std
         return jnp.exp(draw_normal(key, batch, mean, std, *bounds(low, high)))
 
     def share(low, high):
-        return normal_share(diffusion.edm_mean, diffusion.edm_std, *bounds(low, high))
+        return normal_share(mean, std, *bounds(low, high))
 
     def at(sigma):
         xp = np if isinstance(sigma, np.ndarray) else jnp

@@ -106,19 +106,24 @@ def spaced(spacing: str, noisiest: float, cleanest: float, steps: int) -> np.nda
     return np.linspace(noisiest, cleanest, steps)
 
 
-def draw_normal(key, batch: int, mean: float, std: float, low=-math.inf, high=math.inf):
-    """Draws from N(mean, std^2) within the bounds, float32 [batch]."""
+def draw_normal(key, batch: int, mean, std, low=-math.inf, high=math.inf):
+    """Draws from N(mean, std^2) within the bounds, float32 [batch]; mean and std may be traced."""
     if (low, high) == (-math.inf, math.inf):
         return mean + std * jax.random.normal(key, (batch,))
     # Unbounded draws reach 5.4 in float32; an infinite bound gives some that are infinite.
-    low, high = (min(max((x - mean) / max(std, 1e-6), -5.4), 5.4) for x in (low, high))
+    low, high = (jnp.clip((x - mean) / jnp.maximum(std, 1e-6), -5.4, 5.4) for x in (low, high))
     return mean + std * jax.random.truncated_normal(key, low, high, (batch,))
 
 
-def normal_share(mean: float, std: float, low: float, high: float) -> float:
-    """The probability that a draw from N(mean, std^2) lies within the bounds."""
-    low, high = ((bound - mean) / max(std, 1e-6) for bound in (low, high))
-    return (math.erf(high / math.sqrt(2)) - math.erf(low / math.sqrt(2))) / 2
+def normal_share(mean, std, low: float, high: float):
+    """The probability that a draw from N(mean, std^2) lies within the bounds.
+
+    A float, without any use of a device; of traced numbers a float32 scalar.
+    """
+    is_traced = isinstance(mean, jax.Array)
+    erf, xp = (jax.scipy.special.erf, jnp) if is_traced else (math.erf, np)
+    low, high = ((bound - mean) / xp.maximum(std, 1e-6) for bound in (low, high))
+    return (erf(high / math.sqrt(2)) - erf(low / math.sqrt(2))) / 2
 
 
 def to_device(tree, dtype=jnp.float32):
