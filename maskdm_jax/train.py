@@ -120,9 +120,7 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            # Held until the next phase, which takes it if it has the same program.
-            jitted = jit_train_step(phase, mesh)
-            compiled = _compile(jitted, phase, mesh, state, batches.arrays, batch, verbose)
+            held, compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -172,16 +170,22 @@ def train(
     say(f"finished: {workdir} is at step {step}")
 
 
-def _compile(jitted, phase, mesh, state, arrays, batch, verbose):
-    """The update of a phase, (state, arrays, batch) -> (state, metrics); prints its memory."""
+def _compile(phase, mesh, state, arrays, batch, verbose):
+    """Compiles the update of a phase, and prints its memory.
+
+    Returns:
+      (what to hold until the next phase, which takes it if it has the same program,
+      (state, arrays, batch) -> (state, metrics)).
+    """
     if verbose:
         say(parameter_overview.get_parameter_overview(state.params, include_stats=False))
     say("compiling the step ...")
     start, plan = time.perf_counter(), planned(phase, mesh)
+    jitted = jit_train_step(phase, mesh)
     compiled = jitted.lower(state, arrays, batch, plan).compile()
     seconds = time.perf_counter() - start
     say(start_summary.row("memory", f"{memory.described(compiled)} (compiled in {seconds:.0f} s)"))
-    return lambda state, arrays, batch: compiled(state, arrays, batch, plan)
+    return jitted, lambda state, arrays, batch: compiled(state, arrays, batch, plan)
 
 
 def _log(telemetry, skips, config, step, metrics):
