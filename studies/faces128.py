@@ -129,7 +129,9 @@ def _better_drop(share: float, first: dict, last: dict, **fields) -> list:
 # last phase sees fewer levels of the strongest noise, and a masked phase, which is fast at details,
 # more of little noise. Uniform draws have a mean of -0.7 and a standard deviation of 1.5.
 EARLY, LATE = drawn(0.7, 1.6), drawn(-0.5, 1.4)
-MORE_EARLY, MORE_LATE = drawn(1.4, 1.6), drawn(-0.5, 1.2)  # the same, further
+_MORE_EARLY, _MORE_LATE = drawn(1.4, 1.6), drawn(-0.5, 1.2)  # further apart
+# In the last phase, whose updates are some 2,000.
+_KEPT = {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}
 _SCRATCH = ARMS["scratch_b32_muon_lr32"]
 BETTER_SCRATCH = {
     "scratch_b64_muon_lr32": changed(_SCRATCH, train__batch_size=64),
@@ -147,7 +149,8 @@ BETTER_SCRATCH = {
     for batch, what, early, late in (
         (32, "both", EARLY, LATE),
         (64, "both", EARLY, LATE),
-        (64, "more_both", MORE_EARLY, MORE_LATE),
+        (64, "more_both", _MORE_EARLY, _MORE_LATE),
+        (64, "more_both_kept", _MORE_EARLY, _MORE_LATE | _KEPT),
     )
 }
 BETTER_DROP = (
@@ -157,7 +160,7 @@ BETTER_DROP = (
             (75, "", {}, {}),
             (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
             (60, "_last32", {}, {"optim.lr_peak": 3.2e-3}),
-            (60, "_kept", {}, {"optim.moments_at_phase": "keep", "optim.warmup_steps": 20}),
+            (60, "_kept", {}, _KEPT),
             (60, "_ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}, {}),
             (60, "_blocks2", {"mask.block_size": 2}, {}),
             (60, "_blocks8", {"mask.block_size": 8}, {}),
@@ -165,7 +168,7 @@ BETTER_DROP = (
             (60, "_levels", EARLY, LATE),
             (60, "_levels_early", EARLY, {}),
             (60, "_levels_late", {}, LATE),
-            (60, "_levels_more", MORE_EARLY, MORE_LATE),
+            (60, "_levels_more", _MORE_EARLY, _MORE_LATE),
             (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
             (75, "_levels", EARLY, LATE),
         )
@@ -177,7 +180,8 @@ BETTER_DROP = (
         for what, first, last in (
             ("", EARLY, LATE),
             ("_blocks2", EARLY | {"mask.block_size": 2}, LATE),
-            ("_more_blocks2", MORE_EARLY | {"mask.block_size": 2}, MORE_LATE),
+            ("_more_blocks2", _MORE_EARLY | {"mask.block_size": 2}, _MORE_LATE),
+            ("_more_blocks2_kept", _MORE_EARLY | {"mask.block_size": 2}, _MORE_LATE | _KEPT),
         )
     }
     | {
@@ -210,6 +214,7 @@ COARSE = {
 }
 ARMS |= BETTER_SCRATCH | BETTER_DROP | COARSE
 
+_MORE = ["scratch_b64_muon_lr32_levels_more_both", "drop_60_b64_muon_lr16_levels_more_blocks2"]
 PIECES = {
     "tune_scratch": runs(_TUNED_AT_120, 120),
     "shares": runs(
@@ -235,4 +240,7 @@ PIECES = {
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 600),
+    "levels_more": runs([f"{name}{what}" for what in ("", "_kept") for name in _MORE], 300)
+    + runs(_MORE, 600)
+    + runs(_MORE[1:], 150),
 }

@@ -11,6 +11,7 @@ alone. A run:
 from studies import faces128
 from studies.compute_matched import runs
 
+_LEVELS = ["scratch_b32_muon_lr32_levels_both", "drop_60_b32_muon_lr16_levels"]
 ARMS = {
     f"{name}_b32_muon_lr{rate}": faces128.ARMS[f"{name}_b32_muon_lr{rate}"]
     for name in ("scratch", "drop_60", "pool_60")
@@ -19,8 +20,7 @@ ARMS = {
     name: faces128.ARMS[name]
     for name in (
         *faces128.COARSE,
-        "drop_60_b32_muon_lr16_levels",
-        "scratch_b32_muon_lr32_levels_both",
+        *_LEVELS,
         "scratch_b16_muon_lr32",
     )
 }
@@ -29,7 +29,9 @@ PIECES = {
         ["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16", "scratch_b32_muon_lr16"], 600
     ),
     "half": runs([f"drop_60_b32_muon_lr16{what}" for what in ("", "_levels", "_coarse")], 300),
-    "better_scratch": runs(["scratch_b32_muon_lr32_levels_both", "scratch_b16_muon_lr32"], 600),
+    "levels": [run for seconds in (600, 300) for run in runs(_LEVELS, seconds)]
+    + runs(_LEVELS[1:], 150),
+    "better_scratch": runs(["scratch_b16_muon_lr32"], 600),
 }
 
 
