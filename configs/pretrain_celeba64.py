@@ -31,11 +31,12 @@ of 100, no decay in stage 1, and another share of the time: FID-768 0.155, again
 images. No run of the whole recipe, and none of the paper's to compare with.
 
 Carried over from the study at 128x128 (docs/study.md, arm drop_60_b32_muon_lr16_levels: U-ViT-S,
-300 s of training, one seed): Muon, stage 1's 60 % of the time, its decay to 0.3 of the peak, and
-the noise levels of each stage, moved by ln 2 as the schedule is. Our batches give an update about
-as many tokens as 256 and 64 do there (the arm has 256 and 32); its blocks are of 4x4 patches. It
-reached FID-768 0.128, with uniform levels 0.169 (three seeds); whole images alone, in the better of
-two batches, 0.156 with the levels of both stages in turn and 0.183 with uniform ones.
+300 s of training on an H100, one seed): Muon, stage 1's 60 % of the time, its decay to 0.3 of the
+peak, and the noise levels of each stage, moved by ln 2 as the schedule is. Our batches give an
+update about as many tokens as 256 and 64 do there (the arm has 256 and 32); its blocks are of 4x4
+patches. It reached FID-768 0.128, with uniform levels 0.169 (three seeds); whole images alone, in
+the better of two batches, 0.156 with the levels of both stages in turn and 0.183 with uniform ones
+(one seed each).
 
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and over

@@ -34,8 +34,8 @@ _jitted = weakref.WeakValueDictionary()
 class Plan(NamedTuple):
     """A run's seed, and a phase's first steps, learning rate and distribution of noise levels.
 
-    All are scalars, and inputs of the program. So runs and phases that differ only in these, or in
-    how long they are, share one, and JAX's compilation cache has it for all of them.
+    All are scalars and inputs of the program. So runs and phases that differ only in these, or in
+    how long they are, share one program, and JAX's compilation cache has it for all of them.
     """
 
     seed: jax.Array

@@ -120,7 +120,7 @@ def train(
             if snapshots is not None:
                 snapshots.close()
         if compiled is None:
-            held, compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
+            for_next, compiled = _compile(phase, mesh, state, batches.arrays, batch, verbose)
             preview = _jit_preview(phase.config, mesh)
             if config.eval.every_steps:
                 scorer = _make_scorer(phase.config, mesh, scorer)
@@ -174,8 +174,8 @@ def _compile(phase, mesh, state, arrays, batch, verbose):
     """Compiles the update of a phase, and prints its memory.
 
     Returns:
-      (what to hold until the next phase, which takes it if it has the same program,
-      (state, arrays, batch) -> (state, metrics)).
+      (the jitted step, to be held until the next phase, which reuses it if it has the same
+      program; (state, arrays, batch) -> (state, metrics)).
     """
     if verbose:
         say(parameter_overview.get_parameter_overview(state.params, include_stats=False))

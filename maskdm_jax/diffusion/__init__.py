@@ -17,6 +17,6 @@ def make_process(diffusion, image_size: tuple[int, int], normal: tuple | None = 
 def level_normal(diffusion) -> tuple[float, float]:
     """Mean and standard deviation of the normal distribution that levels are drawn from.
 
-    Of ln(signal / noise) with DDPM, whose draws may be uniform instead, of ln(sigma) with EDM.
+    With DDPM it is that of ln(signal / noise), unused if draws are uniform; with EDM, of ln(sigma).
     """
     return (edm if diffusion.framework == "edm" else ddpm).level_normal(diffusion)

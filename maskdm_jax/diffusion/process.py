@@ -34,7 +34,8 @@ class Process(NamedTuple):
     Fields:
       draw: (key, batch, low, high) -> t_B, the training draw for each image: timesteps for DDPM,
         sigmas for EDM. Only levels with low < noise / signal <= high are drawn.
-      share: (low, high) -> the probability of such a level, were all drawn.
+      share: (low, high) -> the probability of such a level, were all drawn: a float, or a float32
+        scalar if the process was made from traced numbers.
       at: t_B -> the Level of each t, float32, under jit.
       at_time: time_B -> the Level of each input of the network's sinusoids, float32, under jit.
       ladder: (steps, spacing) -> the Level of each sampler step, noisiest first, float64 NumPy
@@ -43,7 +44,7 @@ class Process(NamedTuple):
     """
 
     draw: Callable[..., jax.Array]
-    share: Callable[[float, float], float]
+    share: Callable[[float, float], float | jax.Array]
     at: Callable[[jax.Array], Level]
     at_time: Callable[[jax.Array], Level]
     ladder: Callable[[int, str], Level]
@@ -118,7 +119,7 @@ def draw_normal(key, batch: int, mean, std, low=-math.inf, high=math.inf):
 def normal_share(mean, std, low: float, high: float):
     """The probability that a draw from N(mean, std^2) lies within the bounds.
 
-    A float, without any use of a device; of traced numbers a float32 scalar.
+    Returns a Python float, computed without JAX, or a float32 scalar if `mean` is a JAX array.
     """
     is_traced = isinstance(mean, jax.Array)
     erf, xp = (jax.scipy.special.erf, jnp) if is_traced else (math.erf, np)
