@@ -17,7 +17,7 @@ from maskdm_jax.config import default_config, validate
 from maskdm_jax.data import batch as batch_lib
 from maskdm_jax.data import loader
 from maskdm_jax.errors import ConfigError, RunError
-from maskdm_jax.run import faults
+from maskdm_jax.run import faults, hashes
 from maskdm_jax.run.telemetry import Telemetry, read_metrics
 from maskdm_jax.state import TrainState
 
@@ -163,6 +163,24 @@ def test_an_unexpected_error_is_printed_and_ends_main_with_exit_code_70(tmp_path
     result = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert result.returncode == 70
     assert result.stderr.rstrip().endswith("TypeError: 'NoneType' object is not callable")
+
+
+def test_a_disk_full_for_the_hashes_alone_names_the_checkpoint_before(
+    tiny_config, tmp_path, monkeypatch
+):
+    store = hashes.store
+
+    def store_one(folder):
+        if folder.name == "2":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return store(folder)
+
+    monkeypatch.setattr(hashes, "store", store_one)
+    tiny_config.train.update(num_steps=3, sample_every_steps=0)
+    tiny_config.checkpoint.every_steps = 1
+    with pytest.raises(RunError, match="checkpoint 2 .* resumes from step 1"):
+        train.train(tiny_config, tmp_path)
+    assert checkpoint.steps(tmp_path)[-1] == 2 and checkpoint.find_step(tmp_path) == 1
 
 
 def test_a_full_disk_ends_main_with_exit_code_1(run_main, small_disk):
