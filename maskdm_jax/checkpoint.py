@@ -144,11 +144,11 @@ class Checkpoints:
 
     def _full_disk_explained(self):
         step, size = self._saving or (None, 0)
-        remedy, what = lambda: self._remedy(step), f"checkpoint {step}"
+        what, remedy = f"checkpoint {step}", lambda: self._remedy(step)
         return faults.explain_full_disk(what, self._directory, remedy, lambda: size)
 
     def _remedy(self, failed):
-        whole = [step for step in steps(self._directory.parent) if step != failed]
+        whole = [n for n in steps(self._directory.parent) if n != failed]  # it may lack its hashes
         start = f"resumes from step {whole[-1]}" if whole else "starts again"
         return f"the older checkpoints are whole: make room, then the same command {start}"
 

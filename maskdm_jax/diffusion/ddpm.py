@@ -37,6 +37,7 @@ def make_process(diffusion, image_size: tuple[int, int], normal: tuple | None = 
     draw of N(draw_mean, draw_std^2) (Esser et al. 2024; Li & He 2025), so draws beyond the
     schedule's ends give the first or the last t. `normal`, if given, replaces
     (draw_mean, draw_std).
+
     The network's time is t, int32; in a "log_snr" or "karras" ladder it is real-valued, float64,
     with log(signal / noise) interpolated between timesteps, from at least -5.1 on.
     """
