@@ -148,6 +148,7 @@ BETTER_SCRATCH = {
     )
     for batch, what, early, late in (
         (32, "both", EARLY, LATE),
+        (32, "both_kept", EARLY, LATE | _KEPT),
         (64, "both", EARLY, LATE),
         (64, "more_both", _MORE_EARLY, _MORE_LATE),
         (64, "more_both_kept", _MORE_EARLY, _MORE_LATE | _KEPT),
@@ -166,6 +167,7 @@ BETTER_DROP = (
             (60, "_blocks8", {"mask.block_size": 8}, {}),
             (60, "_first128", {"train.batch_size": 128}, {}),
             (60, "_levels", EARLY, LATE),
+            (60, "_levels_kept", EARLY, LATE | _KEPT),
             (60, "_levels_early", EARLY, {}),
             (60, "_levels_late", {}, LATE),
             (60, "_levels_more", _MORE_EARLY, _MORE_LATE),

@@ -12,6 +12,7 @@ from studies import faces128
 from studies.compute_matched import runs
 
 _LEVELS = ["scratch_b32_muon_lr32_levels_both", "drop_60_b32_muon_lr16_levels"]
+_KEPT = [f"{name}_kept" for name in _LEVELS]
 ARMS = {
     f"{name}_b32_muon_lr{rate}": faces128.ARMS[f"{name}_b32_muon_lr{rate}"]
     for name in ("scratch", "drop_60", "pool_60")
@@ -21,6 +22,7 @@ ARMS = {
     for name in (
         *faces128.COARSE,
         *_LEVELS,
+        *_KEPT,
         "scratch_b16_muon_lr32",
     )
 }
@@ -31,6 +33,7 @@ PIECES = {
     "half": runs([f"drop_60_b32_muon_lr16{what}" for what in ("", "_levels", "_coarse")], 300),
     "levels": [run for seconds in (600, 300) for run in runs(_LEVELS, seconds)]
     + runs(_LEVELS[1:], 150),
+    "kept": runs(_KEPT, 600) + runs(_KEPT[1:], 300),
     "better_scratch": runs(["scratch_b16_muon_lr32"], 600),
 }
 
