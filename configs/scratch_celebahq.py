@@ -12,9 +12,11 @@ Expected: score: not measured yet
 Ours has the settings of our stage 2 in two phases, 60 and 40 % of the updates: the noise levels of
 stage 1, down to 0.3 of the peak, then those of stage 2, down to 0, each with a warm-up of its own.
 It was not measured at this size, and the peak of 4e-4 is our choice. In the study at 128x128
-(docs/study.md; one H200, one seed) such phases gave the best of scratch's runs, with a peak of
+(docs/study.md; one H200, one seed) such phases gave scratch's best runs on that card, a peak of
 3.2e-3 and a batch of 64: FID-768 0.161 after 300 s and 0.118 after 600 s. The arm with a masked
-first phase, at its own peak and batches, has 0.132 and 0.105. Other levels, or EDM, need
+first phase, at its own peak and batches, has 0.132 and 0.105. With levels further apart, and the
+optimizer's moments kept for the last phase, scratch has 0.139 and 0.117 (one H100); that is not
+carried over, as it costs accuracy at little noise. Other levels, or EDM, need
 --config.phases="()" too.
 """
 
