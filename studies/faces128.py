@@ -216,7 +216,11 @@ COARSE = {
 }
 ARMS |= BETTER_SCRATCH | BETTER_DROP | COARSE
 
-_MORE = ["scratch_b64_muon_lr32_levels_more_both", "drop_60_b64_muon_lr16_levels_more_blocks2"]
+# The best settings found for each.
+_BEST = [
+    "scratch_b64_muon_lr32_levels_more_both_kept",
+    "drop_60_b64_muon_lr16_levels_more_blocks2_kept",
+]
 PIECES = {
     "tune_scratch": runs(_TUNED_AT_120, 120),
     "shares": runs(
@@ -242,7 +246,9 @@ PIECES = {
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),
     "longest": runs(["scratch_b32_muon_lr32", "drop_60_b32_muon_lr16"], 600)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 600),
-    "levels_more": runs([f"{name}{what}" for what in ("", "_kept") for name in _MORE], 300)
-    + runs(_MORE, 600)
-    + runs(_MORE[1:], 150),
+    "best": runs(_BEST[:1], 600, (0, 1, 2))
+    + runs(_BEST[1:], 300, (0, 1, 2))
+    + runs(_BEST[:1], 300)
+    + runs(_BEST[1:], 600)
+    + runs(_BEST[1:], 150),
 }
