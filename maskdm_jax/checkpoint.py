@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from maskdm_jax.config import from_dict
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import COUNT_OR_0, TEXT, one_of
-from maskdm_jax.run import command_line, distributed, faults, files, hashes
+from maskdm_jax.run import command_line, distributed, faults, files, handlers, hashes
 from maskdm_jax.run.progress import remark
 
 _ITEMS = ("params", "ema", "opt_state")
@@ -76,6 +76,7 @@ class Checkpoints:
                 keep_period=config.checkpoint.keep_every_steps or None,
                 cleanup_tmp_directories=True,
             ),
+            item_handlers=handlers.for_run(),
         )
 
     def latest_step(self) -> int | None:
@@ -93,7 +94,7 @@ class Checkpoints:
             return
         self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
         record = ocp.args.JsonSave(self._record)
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), config=record)
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=record)
         with self._full_disk_explained():
             if not self._manager.save(step, args=args, force=force):
                 self._saving = None
@@ -109,8 +110,9 @@ class Checkpoints:
 
     def restore(self, step: int, abstract_state):
         """The state at `step`, with the shardings of `abstract_state`."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-        return self._manager.restore(step, args=args).state
+        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        state = ocp.args.PyTreeRestore(item=abstract_state, restore_args=restore_args)
+        return self._manager.restore(step, args=ocp.args.Composite(state=state)).state
 
     def close(self) -> None:
         """Waits for saves in progress, and closes Orbax's manager."""
@@ -266,7 +268,7 @@ def restore_item(
       alone: True if only this process reads.
     """
     path = directory(workdir) / str(step)
-    with _reader(alone) as checkpointer:
+    with handlers.reader(alone) as checkpointer:
         if abstract is None:
             saved = checkpointer.metadata(path).item_metadata.state
             if saved is None:
@@ -295,24 +297,10 @@ def load_record(workdir: str | pathlib.Path, step: int, alone: bool = False) -> 
     Earlier versions stored the config alone, without "format".
     """
     path = directory(workdir) / str(step)
-    with _reader(alone) as checkpointer:
+    with handlers.reader(alone) as checkpointer:
         args = ocp.args.Composite(config=ocp.args.JsonRestore())
         record = checkpointer.restore(path, args=args).config
     return record if "format" in record else {"config": record}
-
-
-def _reader(alone):
-    options = ocp.options.MultiprocessingOptions()
-    if alone:  # otherwise Orbax waits for the other processes
-        options = ocp.options.MultiprocessingOptions(
-            active_processes={jax.process_index()}, barrier_sync_key_prefix="alone"
-        )
-    handler = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(multiprocessing_options=options),
-        config=ocp.JsonCheckpointHandler(multiprocessing_options=options),
-        composite_options=ocp.CompositeOptions(multiprocessing_options=options),
-    )
-    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, str]:

@@ -13,6 +13,7 @@ import pytest
 from maskdm_jax import checkpoint, sharding
 from maskdm_jax.config import default_config
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.run import handlers
 from maskdm_jax.state import init_state
 
 
@@ -55,6 +56,20 @@ def test_a_state_is_restored_unchanged_on_another_mesh(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
     jax.tree.map(np.testing.assert_array_equal, restored.opt_state, state.opt_state)
     assert not restored.params["mid_block"]["qkv"]["kernel"].sharding.is_fully_replicated
+
+
+def test_one_process_saves_one_devices_copy_of_each_array_whole(tmp_path):
+    config = default_config()
+    copies = jax.NamedSharding(sharding.make_mesh(config), jax.P())
+    state = jax.device_put(made(), copies)
+    assert len(state.params["mid_block"]["qkv"]["kernel"].addressable_shards) == 8
+    checkpoints = checkpoint.Checkpoints(tmp_path, config)
+    checkpoints.save(0, state, force=True)
+    checkpoints.close()
+    with handlers.reader(alone=False) as checkpointer:
+        saved = checkpointer.metadata(tmp_path / "checkpoints" / "0").item_metadata.state
+    for array in jax.tree.leaves(saved.tree):
+        assert array.storage.chunk_shape == array.shape  # with a part from each device, a part
 
 
 def test_muons_momentum_is_restored_split_over_other_devices(tmp_path):
