@@ -40,12 +40,12 @@ study has a peak of 1.6e-3, and a warm-up of 200 for some 10,000 updates. A rate
 may be too high for days and for a wider network. Over whole images with the same levels, the gain
 in time fell from 1.64 times at 300 s to 1.43 at 600 s; with the best settings found for each it is
 1.88 at 600 s. Whether stage 1 pays after hours is not known. At 4,097 tokens, as here, 600 s gave
-0.221 with a stage 1. Without one, the best of three runs has 0.320 (one seed each), which the run
-with a stage 1 reaches 2.0 times sooner.
+0.221 with a stage 1. Without one, the best of three runs has 0.320 (one seed each), which a stage 1
+reaches after 294 s, interpolated: 2.0 times sooner. One setting without it was left out: our levels
+with a full warm-up.
 
-Not carried over: what took the arm from 0.128 to 0.119 (levels further apart, batch 64 in stage 2,
-2x2 blocks, kept moments). No step of it is shown to help by itself, and levels further apart cost
-accuracy at little noise.
+Not carried over: levels further apart and kept moments, of those best settings. Neither is shown to
+help alone, and levels further apart cost accuracy at little noise.
 
 For a shorter run, divide the updates of both stages, and the warm-ups, by one number.
 """

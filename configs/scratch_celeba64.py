@@ -10,7 +10,8 @@ Device:   as for configs/finetune_celeba64.py, but on an H200 1.55 h (paper: 2.5
 Expected: score: not measured yet
 
 Ours is in two phases, for the reason that configs/scratch_celebahq.py gives, which also says what
-was measured elsewhere. Nothing was measured at this size.
+was measured elsewhere. At this size the study has one short run of such phases, on other faces and
+with a peak of 3.2e-3 and a batch of 64: FID-768 0.0883 after 120 s.
 """
 
 from configs import finetune_celeba64
