@@ -3,6 +3,7 @@
 # make test-kernels: the Hopper kernels in JAX's interpreter; KERNEL_PYTHON is Python 3.12 or newer.
 # make test-notebooks: both notebooks from top to bottom on the CPU, a few steps each.
 # make test-slow: the tests that take minutes each, such as killing a run 30 times.
+# make test-oldest: the test suite with the oldest versions that setup.py allows.
 # make test-gpu: the numbers of kernels that only a GPU runs, with the JAX installed there.
 PYTHON ?= python3
 KERNEL_PYTHON ?= python3.12
@@ -13,7 +14,7 @@ PIP_INSTALL := pip install --quiet --disable-pip-version-check -c constraints.tx
 EXTRAS ?=
 INSTALLED := .venv/.installed-$(EXTRAS)
 
-.PHONY: demo test test-notebooks test-kernels test-slow test-gpu tpu-table lint clean
+.PHONY: demo test test-notebooks test-kernels test-slow test-oldest test-gpu tpu-table lint clean
 
 $(INSTALLED): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
@@ -23,6 +24,14 @@ $(INSTALLED): setup.py constraints.txt
 .venv-kernels/.installed: setup.py constraints.txt
 	$(KERNEL_PYTHON) -m venv .venv-kernels
 	.venv-kernels/bin/$(PIP_INSTALL) -e . pytest pytest-xdist scikit-learn
+	@touch $@
+
+# "name>=1.2" of install_requires as name==1.2.
+OLDEST := $(shell sed -n '/install_requires/,/]/s/^ *"\([a-zA-Z_-]*\)>=\([0-9.]*\).*/\1==\2/p' setup.py)
+
+.venv-oldest/.installed: setup.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -e '.[test]' $(OLDEST)
 	@touch $@
 
 demo: $(INSTALLED)
@@ -41,6 +50,9 @@ test-kernels: .venv-kernels/.installed
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow -s --durations=10
+
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 test-gpu:
 	TEST_PLATFORM=cuda $(PYTHON) -m pytest tests/test_hopper_attention.py
@@ -68,4 +80,4 @@ lint: $(INSTALLED)
 	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch .ci/run
 
 clean:
-	rm -rf .venv .venv-kernels build *.egg-info "$(DEMO_DIR)"
+	rm -rf .venv .venv-kernels .venv-oldest build *.egg-info "$(DEMO_DIR)"

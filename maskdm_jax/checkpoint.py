@@ -76,7 +76,7 @@ class Checkpoints:
                 keep_period=config.checkpoint.keep_every_steps or None,
                 cleanup_tmp_directories=True,
             ),
-            item_handlers=handlers.for_run(),
+            handler_registry=handlers.for_run(),
         )
 
     def latest_step(self) -> int | None:

@@ -1,19 +1,23 @@
 """Orbax's handlers of what a checkpoint holds: the state, arrays, and the config, JSON."""
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 
-def for_run() -> dict:
-    """{entry: its handler} for a run that saves and resumes."""
+def for_run() -> ocp.DefaultCheckpointHandlerRegistry:
+    """The handlers of a run that saves and resumes."""
     # By default each device saves a part of every array of which all have a copy. That shares the
     # work among hosts; within one host it stops training for longer than saving a single copy does.
     arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=jax.process_count() > 1)
-    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    return {
-        "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-        "config": ocp.JsonCheckpointHandler(),
-    }
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, arrays), (np.ndarray, ocp.type_handlers.NumpyHandler())
+    )
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    handlers = ocp.DefaultCheckpointHandlerRegistry()  # which has JSON's
+    handlers.add("state", ocp.args.PyTreeSave, state)
+    handlers.add("state", ocp.args.PyTreeRestore, state)
+    return handlers
 
 
 def reader(alone: bool) -> ocp.Checkpointer:
