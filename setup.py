@@ -5,7 +5,9 @@ import pathlib
 from setuptools import find_packages, setup
 
 # JAX requires the matching libtpu, which has wheels for Linux on x86-64 only.
-_TPU_COMPILER = "jax[tpu]>=0.10,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'"
+_TPU_COMPILER = (
+    "jax[tpu]>=0.10.2,<0.12; platform_system == 'Linux' and platform_machine == 'x86_64'"
+)
 _GCS = "gcsfs>=2026.2"
 
 setup(
@@ -34,23 +36,23 @@ setup(
         "array_record>=0.8",
         "clu>=0.0.12",
         "einops>=0.8",
-        "flax>=0.12",
+        "flax>=0.12.6",
         "grain>=0.2.12",
         "importlib_resources",  # tensorflow-datasets imports it without requiring it
-        "jax>=0.10,<0.12",
+        "jax>=0.10.2,<0.12",
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.11.34",
-        "pillow>=10.1",
+        "pillow>=11.0",
         "tensorboardX>=2.6.2",
         "tensorflow-datasets>=4.9.10",
         "tqdm>=4.66",
     ],
     extras_require={
-        "gpu": ["jax[cuda13]>=0.10,<0.12"],
+        "gpu": ["jax[cuda13]>=0.10.2,<0.12"],
         "gcs": [_GCS],  # for gs:// places
-        "tpu": ["jax[tpu]>=0.10,<0.12", _GCS],
+        "tpu": ["jax[tpu]>=0.10.2,<0.12", _GCS],
         "tpu-compile": [_TPU_COMPILER],  # only for launch/compile_check.py
         "prepare": ["tensorflow>=2.18"],  # only for `tfds build` of catalogue sets
         "lmdb": ["lmdb>=1.4"],  # only to read LSUN as it is published

@@ -194,15 +194,15 @@ def test_each_process_reads_its_own_rows_and_agrees_with_process_0(data_dir, tmp
 
 def test_two_processes_train_like_one_through_a_sigterm_and_draw(run_main, tmp_path):
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    flags = [*FLAGS, "--config.train.num_steps=20", "--config.checkpoint.every_steps=10"]
+    flags = ["--config.train.num_steps=40", *FLAGS, "--config.checkpoint.every_steps=20"]
     result = run_main("pretrain_digits", alone, *flags, devices=8)
     assert result.returncode == 0, result.stderr
 
     step = terminate(pair(run_main, stopped, *flags), 1, stopped)
-    output = finish(pair(run_main, stopped, *flags, "--config.train.sample_every_steps=20"))
+    output = finish(pair(run_main, stopped, *flags, "--config.train.sample_every_steps=40"))
     assert f"resuming from step {step}" in output[0] and "step" not in output[1]
     np.testing.assert_allclose(losses(stopped), losses(alone), rtol=1e-5)
-    assert (stopped / "previews" / "step_0000020.png").exists()
+    assert (stopped / "previews" / "step_0000040.png").exists()
 
     sampling = ["--mode=sample", "--config.sample.num=5", "--config.sample.batch_size=8"]
     finish(pair(run_main, stopped, *sampling, "--config.sample.steps=3"))

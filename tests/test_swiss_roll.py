@@ -14,7 +14,7 @@ def test_the_sliced_wasserstein_distance_of_a_shift_is_its_mean_projection():
     shift = np.array([0.3, -0.4])
     distance = swiss_roll.sliced_wasserstein(points, points[::-1] + shift)
     assert distance == pytest.approx(0.5 * 2 / np.pi, rel=1e-3)
-    assert swiss_roll.sliced_wasserstein(points, points[::-1]) == 0
+    assert swiss_roll.sliced_wasserstein(points, points[::-1]) < 1e-12 * distance
 
 
 def test_the_distance_sees_what_the_marginals_hide():
