@@ -203,6 +203,10 @@ BETTER_DROP = (
         ]
     }
 )
+# Pooling with what is best for dropping.
+BETTER_POOL = {
+    "pool_60_b32_muon_lr16_levels": _better_drop(0.6, EARLY | {"mask.hidden": "pool"}, LATE),
+}
 # Coarse tokens where the noise is strong; masked phases have them for every fourth image.
 _SIZES = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
 COARSE = {
@@ -214,7 +218,7 @@ COARSE = {
     )
     for name, pairs in _SIZES.items()
 }
-ARMS |= BETTER_SCRATCH | BETTER_DROP | COARSE
+ARMS |= BETTER_SCRATCH | BETTER_DROP | BETTER_POOL | COARSE
 
 # The best settings found for each.
 _BEST = [
@@ -241,6 +245,7 @@ PIECES = {
     "share_lr": runs(["drop_30_b32_muon_lr16", "drop_30_b32_muon_lr32"], 120),
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
+    "better_pool": runs(list(BETTER_POOL), 300),
     "coarse": runs(list(COARSE), 300),
     "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 120)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),
