@@ -223,6 +223,8 @@ def anchors(page: pathlib.Path) -> set[str]:
 def test_each_link_leads_to_a_file_and_a_heading(page):
     text = re.sub(r"`[^`]*`", "", prose(page))
     links = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.M)
+    labels = set(re.findall(r"\]\[([^\]]+)\]", text))
+    assert labels == set(re.findall(r"^\[([^\]]+)\]: \S+$", text, re.M))
     for link in links:
         if link.startswith("http"):
             continue
