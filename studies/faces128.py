@@ -117,12 +117,10 @@ def drawn(mean: float, std: float) -> dict:
     }
 
 
-def _better_drop(share: float, first: dict, last: dict, **fields) -> list:
+def _better(share: float, first: dict, last: dict, **fields) -> list:
     """The best arm with a masked phase at 120 s, changed."""
     last = {"train.batch_size": 32} | last
-    return cheap_first(
-        share, DROP | first, last, optim__name="muon", optim__lr_peak=1.6e-3, **fields
-    )
+    return cheap_first(share, first, last, optim__name="muon", optim__lr_peak=1.6e-3, **fields)
 
 
 # What might help the best of each, tried at 300 s, where seeds differ little. With `_levels`, the
@@ -156,7 +154,7 @@ BETTER_SCRATCH = {
 }
 BETTER_DROP = (
     {
-        f"drop_{share}_b32_muon_lr16{what}": _better_drop(share / 100, first, last)
+        f"drop_{share}_b32_muon_lr16{what}": _better(share / 100, DROP | first, last)
         for share, what, first, last in (
             (75, "", {}, {}),
             (60, "_last8", {}, {"optim.lr_peak": 8e-4}),
@@ -166,18 +164,16 @@ BETTER_DROP = (
             (60, "_blocks2", {"mask.block_size": 2}, {}),
             (60, "_blocks8", {"mask.block_size": 8}, {}),
             (60, "_first128", {"train.batch_size": 128}, {}),
-            (60, "_levels", EARLY, LATE),
             (60, "_levels_kept", EARLY, LATE | _KEPT),
             (60, "_levels_early", EARLY, {}),
             (60, "_levels_late", {}, LATE),
             (60, "_levels_more", _MORE_EARLY, _MORE_LATE),
             (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
-            (75, "_levels", EARLY, LATE),
         )
     }
     | {
-        f"drop_60_b64_muon_lr16_levels{what}": _better_drop(
-            0.6, first, last | {"train.batch_size": 64}
+        f"drop_60_b64_muon_lr16_levels{what}": _better(
+            0.6, DROP | first, last | {"train.batch_size": 64}
         )
         for what, first, last in (
             ("", EARLY, LATE),
@@ -203,9 +199,26 @@ BETTER_DROP = (
         ]
     }
 )
-# Pooling with what is best for dropping.
+# The levels of both phases, at each share and for each kind of first phase.
+SHARES = {
+    f"{name}_{share}_b32_muon_lr16_levels": _better(share / 100, first | EARLY, LATE)
+    for name, first in (("drop", DROP), ("pool", POOL))
+    for share in (30, 60, 75, 90)
+}
+_POOLED_PATCH8 = POOL | PATCH8 | {"mask.block_size": 2, "mask.pool_size": 2}
+BETTER_PATCH8 = {
+    "patch8_50_b32_muon_lr16_levels": _better(0.5, PATCH8 | EARLY, LATE),
+    "patch8_pool_60_b32_muon_lr16_levels": _better(0.6, _POOLED_PATCH8 | EARLY, LATE),
+}
 BETTER_POOL = {
-    "pool_60_b32_muon_lr16_levels": _better_drop(0.6, EARLY | {"mask.hidden": "pool"}, LATE),
+    f"pool_60_b32_muon_lr16_levels_{what}": _better(0.6, POOL | EARLY | first, LATE)
+    for what, first in (
+        ("blocks8", {"mask.block_size": 8}),
+        ("blocks8_pool8", {"mask.block_size": 8, "mask.pool_size": 8}),
+        ("ratio75", {"mask.ratio": 0.75, "train.batch_size": 128}),
+        ("weight0", {"mask.pool_weight": 0.0}),
+        ("weight1", {"mask.pool_weight": 1.0}),
+    )
 }
 # Coarse tokens where the noise is strong; masked phases have them for every fourth image.
 _SIZES = {"coarse": ((2, 1.0), (4, 2.5)), "coarse4": ((4, 2.5),)}
@@ -213,12 +226,12 @@ COARSE = {
     f"scratch_b32_muon_lr32_{name}": changed(_SCRATCH, model__coarse=pairs)
     for name, pairs in _SIZES.items()
 } | {
-    f"drop_60_b32_muon_lr16_{name}": _better_drop(
-        0.6, {"diffusion.coarse_every": 4}, {}, model__coarse=pairs
+    f"drop_60_b32_muon_lr16_{name}": _better(
+        0.6, DROP | {"diffusion.coarse_every": 4}, {}, model__coarse=pairs
     )
     for name, pairs in _SIZES.items()
 }
-ARMS |= BETTER_SCRATCH | BETTER_DROP | BETTER_POOL | COARSE
+ARMS |= BETTER_SCRATCH | BETTER_DROP | SHARES | BETTER_POOL | BETTER_PATCH8 | COARSE
 
 # The best settings found for each.
 _BEST = [
@@ -245,7 +258,9 @@ PIECES = {
     "share_lr": runs(["drop_30_b32_muon_lr16", "drop_30_b32_muon_lr32"], 120),
     "better_scratch": runs(["scratch_b32_muon_lr16", *BETTER_SCRATCH], 300),
     "better_drop": runs(list(BETTER_DROP), 300),
-    "better_pool": runs(list(BETTER_POOL), 300),
+    "shares_levels": runs(list(SHARES), 120) + runs(["pool_60_b32_muon_lr16_levels"], 300),
+    "better_pool": runs(list(BETTER_POOL), 120),
+    "better_patch8": runs(list(BETTER_PATCH8), 120),
     "coarse": runs(list(COARSE), 300),
     "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 120)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),

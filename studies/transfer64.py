@@ -50,7 +50,7 @@ ARMS |= {
     f"{name}_lr4_levels": [(0.8, OTHER_SET | first), (0.2, {"optim.lr_peak": 4e-4} | LATE)]
     for name, first in (
         ("masked", MASKED | EARLY),
-        ("dense", LATE),
+        ("dense", {"phases": ((0.6, EARLY), (0.4, LATE))}),
         ("both", {"phases": ((0.6, MASKED | EARLY), (0.4, LATE))}),
     )
 }
