@@ -118,7 +118,7 @@ def drawn(mean: float, std: float) -> dict:
 
 
 def _better(share: float, first: dict, last: dict, **fields) -> list:
-    """The best arm with a masked phase at 120 s, changed."""
+    """A cheap first phase, with Muon, and batch 32 on whole images unless `last` has another."""
     last = {"train.batch_size": 32} | last
     return cheap_first(share, first, last, optim__name="muon", optim__lr_peak=1.6e-3, **fields)
 
@@ -199,7 +199,7 @@ BETTER_DROP = (
         ]
     }
 )
-# The levels of both phases, at each share and for each kind of first phase.
+# The levels of both phases at each share, for dropping and for pooling.
 SHARES = {
     f"{name}_{share}_b32_muon_lr16_levels": _better(share / 100, first | EARLY, LATE)
     for name, first in (("drop", DROP), ("pool", POOL))
