@@ -39,7 +39,8 @@ def factors(found: list[Reached]) -> list[list[str]]:
     for r in found:
         least, most = ("at least ", "at most ") if r.is_bound else ("", "")
         target = f"{r.value:.4g} ({r.scratch.arm}, {r.scratch.seconds:g} s)"
-        rows.append([target, r.arm, f"{most}{r.seconds:.0f} s", f"{least}{r.factor:.2f}"])
+        spread = " to ".join(f"{factor:.2f}" for factor in r.range or ())
+        rows.append([target, r.arm, f"{most}{r.seconds:.0f} s", f"{least}{r.factor:.2f}", spread])
     return rows
 
 
@@ -78,8 +79,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         _table(["scratch's score", *_REACHED], factors(points.reached(found))),
         "<h2>Seconds until scratch's final held-out loss</h2>",
         _table(
-            ["scratch's loss", *_REACHED],
-            factors(points.reached(found, *[operator.attrgetter("heldout")] * 2)),
+            ["scratch's loss", *_REACHED[:-1]],
+            [row[:-1] for row in factors(points.reached(found, *[_heldout] * 2))],
         ),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
@@ -103,7 +104,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     files.write_text(out / "page.html", f"{head}{''.join(parts)}</html>\n")
 
 
-_REACHED = ["arm", "reached in", "factor"]
+_heldout = operator.attrgetter("heldout")  # without a range: its mean over the seeds is kept alone
+_REACHED = ["arm", "reached in", "factor", "range: two standard errors"]
 _HEADINGS = [
     "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
     "set-up, s", "scoring, s", "phases",

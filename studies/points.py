@@ -44,6 +44,14 @@ class Point(NamedTuple):
     def score(self) -> float:
         return statistics.mean(self.scores)
 
+    @property
+    def error(self) -> float:
+        """The standard error of the score over the score; nan with one seed."""
+        count = len(self.scores)
+        if count == 1:
+            return math.nan
+        return statistics.stdev(self.scores) / math.sqrt(count) / self.score
+
 
 def main_score(rows: list[dict]) -> str:
     """The score that arms are ranked by: FID if there is one, else the first."""
@@ -103,6 +111,25 @@ def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[
     return start * (end / start) ** share, False
 
 
+def factor_range(arm: list[Point], scratch: Point) -> tuple[float, float] | None:
+    """The factors if an arm's score and scratch's differed by two standard errors more, and less.
+
+    The errors are those of scratch's seeds and of the arm's at the budget closest to where it
+    reaches scratch's score. None where either has one seed, or where the arm's budgets end before.
+    """
+    when = seconds_to(arm, scratch.score)
+    if when is None:
+        return None
+    nearest = min(arm, key=lambda point: abs(math.log(point.seconds / when[0])))
+    error = 2 * math.hypot(nearest.error, scratch.error)
+    if math.isnan(error):
+        return None
+    ends = [seconds_to(arm, scratch.score * share) for share in (1 - error, 1 + error)]
+    if any(end is None or end[1] for end in ends):
+        return None
+    return tuple(scratch.seconds / seconds for seconds, _ in ends)
+
+
 class Reached(NamedTuple):
     """When an arm reaches the value that scratch's best run of a budget has, see `seconds_to`."""
 
@@ -111,6 +138,7 @@ class Reached(NamedTuple):
     value: float
     seconds: float
     is_bound: bool
+    range: tuple[float, float] | None = None  # of `factor_range`
 
     @property
     def family(self) -> str:
@@ -138,7 +166,8 @@ def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> 
                 continue
             when = seconds_to(of_arm, value(best), value)
             if when and (when[0] <= best.seconds or not when[1]):
-                results.append(Reached(arm, best, value(best), *when))
+                spread = factor_range(of_arm, best) if value is _score else None
+                results.append(Reached(arm, best, value(best), *when, spread))
     return results
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import operator
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -56,10 +57,29 @@ def test_the_factor_compares_with_the_best_scratch_run_of_each_budget():
     )  # fmt: skip
     rows = page.factors(points.reached(found))
     assert rows == [
-        ["2 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00"],
-        ["1 (scratch, 480 s)", "pool_60", "at most 480 s", "at least 1.00"],
-        ["1 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00"],
+        ["2 (scratch, 120 s)", "drop_60", "at most 120 s", "at least 1.00", ""],
+        ["1 (scratch, 480 s)", "pool_60", "at most 480 s", "at least 1.00", ""],
+        ["1 (scratch, 480 s)", "drop_60", "at most 120 s", "at least 4.00", ""],
     ]
+
+
+def test_the_range_of_a_factor_is_that_of_two_standard_errors_of_both_means():
+    seeds = {"scratch": (1.0, 1.0, 1.06), "drop_60": (1.02, 1.0, 1.04)}
+    rows = [
+        row(arm, {"scratch": 480.0, "drop_60": 240.0}[arm], seed, fid)
+        for arm, fids in seeds.items()
+        for seed, fid in enumerate(fids)
+    ]
+    line = [row("drop_60", 120.0, fid=2 * 1.02), row("drop_60", 480.0, fid=0.51)]
+    (found,) = points.reached(as_points(*rows, *line))
+    error = 2 * math.hypot(statistics.stdev((1.02, 1.0, 1.04)), statistics.stdev((1.0, 1.0, 1.06)))
+    error /= 1.02 * math.sqrt(3)  # both means are 1.02
+    # The arm's score halves with twice the seconds.
+    assert found.factor == 2 and found.range == pytest.approx((2 * (1 - error), 2 * (1 + error)))
+    (one_seed,) = points.reached(as_points(rows[0], *rows[3:], *line))
+    assert one_seed.range is None
+    (no_longer,) = points.reached(as_points(*rows, line[0]))
+    assert no_longer.range is None
 
 
 def test_a_budget_at_which_scratch_is_behind_a_shorter_run_of_it_has_no_factor():
