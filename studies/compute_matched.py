@@ -22,8 +22,6 @@ DIR is then on a file system with locks, as local disks and NFS are.
 
 import csv
 import functools
-import importlib.util
-import itertools
 import json
 import pathlib
 import shlex
@@ -31,59 +29,29 @@ import shutil
 import signal
 import sys
 import time
-from typing import NamedTuple
 
 import jax
 
 from benchmarks import measure
-from maskdm_jax import checkpoint, config_file, evaluate, phases, train
-from maskdm_jax.config import get
+from maskdm_jax import checkpoint, evaluate, phases, train
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
-from maskdm_jax.fields import COUNT, FREE, SEED, TEXT, number
+from maskdm_jax.fields import COUNT, SEED, TEXT, number
 from maskdm_jax.heldout import NAMES as BINS
 from maskdm_jax.run import command_line, files, lock, preemption
 from maskdm_jax.run.progress import say
-from studies import budget
+from studies import arms, budget
+from studies.arms import Run
 
 ROWS = "rows.csv"
-
-
-class Run(NamedTuple):
-    """One row: an arm, its budget in device-seconds of training, and its seed."""
-
-    arm: str
-    seconds: float
-    seed: int
-
-
-def runs(arms: list[str], seconds: float, seeds: tuple[int, ...] = (0,)) -> list[Run]:
-    """Every arm with every seed; for the PIECES of a study."""
-    return [Run(arm, seconds, seed) for seed, arm in itertools.product(seeds, arms)]
-
-
-def with_typed(study, arm: list, changes: list[str]) -> tuple[list, list[str]]:
-    """(the arm with those typed changes that make another run of it, the other changes)."""
-    config, own, fields, free = study.get_config(), study.get_config(), {}, []
-    for change in changes:
-        name = change.partition("=")[0]
-        config_file.set_field(config, change)
-        if FIELDS[name].role == FREE:
-            free.append(change)
-        else:
-            fields[name] = get(config, name)
-    typed = [
-        {k: v for k, v in fields.items() if k in given or get(own, k) != v} for _, given in arm
-    ]
-    return [(share, given | more) for (share, given), more in zip(arm, typed, strict=True)], free
 
 
 def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
     """Trains and scores one arm, from where an earlier start was stopped.
 
     Args:
-      study: its module, see `load_study`.
+      study: its module, see `arms.load`.
       run: the arm, budget and seed.
       changes: "FIELD=VALUE" for every run of the study, such as where its data is.
       out: for the run's workdirs, in `run_folder`, and its grid of samples.
@@ -92,22 +60,20 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
       The row. Its seconds of set-up are all those of its starts that are neither training nor the
       last start's scoring.
     """
-    arm, free = with_typed(study, study.ARMS[run.arm], changes)
+    arm, _ = arms.with_typed(study, study.ARMS[run.arm], changes)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     folder, before = run_folder(out, run), ""
     begun = budget.Begun(folder, {"settings": arm, "device": device})
     cost, trained, steps = [], 0.0, []
     try:
-        for index, (share, fields) in enumerate(arm):
-            config = study.get_config()
-            config.update_from_flattened_dict(fields)
-            for change in free:
-                config_file.set_field(config, change)
+        for index, config in enumerate(arms.configs(study, run.arm, changes)):
             config.seed, config.init.path = run.seed, before
             phases.validate(config)
             phases.validate_devices(config, jax.device_count(), "train")
+            share, _ = arm[index]
             wall = share * run.seconds / jax.device_count()
             if not begun.phases(index):
+                say(f"{run.arm}: timing a step of each phase ...")
                 found, steps = budget.measured(config, wall, sources.open_source(config))
                 begun.add(found)
             found = begun.phases(index)
@@ -163,58 +129,29 @@ def run_folder(out: pathlib.Path, run: Run) -> pathlib.Path:
     return out / "runs" / f"{run.arm}_{run.seconds:g}s_seed{run.seed}"
 
 
-def load_study(path: str):
-    """The module of a study: `get_config()`, ARMS and PIECES, see studies/faces128.py."""
-    file = files.local_path(path, "--study")
-    if file.suffix != ".py" or not file.is_file():
-        raise ConfigError(
-            f"--study is {path!r}, which is no Python file; expected one with get_config(), ARMS "
-            "and PIECES; type --study=studies/faces128.py"
-        )
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise ConfigError(
-            f"--study {path}, line {error.lineno}: {error.msg}; expected a Python file; mend it"
-        ) from error
-    if lacking := [name for name in ("get_config", "ARMS", "PIECES") if not hasattr(module, name)]:
-        raise ConfigError(
-            f"--study {path} has no {' and no '.join(lacking)}; expected get_config(), ARMS and "
-            "PIECES, as in studies/faces128.py; type --study=studies/faces128.py"
-        )
-    return module
-
-
-def chosen(study, piece: str, arms: list[str], seconds: float, seeds: list[int]) -> list[Run]:
-    """The runs that the command line asks for."""
-    if piece and arms:
-        raise ConfigError(
-            f"--piece is {piece!r} and --arms has {arms[0]!r}; expected one of the two; type "
-            f"--piece={piece}, or --arms {' '.join(arms)}"
-        )
-    if piece and piece not in study.PIECES:
-        raise ConfigError(
-            f"--piece is {piece!r}; expected one of {', '.join(study.PIECES)}; "
-            f"type --piece={next(iter(study.PIECES))}"
-        )
-    unknown = [arm for arm in arms if arm not in study.ARMS]
-    if unknown or not (piece or arms):
-        given = f"--arms has {unknown[0]!r}" if unknown else "neither --piece nor --arms is given"
-        raise ConfigError(
-            f"{given}; expected arms of the study: {', '.join(study.ARMS)}; "
-            f"type --arms {next(iter(study.ARMS))}"
-        )
-    return study.PIECES[piece] if piece else runs(arms, seconds, tuple(seeds))
-
-
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """The rows of a study, as text."""
+    """The rows of a study, as text; none if there is no such file.
+
+    Raises:
+      ConfigError: for a file that is no CSV with a line of names.
+    """
     if not path.exists():
         return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except (IsADirectoryError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"{path} cannot be read as CSV ({error}); expected rows of studies.compute_matched; "
+            f"type mv {shlex.quote(str(path))} ANOTHER to set it aside"
+        ) from error
+    for index, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise ConfigError(
+                f"{path}, row {index}: expected as many values as the first line has names; "
+                "remove the row, then type the same command"
+            )
+    return rows
 
 
 def add_row(path: pathlib.Path, row: dict) -> None:
@@ -242,13 +179,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("--out", TEXT, "folder for rows.csv, grids and the runs", required=True)
     parser.flag("--piece", TEXT, "a list of runs of the study", "")
     parser.flag("--arms", TEXT, "or these arms", [], many=True)
-    parser.flag("--seconds", number(1), "their device-seconds of training", 120.0)
-    parser.flag("--seeds", SEED, "their seeds", [0], many=True)
+    parser.flag("--seconds", number(1), "their device-seconds of training; without it 120")
+    parser.flag("--seeds", SEED, "their seeds; without it 0", [], many=True)
     parser.flag("--until", COUNT, "seconds after which no run is started", 10**9)
     args = parser.parse(argv)
-    study, out = load_study(args.study), files.local_path(args.out, "--out")
-    wanted = chosen(study, args.piece, args.arms, args.seconds, args.seeds)
-    out.mkdir(parents=True, exist_ok=True)
+    study = arms.load(args.study)
+    wanted = arms.chosen(study, args.piece, args.arms, args.seconds, args.seeds)
+    for arm in dict.fromkeys(run.arm for run in wanted):
+        arms.configs(study, arm, args.changes)  # refused before another trains
+    out = files.out_folder(args.out, "--out")
+    with lock.hold(out):
+        arms.check_shared(study, out / "shared_fields.json")
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     todo = [run for run in wanted if not _is_done(study, run, args.changes, out)]
@@ -293,12 +234,15 @@ def _is_done(study, run, changes, out) -> bool:
     """Whether rows.csv has the run, with the same fields."""
     with lock.hold(out):  # others add rows
         rows = read_rows(out / ROWS)
-    fields = json.loads(json.dumps(with_typed(study, study.ARMS[run.arm], changes)[0]))
-    return any(
-        (Run(row["arm"], float(row["seconds"]), int(row["seed"])), json.loads(row["fields"]))
-        == (run, fields)
-        for row in rows
-    )
+    fields = json.loads(json.dumps(arms.with_typed(study, study.ARMS[run.arm], changes)[0]))
+    of_arm = [row for row in rows if row["arm"] == run.arm]
+    if any(json.loads(row["fields"]) != fields for row in of_arm):
+        raise ConfigError(
+            f"{out / ROWS} has rows of {run.arm} with other fields; expected one setting for each "
+            "arm of an --out; give the arm another name in the study's file, or type --out=FOLDER "
+            "with a new one"
+        )
+    return any((float(row["seconds"]), int(row["seed"])) == run[1:] for row in of_arm)
 
 
 if __name__ == "__main__":

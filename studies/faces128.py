@@ -10,7 +10,7 @@ split by person. A run:
 """
 
 from maskdm_jax.config import default_config
-from studies.compute_matched import runs
+from studies.arms import runs
 
 
 def get_config():

@@ -9,7 +9,7 @@ alone. A run:
 """
 
 from studies import faces128
-from studies.compute_matched import runs
+from studies.arms import runs
 
 _LEVELS = ["scratch_b32_muon_lr32_levels_both", "drop_60_b32_muon_lr16_levels"]
 _KEPT = [f"{name}_kept" for name in _LEVELS]

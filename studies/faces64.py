@@ -8,7 +8,7 @@ aim is scratch's score in 0.8 of its seconds, not in half. A run:
 """
 
 from studies import faces128
-from studies.compute_matched import runs
+from studies.arms import runs
 from studies.transfer64 import EARLY, LATE, MASKED
 
 

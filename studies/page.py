@@ -13,6 +13,7 @@ of its name; "scratch" is what the others are compared with. Needs matplotlib: p
 import base64
 import html
 import io
+import json
 import math
 import operator
 import pathlib
@@ -25,6 +26,7 @@ from PIL import Image
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import TEXT
 from maskdm_jax.run import command_line, files
+from maskdm_jax.run.progress import say
 from studies import plots, points
 from studies.compute_matched import read_rows
 from studies.points import Reached
@@ -55,7 +57,6 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     score = points.main_score(rows)
     found = points.of_rows(rows, score)
     floor = next((float(row["floor"]) for row in rows if row["floor"]), math.nan)
-    out.mkdir(parents=True, exist_ok=True)
     budget = points.compared_budget(found)
     best = points.best_of_families(found, budget)
     figures = {
@@ -66,22 +67,16 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         "factors.png": plots.plot_factors(points.reached_by_level(found)),
     }
     for name, figure in figures.items():
+        (out / name).unlink(missing_ok=True)  # of other rows
         if figure is not None:
             figure.savefig(out / name, dpi=110)
     drawn = {name for name, figure in figures.items() if figure is not None}
-    first = rows[0]
     parts = [
-        f"<h1>Score at equal cost</h1><p>{score} of {first['n']} samples, {first['steps']} sampler "
-        f"steps; floor {floor:.4g}; reference {first['reference_sha256'][:8]}, network "
-        f"{first['network_sha256'][:8]}; {', '.join(sorted({row['device'] for row in rows}))}.</p>",
-        *(_picture((out / name).read_bytes(), "png") for name in figures if name in drawn),
+        f"<h1>Score at equal cost</h1><p>{_definition(rows, score, floor)}</p><p>{_HELP}</p>",
+        *(_picture((out / name).read_bytes(), "png", name) for name in figures if name in drawn),
         "<h2>Seconds until scratch's final score</h2>",
-        _table(["scratch's score", *_REACHED], factors(points.reached(found))),
-        "<h2>Seconds until scratch's final held-out loss</h2>",
-        _table(
-            ["scratch's loss", *_REACHED[:-1]],
-            [row[:-1] for row in factors(points.reached(found, *[_heldout] * 2))],
-        ),
+        _reached(["scratch's score", *_REACHED], factors(points.reached(found))),
+        *_until_loss(found),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
     ]
@@ -90,7 +85,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         parts += [f"<h2>{seconds:g} device-seconds</h2>", _table(_HEADINGS, map(_cells, shown))]
     for point in best if grids else ():
         for path in sorted(grids.glob(f"{point.arm}_{budget:g}s_seed*.png"))[:1]:
-            parts += [f"<h2>{point.arm}, {budget:g} s</h2>", _picture(_small(path), "jpeg")]
+            title = f"{point.arm}, {budget:g} s"
+            parts += [f"<h2>{title}</h2>", _picture(_small(path), "jpeg", title)]
     style = (
         "body{font:16px sans-serif;max-width:70rem;margin:auto;padding:1rem}"
         "table{border-collapse:collapse;display:block;overflow-x:auto}"
@@ -104,12 +100,49 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     files.write_text(out / "page.html", f"{head}{''.join(parts)}</html>\n")
 
 
+_HELP = (
+    "Lower is better. A score is the mean of its seeds, and ± their standard deviation; held-out "
+    "loss and costs are means too. Memorised: the share of samples that are closer to a training "
+    "image than the threshold. Trained, set-up and scoring are device-seconds. At most and at "
+    "least: an arm's shortest run is already better. Arms that do not reach a score, or only with "
+    "a run longer than scratch's of which no shorter one exists, have no line."
+)
 _heldout = operator.attrgetter("heldout")  # without a range: its mean over the seeds is kept alone
 _REACHED = ["arm", "reached in", "factor", "range: two standard errors"]
 _HEADINGS = [
     "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
     "set-up, s", "scoring, s", "phases",
 ]  # fmt: skip
+
+
+def _definition(rows, score, floor):
+    first = rows[0]
+    hashes = {"reference": first["reference_sha256"], "network": first["network_sha256"]}
+    return "; ".join(
+        [
+            f"{score} of {first['n']} samples, {first['steps']} sampler steps",
+            *([f"floor {floor:.4g}"] if math.isfinite(floor) else []),
+            *(f"{name} {value[:8]}" for name, value in hashes.items() if value),
+            ", ".join(sorted({row["device"] for row in rows})),
+        ]
+    )
+
+
+def _reached(headings, lines):
+    return _table(headings, lines) if lines else "<p>No arm but scratch's reaches one.</p>"
+
+
+def _until_loss(found):
+    if all(math.isnan(point.heldout) for point in found):
+        return []
+    lines = [line[:-1] for line in factors(points.reached(found, *[_heldout] * 2))]
+    title = "<h2>Seconds until scratch's final held-out loss</h2>"
+    return [title, _reached(["scratch's loss", *_REACHED[:-1]], lines)]
+
+
+def _known(value, form):
+    """A number as text, nothing if it is not known."""
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _cells(point):
@@ -119,8 +152,9 @@ def _cells(point):
         for p in point.phases
     )
     return [
-        point.arm, f"{point.score:.3f}{spread}", len(point.scores), f"{point.heldout:.5f}",
-        f"{point.memorised:.2%}", f"{point.images / 1e6:.3f}", f"{point.pflop:,.0f}",
+        point.arm, f"{point.score:.3f}{spread}", len(point.scores), _known(point.heldout, ".5f"),
+        _known(point.memorised, ".2%"), f"{point.images / 1e6:.3f}",
+        format(point.pflop, ",.0f" if point.pflop >= 10 else ".3g"),
         f"{point.trained_s:.0f}", f"{point.set_up_s:.0f}", f"{point.scoring_s:.0f}", phases,
     ]  # fmt: skip
 
@@ -138,10 +172,9 @@ def _table(headings, rows):
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
-def _picture(content, kind):
-    return (
-        f'<p><img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}"></p>'
-    )
+def _picture(content, kind, title):
+    data = base64.b64encode(content).decode()
+    return f'<p><img alt="{html.escape(title)}" src="data:image/{kind};base64,{data}"></p>'
 
 
 def _small(path):
@@ -163,11 +196,23 @@ def main(argv: list[str] | None = None) -> None:
     path = files.local_path(args.rows, "--rows")
     rows = _chosen(read_rows(path), path, args.arms, args.device)
     grids = files.local_path(args.grids, "--grids") if args.grids else None
-    write_page(rows, files.local_path(args.out, "--out"), grids)
+    if grids and not grids.is_dir():
+        raise ConfigError(
+            f"--grids is {args.grids}, where no folder is; expected that of "
+            "studies.compute_matched; type --grids=DIR/grids, or leave it out"
+        )
+    out = files.out_folder(args.out, "--out")
+    write_page(rows, out, grids)
+    say(str(out / "page.html"))
 
 
 def _chosen(rows, path, arms, device):
     """The rows of those arms on that device, or all; those that do not compare are refused."""
+    if not path.exists():
+        raise ConfigError(
+            f"--rows is {path}, which is not there; expected the rows.csv of "
+            "studies.compute_matched; type --rows=studies/transfer64.csv"
+        )
     if not rows or not {"arm", "seconds", "seed", "phases", *_ALIKE} <= rows[0].keys():
         raise ConfigError(
             f"--rows {path} holds no rows of arms; expected the rows.csv of "
@@ -195,7 +240,35 @@ def _chosen(rows, path, arms, device):
                 f"--rows {path} has rows that do not compare: their {name} is "
                 f"{' or '.join(values)}; expected one alone; type {mend}"
             )
+    _check_arms(rows, path)
     return rows
+
+
+def _check_arms(rows, path):
+    """Refuses numbers that are none, and rows that are no seeds of one setting."""
+    score, settings, seeds = points.main_score(rows), {}, set()
+    for row in rows:
+        try:
+            run = row["arm"], float(row["seconds"]), int(row["seed"])
+            float(row[score]), float(row["images"])
+            fields = json.loads(row.get("fields") or "null")
+        except ValueError as error:
+            raise ConfigError(
+                f"--rows {path}: a row of {row['arm']} has a value that is no number or JSON "
+                f"({error}); expected rows as studies.compute_matched writes them; correct it, "
+                "then type the same command"
+            ) from error
+        if settings.setdefault(row["arm"], fields) != fields:
+            raise ConfigError(
+                f"--rows {path} has rows of {row['arm']} with other fields; expected one setting "
+                "for each arm; give one another name there, then type the same command"
+            )
+        if run in seeds:
+            raise ConfigError(
+                f"--rows {path} has {row['arm']}, {run[1]:g} s, seed {run[2]} twice; expected each "
+                "seed once; remove one of them, then type the same command"
+            )
+        seeds.add(run)
 
 
 if __name__ == "__main__":

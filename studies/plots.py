@@ -93,14 +93,14 @@ def plot_seconds(found: list):
 def plot_bins(best: list):
     """Held-out loss by noise level over that of the best scratch run, at one budget."""
     baseline = next((point for point in best if point.family == BASELINE), None)
-    if baseline is None:
+    if len(best) == 1 or baseline is None or not np.isfinite(baseline.bins).all():
         return None
     figure, (axis,) = _subplots(1)
     for point in best:
         axis.plot(range(len(BINS)), np.divide(point.bins, baseline.bins), "o-", label=point.arm)
     _bin_ticks(axis)
-    axis.set_ylabel(f"held-out loss / that of {baseline.arm}")
-    axis.set_title(f"{baseline.seconds:g} s")
+    axis.set_ylabel("held-out loss / scratch's")
+    axis.set_title(f"{baseline.seconds:g} s; scratch: {baseline.arm}", fontsize="small")
     axis.legend()
     return figure
 

@@ -211,8 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("--until", COUNT_OR_0, "seconds by which the last row is to end", 10**9)
     args = parser.parse(argv)
     check(args.solvers)
-    out = files.local_path(args.out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
+    out = files.out_folder(args.out, "--out")
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     path = out / ROWS

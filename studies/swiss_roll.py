@@ -143,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("--seconds", number(0.01), "of training, for each arm", 60.0)
     parser.flag("--seeds", COUNT, "runs of each arm", 3)
     args = parser.parse(argv)
-    out = files.local_path(args.out, "--out")
-    out.mkdir(parents=True, exist_ok=True)
+    out = files.out_folder(args.out, "--out")
     if any(out.iterdir()):  # its runs would resume, with the step times of another day
         raise ConfigError(f"--out {out} is not empty; type --out=FOLDER with a new one")
     jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))

@@ -13,7 +13,7 @@ are to all 8,997 training images of celeba64. A run:
 """
 
 from studies import faces128
-from studies.compute_matched import runs
+from studies.arms import runs
 
 OTHER_SET = {"data.name": "lfw64.zip", "data.fraction": 1.0, "optim.lr_end": 0.3}
 MASKED = {"mask.kind": "block", "train.batch_size": 1024}

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import operator
+import re
 import signal
 import statistics
 import sys
@@ -17,7 +18,7 @@ from maskdm_jax import checkpoint, phases
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import lock
 from maskdm_jax.run.command_line import TRY_AGAIN
-from studies import budget, compute_matched, page, plots, points
+from studies import arms, budget, compute_matched, page, plots, points
 
 
 def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
@@ -154,6 +155,17 @@ def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
 
+def test_what_was_not_measured_is_left_out_of_the_page(tmp_path):
+    digits = {"floor": "", "heldout_loss": "", "memorisation_share768": "", "network_sha256": ""}
+    digits |= {f"loss {name}": "" for name in points.BINS}
+    rows = [row(**digits), row("drop_60", fid=1.0, **digits)]
+    (tmp_path / "noise_levels.png").write_bytes(b"of other rows")
+    page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
+    text = re.sub("<img[^>]*>", "", (tmp_path / "page.html").read_text())
+    assert "nan" not in text and "floor" not in text and "final held-out loss" not in text
+    assert not (tmp_path / "noise_levels.png").exists()
+
+
 def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path):
     path = tmp_path / "rows.csv"
     for found in (row(), row("drop_60"), row("drop_60", device="1 x H200"), row(n=2000)):
@@ -207,18 +219,18 @@ def test_a_run_that_was_begun_keeps_its_phases_and_its_device(tmp_path):
 
 def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
     (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
-    study = compute_matched.load_study(str(tmp_path / "study.py"))
+    study = arms.load(str(tmp_path / "study.py"))
     ((_, given),) = arm = study.ARMS["pool_75"]
     typed = ["seed=0", "data.dir=/elsewhere", "eval.num=8"]
-    made, free = compute_matched.with_typed(study, arm, typed)
+    made, free = arms.with_typed(study, arm, typed)
     assert made == arm and free == typed[1:]  # the study's own seed
-    made, free = compute_matched.with_typed(study, arm, ["optim.lr_peak=0.5"])
+    made, free = arms.with_typed(study, arm, ["optim.lr_peak=0.5"])
     assert made == [(1.0, given | {"optim.lr_peak": 0.5})] and not free
 
 
 @pytest.mark.parametrize("name", ["faces128", "faces128_patch2", "faces64", "transfer64"])
 def test_every_arm_of_a_shipped_study_is_a_run(name):
-    study = compute_matched.load_study(str(ROOT / "studies" / f"{name}.py"))
+    study = arms.load(str(ROOT / "studies" / f"{name}.py"))
     for arm, parts in study.ARMS.items():
         assert sum(share for share, _ in parts) == pytest.approx(1), arm
         for _, fields in parts:
@@ -231,12 +243,58 @@ def test_every_arm_of_a_shipped_study_is_a_run(name):
 
 @pytest.mark.parametrize(
     "text, says",
-    [("ARMS = {", "line 1"), ("ARMS = {}", "no get_config and no PIECES")],
+    [
+        ("ARMS = {", "line 1: SyntaxError"),
+        ("ARMS = {}", "no get_config and no PIECES"),
+        ("ARMS['low'] = arm", "line 18: NameError"),
+        ("ARMS = {'pool_75': [(0.5, {})]}", "pool_75 has shares of the seconds that sum to 0.5"),
+        ("ARMS = {'pool_75': [(1.5, {}), (-0.5, {})]}", "a share is not above 0"),
+        ("ARMS = {'pool_75': [(1.0,)]}", "not a list of"),
+        ("ARMS = {'pool_75': [(1.0, {'optim.lr_pek': 1.0})]}", "sets 'optim.lr_pek'"),
+        ("ARMS = {'pool_60': [(1.0, {})]}", "piece all has the arm 'pool_75'"),
+    ],
 )
 def test_a_study_file_that_is_none_is_one_sentence(tmp_path, text, says):
-    (tmp_path / "study.py").write_text(text)
+    start = "" if says.startswith(("line 1:", "no get_config")) else textwrap.dedent(STUDY)
+    (tmp_path / "study.py").write_text(start + text)
     with pytest.raises(ConfigError, match=says):
-        compute_matched.load_study(str(tmp_path / "study.py"))
+        arms.load(str(tmp_path / "study.py"))
+
+
+def test_an_arm_that_cannot_train_is_refused_before_another_trains(tmp_path, monkeypatch):
+    text = textwrap.dedent(STUDY) + "ARMS['low'] = [(1.0, {'optim.lr_peak': -1.0})]\n"
+    (tmp_path / "study.py").write_text(text)
+    monkeypatch.setattr(compute_matched, "run_arm", lambda *_: pytest.fail("it trains"))
+    argv = [f"--study={tmp_path / 'study.py'}", f"--out={tmp_path / 'out'}"]
+    says = "arm low of .*study.py: optim.lr_peak is -1.0; expected .*; correct the arm"
+    with pytest.raises(ConfigError, match=says):
+        compute_matched.main([*argv, "--arms", "pool_75", "low"])
+    for flag in (["--seconds=5"], ["--seeds", "0"]):
+        with pytest.raises(ConfigError, match=f"{flag[0][:7]}.* is [50]; expected a piece"):
+            compute_matched.main([*argv, "--piece=all", *flag])
+
+
+def test_an_out_has_one_config_and_one_setting_for_each_arm(tmp_path, monkeypatch):
+    path, out = tmp_path / "study.py", tmp_path / "out"
+    path.write_text(textwrap.dedent(STUDY))
+    made = []
+
+    def run_arm(study, run, changes, out):
+        made.append(run)
+        arm, _ = arms.with_typed(study, study.ARMS[run.arm], changes)
+        return run._asdict() | {"swd": 0.1, "fields": json.dumps(arm)}
+
+    monkeypatch.setattr(compute_matched, "run_arm", run_arm)
+    argv = [f"--study={path}", f"--out={out}", "--arms", "pool_75"]
+    compute_matched.main(argv)
+    compute_matched.main([*argv, "--config.eval.num=8"])  # no update depends on it
+    assert made == [("pool_75", 120.0, 0)]
+    with pytest.raises(ConfigError, match="has rows of pool_75 with other fields"):
+        compute_matched.main([*argv, "--config.optim.lr_peak=0.5"])
+    path.write_text(path.read_text().replace("batch_size = 16, 16", "batch_size = 16, 8"))
+    with pytest.raises(ConfigError, match="with train.batch_size 16, and in .* it is 8; .* --out="):
+        compute_matched.main([*argv, "--seeds", "1"])
+    assert len(made) == 1
 
 
 def test_only_the_steps_count_as_training(tmp_path):
@@ -247,7 +305,7 @@ def test_only_the_steps_count_as_training(tmp_path):
 
 STUDY = """
     from configs import pretrain_digits
-    from studies import compute_matched
+    from studies import arms
 
     def get_config():
         config = pretrain_digits.get_config()
@@ -261,7 +319,7 @@ STUDY = """
     pooled = {"mask.kind": "block", "mask.block_size": 2, "mask.pool_size": 2,
               "mask.hidden": "pool", "train.batch_size": 32}
     ARMS = {"pool_75": [(1.0, {"phases": ((0.75, pooled), (0.25, {}))})]}
-    PIECES = {"all": [compute_matched.Run("pool_75", 16.0, 1)]}
+    PIECES = {"all": [arms.Run("pool_75", 16.0, 1)]}
 """
 
 

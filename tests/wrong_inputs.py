@@ -767,6 +767,38 @@ BENCHMARKS = [
 
 EVALUATE = SAMPLE.replace("=sample ", "=evaluate ") + "--config.eval.metrics=swd "
 SCORE = "maskdm_jax.quality.score --images={tmp}/images --reference={tmp}/images "
+STUDY = "studies.compute_matched --study={tmp}/study.py --out={tmp}/o "
+OTHER_STUDY = "studies.compute_matched --out={tmp}/o --arms scratch --study={tmp}/"
+PAGE = "studies.page --out={tmp}/o --rows={tmp}/"
+STUDIES = [
+    Wrong(STUDY, ("neither --piece nor --arms", "--arms scratch")),
+    Wrong(STUDY + "--arms scratch low", ("arm low of {tmp}/study.py: optim.lr_peak", "correct")),
+    Wrong(STUDY + "--arms scratch wide", ("arm wide", "model.width", "correct the arm")),
+    Wrong(STUDY + "--arms scrach", ("'scrach'", "--arms scratch")),
+    Wrong(STUDY + "--piece=some", ("'some'", "--piece=all")),
+    Wrong(STUDY + "--piece=all --seconds=5", ("--seconds is 5", "type --piece=all")),
+    Wrong(STUDY + "--piece=all --seeds 0", ("--seeds is 0", "type --piece=all")),
+    Wrong(STUDY + "--arms scratch --seconds=0", ("0", "--seconds=1")),
+    Wrong(STUDY + "--arms scratch --out={tmp}/a_file", ("--out is {tmp}/a_file", "another --out")),
+    Wrong(STUDY + "--arms scratch --out={tmp}/a_file/o", ("a_file/o, which", "another --out")),
+    Wrong(OTHER_STUDY + "half.py", ("half.py: arm scratch", "sum to 0.5", "correct the file")),
+    Wrong(OTHER_STUDY + "negative.py", ("arm scratch is", "not above 0", "correct the file")),
+    Wrong(OTHER_STUDY + "no_pairs.py", ("arm scratch is", "(share, {{field: value}})")),
+    Wrong(OTHER_STUDY + "no_field.py", ("'optim.lr_pek'", "not a field", "correct the file")),
+    Wrong(OTHER_STUDY + "no_arm.py", ("piece all has the arm 'drop'", "correct the file")),
+    Wrong(OTHER_STUDY + "no_arms.py", ("ARMS is 5", "correct the file")),
+    Wrong(OTHER_STUDY + "unknown_name.py", ("line 8: NameError", "correct the file")),
+    Wrong(OTHER_STUDY + "syntax.py", ("line 3", "correct the file")),
+    Wrong(PAGE + "none.csv", ("{tmp}/none.csv", "not there", "type --rows=")),
+    Wrong(PAGE + "a.png", ("{tmp}/a.png cannot be read as CSV", "type mv")),
+    Wrong(PAGE + "an_empty_folder", ("{tmp}/an_empty_folder cannot be read", "type mv")),
+    Wrong(PAGE + "torn.csv", ("{tmp}/torn.csv, row 3", "remove the row")),
+    Wrong(PAGE + "word.csv", ("a row of scratch", "'long'", "correct it")),
+    Wrong(PAGE + "mixed.csv", ("rows of scratch with other fields", "another name")),
+    Wrong(PAGE + "twice.csv", ("scratch, 3 s, seed 0 twice", "remove one")),
+    Wrong(PAGE + "rows.csv --grids={tmp}/none", ("{tmp}/none", "--grids=DIR/grids")),
+]
+
 SCORES = [
     Wrong(EVALUATE + "--config.eval.checkpoints=many", ("'many'", "eval.checkpoints=newest")),
     Wrong(EVALUATE + "--config.eval.checkpoints=7", ("'7'", "--config.eval.checkpoints=all")),
@@ -877,12 +909,42 @@ HELP = [
 
 TABLE = [
     *FIELDS, *PHASES, *FLAGS, *CONFIGS, *SETS, *WEIGHTS, *RUNS, *DEVICES, *LAUNCH, *BENCHMARKS,
-    *PREPARE, *SCORES,
+    *PREPARE, *SCORES, *STUDIES,
 ]  # fmt: skip
 
 _CONFIG = "from maskdm_jax.config import default_config\n\n\ndef get_config():\n"
+_STUDY = """from configs import pretrain_digits
+
+
+def get_config():
+    return pretrain_digits.get_config()
+
+
+"""
+_PIECES = "PIECES = {'all': [Run('scratch', 9.0, 0)]}\n"
+_ARMS = "from studies.arms import Run\nARMS = {'scratch': %s}\n" + _PIECES
+_CELLS = "9,1,50,a,b,H100,1"
+_ROW = f"scratch,3.0,0,0.5,[],{_CELLS},"
+_ROWS = (
+    "arm,seconds,seed,fid768,phases,images,n,steps,reference_sha256,network_sha256,device,"
+    "memorisation_share768,fields\n"
+)
 FILES = {
     "a_file": "text",
+    "study.py": _STUDY + _ARMS % "[(1.0, {})]" + "ARMS['low'] = [(1.0, {'optim.lr_peak': -1.0})]\n"
+    "ARMS['wide'] = [(1.0, {'model.width': 'x'})]\n",
+    "half.py": _STUDY + _ARMS % "[(0.5, {})]",
+    "negative.py": _STUDY + _ARMS % "[(1.5, {}), (-0.5, {})]",
+    "no_pairs.py": _STUDY + _ARMS % "[(1.0,)]",
+    "no_field.py": _STUDY + _ARMS % "[(1.0, {'optim.lr_pek': 1.0})]",
+    "no_arm.py": _STUDY + (_ARMS % "[(1.0, {})]").replace("Run('scratch'", "Run('drop'"),
+    "no_arms.py": f"{_STUDY}ARMS = 5\nPIECES = {{}}\n",
+    "unknown_name.py": f"{_STUDY}ARMS = arms\n",
+    "rows.csv": f"{_ROWS}{_ROW}\n",
+    "torn.csv": f"{_ROWS}{_ROW}\nscratch,3.0",
+    "word.csv": f"{_ROWS}{_ROW.replace('3.0', 'long')}\n",
+    "mixed.csv": f"{_ROWS}{_ROW}\n{_ROW.replace(',0,', ',1,')}[1]\n",
+    "twice.csv": f"{_ROWS}{_ROW}\n{_ROW}\n",
     "a.json": '{"seed": 0}',
     "syntax.py": "def get_config():\n    return 1\nif:\n",
     "no_module.py": "import nowhere\n",

@@ -21,7 +21,7 @@ def samples(found: list[runs.Run], configs: dict) -> list:
 
 def _figure(run, drawn, found):
     s = drawn.settings
-    shown = f"the first {min(drawn.count, 64)} of " if drawn.count > 64 else ""
+    shown = "up to 64 of " if drawn.count > 64 else ""
     text = f"{shown}{drawn.count:,} samples"
     if "sampler" in s:
         text += (

@@ -60,6 +60,27 @@ def local_path(path: str | pathlib.Path, name: str) -> pathlib.Path:
     return _local_path(path, name, "since buckets are not supported")
 
 
+def out_folder(path: str, name: str) -> pathlib.Path:
+    """The folder that a user typed for what a program writes, made with those above it.
+
+    Args:
+      path: as for `local_path`.
+      name: the flag it was typed for.
+
+    Raises:
+      ConfigError: as `local_path`; for a file, or a path below one.
+    """
+    folder = local_path(path, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(
+            f"{name} is {path}, which is a file or lies below one; expected a folder; type another "
+            f"{name}"
+        ) from error
+    return folder
+
+
 def is_remote(path) -> bool:
     """Whether a path, as text or as a place, is in a bucket."""
     return str(path).startswith(_BUCKET)
