@@ -156,20 +156,20 @@ def _from_file(path):
     spec = importlib.util.spec_from_file_location("config_file", file)
     module = importlib.util.module_from_spec(spec)
     try:
-        wrong = "it has no function get_config()"
+        fault = "it has no function get_config()"
         with _configs_importable(file):
             spec.loader.exec_module(module)
             if hasattr(module, "get_config"):
                 chosen = _argument(path, module, argument if has_argument else None)
                 config = module.get_config(*chosen)
-                wrong = fault(config)
+                fault = config_fault(config)
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # a user's code may raise anything
-        wrong = raised(error, file)
-    if wrong:
+        fault = described_error(error, file)
+    if fault:
         raise ConfigError(
-            f"--config={path}: {wrong}; expected a function get_config() that sets fields of "
+            f"--config={path}: {fault}; expected a function get_config() that sets fields of "
             "default_config() of maskdm_jax.config, and returns it; correct the file, or type "
             f"--config={_EXAMPLE}"
         )
@@ -254,7 +254,7 @@ def _nearest_file(file):
     return next((each for each in files if each.stem == near), _EXAMPLE)
 
 
-def fault(config):
+def config_fault(config):
     """What is wrong with the result of get_config(); None if nothing."""
     if not isinstance(config, config_dict.ConfigDict):
         what = "None" if config is None else f"a {type(config).__name__}"
@@ -271,7 +271,7 @@ def fault(config):
     return None
 
 
-def raised(error, file):
+def described_error(error, file):
     """An error of the user's file in words, with the line."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)]
     if isinstance(error, SyntaxError):

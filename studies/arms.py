@@ -1,4 +1,4 @@
-"""A study's file, and the runs that a command asks of it.
+"""A study's file, and the runs that a command names.
 
 A study is a Python file with
 
@@ -13,17 +13,25 @@ import itertools
 import json
 import math
 import pathlib
-import shlex
 from typing import NamedTuple
+
+import jax
 
 from maskdm_jax import config_file, phases
 from maskdm_jax.config import get
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
-from maskdm_jax.fields import FREE
+from maskdm_jax.fields import FREE, nearest_word, quoted
 from maskdm_jax.run import files
 
-_SECONDS, _SEEDS = 120.0, (0,)
+SECONDS, SEED = 120.0, 0  # of --arms, if none are given
+# Each run sets these itself.
+_OWN = ("seed", "init.path", "train.num_steps", "phases_by")
+# No update depends on these, but a score does.
+_SCORING = (
+    "sample.sampler", "sample.spacing", "sample.steps", "sample.eta", "sample.weights",
+    "sample.guidance_scale", "eval.num", "eval.metrics", "eval.features",
+)  # fmt: skip
 
 
 class Run(NamedTuple):
@@ -34,19 +42,16 @@ class Run(NamedTuple):
     seed: int
 
 
-def runs(
-    arms: list[str], seconds: float | None = None, seeds: tuple[int, ...] | None = None
-) -> list[Run]:
-    """Every arm with every seed; by default for 120 s, with seed 0."""
-    pairs = itertools.product(seeds or _SEEDS, arms)
-    return [Run(arm, seconds or _SECONDS, seed) for seed, arm in pairs]
+def runs(arms: list[str], seconds: float, seeds: tuple[int, ...] = (SEED,)) -> list[Run]:
+    """Every arm with every seed."""
+    return [Run(arm, seconds, seed) for seed, arm in itertools.product(seeds, arms)]
 
 
 def load(path: str):
     """The module of a study.
 
     Raises:
-      ConfigError: for a file that is none.
+      ConfigError: for a file that is not a study.
     """
     file = files.local_path(path, "--study")
     example = "type --study=studies/faces128.py"
@@ -61,7 +66,7 @@ def load(path: str):
         spec.loader.exec_module(module)
         fault = _fault(module)
     except (Exception, SystemExit) as error:  # a user's code may raise anything
-        fault = config_file.raised(error, file)
+        fault = config_file.described_error(error, file)
     if fault:
         raise ConfigError(
             f"--study {path}: {fault}; expected get_config(), ARMS and PIECES, as in "
@@ -74,53 +79,68 @@ def _fault(study):
     """What is wrong with a study's module; None if nothing."""
     if lacking := [name for name in ("get_config", "ARMS", "PIECES") if not hasattr(study, name)]:
         return f"it has no {' and no '.join(lacking)}"
-    if fault := config_file.fault(study.get_config()):
+    if fault := config_file.config_fault(study.get_config()):
         return fault
     for name in ("ARMS", "PIECES"):
-        if not isinstance(getattr(study, name), dict) or not getattr(study, name):
-            return f"{name} is {getattr(study, name)!r}, not a dict of them by name"
+        if not isinstance(getattr(study, name), dict):
+            return f"{name} is {getattr(study, name)!r}, not a dict"
     for name, arm in study.ARMS.items():
         if fault := _arm_fault(arm):
             return f"arm {name} {fault}"
-    for name, asked in study.PIECES.items():
-        if unknown := [run.arm for run in asked if run.arm not in study.ARMS]:
+    for name, piece in study.PIECES.items():
+        if not isinstance(piece, list) or not all(isinstance(run, Run) for run in piece):
+            return f"piece {name} is {piece!r}, not a list of Run(arm, seconds, seed)"
+        if unknown := [run.arm for run in piece if run.arm not in study.ARMS]:
             return f"piece {name} has the arm {unknown[0]!r}, which is not in ARMS"
     return None
 
 
 def _arm_fault(arm):
     """What is wrong with an arm's form; None if nothing."""
-    try:
-        pairs = [(float(share), dict(fields)) for share, fields in arm]
-    except (TypeError, ValueError):
+
+    def is_part(part):
+        return isinstance(part, (tuple, list)) and list(map(type, part)) in (
+            [float, dict],
+            [int, dict],
+        )
+
+    if not isinstance(arm, list) or not arm or not all(map(is_part, arm)):
         return f"is {arm!r}, not a list of (share, {{field: value}})"
-    if not pairs or min(share for share, _ in pairs) <= 0:
+    if min(share for share, _ in arm) <= 0:
         return f"is {arm!r}, where a share is not above 0"
-    if not math.isclose(sum(share for share, _ in pairs), 1):
-        return f"has shares of the seconds that sum to {sum(s for s, _ in pairs):g}, not to 1"
-    if unknown := [name for _, fields in pairs for name in fields if name not in FIELDS]:
+    if not math.isclose(sum(share for share, _ in arm), 1):
+        return f"has shares of the seconds that sum to {sum(s for s, _ in arm):g}, not to 1"
+    if unknown := [name for _, fields in arm for name in fields if name not in FIELDS]:
         return f"sets {unknown[0]!r}, which is not a field of the config"
     return None
 
 
-def with_typed(study, arm: list, changes: list[str]) -> tuple[list, list[str]]:
-    """(the arm with those typed changes that make another run of it, the other changes)."""
-    config, own, fields, free = study.get_config(), study.get_config(), {}, []
+def with_typed(study, name: str, changes: list[str]) -> list:
+    """An arm with those typed changes that make another run of it; see `base` for the others."""
+    config, own, fields = study.get_config(), study.get_config(), {}
     for change in changes:
-        name = change.partition("=")[0]
+        field = change.partition("=")[0]
         config_file.set_field(config, change)
-        if FIELDS[name].role == FREE:
-            free.append(change)
-        else:
-            fields[name] = get(config, name)
-    typed = [
-        {k: v for k, v in fields.items() if k in given or get(own, k) != v} for _, given in arm
+        if FIELDS[field].role != FREE:
+            fields[field] = get(config, field)
+    return [
+        (share, given | {k: v for k, v in fields.items() if k in given or get(own, k) != v})
+        for share, given in study.ARMS[name]
     ]
-    return [(share, given | more) for (share, given), more in zip(arm, typed, strict=True)], free
+
+
+def base(study, changes: list[str]):
+    """The study's config with those typed changes on which no update depends."""
+    config = study.get_config()
+    for change in changes:
+        field = change.partition("=")[0]
+        if field not in FIELDS or FIELDS[field].role == FREE:
+            config_file.set_field(config, change)  # refuses one that is not a field
+    return config
 
 
 def configs(study, name: str, changes: list[str]) -> list:
-    """The valid configs of an arm's runs.
+    """The configs of an arm's runs, valid on these devices.
 
     Args:
       study: its module.
@@ -130,16 +150,15 @@ def configs(study, name: str, changes: list[str]) -> list:
     Raises:
       ConfigError: for a value that cannot work, with the arm.
     """
-    arm, free = with_typed(study, study.ARMS[name], changes)
+    phases.validate(base(study, changes))
     found = []
-    for _, fields in arm:
-        config = study.get_config()
+    for _, fields in with_typed(study, name, changes):
+        config = base(study, changes)
         try:
             for field, value in fields.items():
                 _set(config, field, value)
-            for change in free:
-                config_file.set_field(config, change)
             phases.validate(config)
+            phases.validate_devices(config, jax.device_count(), "train")
         except ConfigError as error:
             fault = str(error).partition("; type ")[0]
             typed = " or what was typed for its fields" if changes else ""
@@ -159,56 +178,72 @@ def _set(config, field, value):
         raise ConfigError(f"{field} is {value!r}; expected {kind.expected}") from error
 
 
-def shared_fields(study) -> dict:
-    """The fields of get_config() on which an update depends, as JSON has them."""
-    config = study.get_config()
-    fields = {name: get(config, name) for name, field in FIELDS.items() if field.role != FREE}
-    return json.loads(json.dumps(fields))
+def check_settings(study, name: str, changes: list[str], out: pathlib.Path, keep: bool) -> None:
+    """Refuses an arm whose config is not the one that this --out began with.
 
+    A row has what an arm changes, so rows of other shared fields would not compare, and an arm's
+    name stands for one setting. Runs of a version that did not keep them yet are not compared.
 
-def check_shared(study, path: pathlib.Path) -> None:
-    """Refuses a study whose get_config() is not that of the runs before, which `path` keeps.
-
-    Rows tell what an arm changes, so with another get_config() they would not compare.
+    Args:
+      study: its module.
+      name: the arm.
+      changes: as for `configs`.
+      out: the folder of the rows, locked.
+      keep: whether to write what is new, since a run of the arm begins.
     """
-    now = shared_fields(study)
-    if not path.exists():
-        files.write_text(path, json.dumps(now, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text())
-    differing = [name for name in now if before.get(name, now[name]) != now[name]]
-    if differing:
-        name = differing[0]
+    path, config = out / "settings.json", base(study, changes)
+    shared = {
+        field: get(config, field)
+        for field, about in FIELDS.items()
+        if field in _SCORING or (about.role != FREE and field not in _OWN)
+    }
+    arm = with_typed(study, name, changes)
+    now = json.loads(json.dumps({"shared": shared, "arms": {name: arm}}))
+    kept = json.loads(path.read_text()) if path.exists() else now
+    new = "change it back, or type --out=FOLDER with a new one"
+    for field, value in now["shared"].items():
+        before = kept["shared"].get(field, value)
+        if before != value:
+            raise ConfigError(
+                f"{out} has runs with {field} {before!r}, and now it is {value!r} for all arms; "
+                f"expected one value in all runs of an --out; {new}"
+            )
+    if kept["arms"].get(name, now["arms"][name]) != now["arms"][name]:
         raise ConfigError(
-            f"{path.parent} has runs of a get_config() with {name} {before[name]!r}, and in "
-            f"{study.__file__} it is {now[name]!r}; expected one get_config() for all rows of an "
-            "--out; change it back, or type --out=FOLDER with a new one"
+            f"{out} has runs of {name} with other fields; expected one setting for each arm of an "
+            f"--out; {new}, or give the arm another name"
         )
+    if keep:
+        kept["arms"] |= now["arms"]
+        files.write_text(path, json.dumps(kept, indent=1) + "\n")
 
 
 def chosen(
-    study, piece: str, arms: list[str], seconds: float | None, seeds: list[int] | None
+    study, piece: str, arms: list[str], seconds: float | None, seeds: list[int]
 ) -> list[Run]:
-    """The runs that the command line asks for."""
+    """The runs of a command line."""
+    if piece and piece not in study.PIECES:
+        near = nearest_word(piece, study.PIECES) or next(iter(study.PIECES), None)
+        remedy = f"--piece={quoted(near)}" if near else f"--arms {quoted(next(iter(study.ARMS)))}"
+        raise ConfigError(
+            f"--piece is {piece!r}; expected one of the study's: {', '.join(study.PIECES)}; type "
+            f"{remedy}"
+        )
     if piece:
         for flag, given in (("--arms", arms), ("--seconds", seconds), ("--seeds", seeds)):
             if given:
                 text = " ".join(map(str, given)) if isinstance(given, list) else f"{given:g}"
                 raise ConfigError(
                     f"--piece is {piece!r} and {flag} is {text}; expected a piece, which has arms, "
-                    f"seconds and seeds of its own, or --arms; type --piece={shlex.quote(piece)}"
+                    f"seconds and seeds of its own, or --arms; type --piece={quoted(piece)}"
                 )
-        if piece not in study.PIECES:
-            raise ConfigError(
-                f"--piece is {piece!r}; expected one of {', '.join(study.PIECES)}; "
-                f"type --piece={next(iter(study.PIECES))}"
-            )
         return study.PIECES[piece]
     unknown = [arm for arm in arms if arm not in study.ARMS]
     if unknown or not arms:
         given = f"--arms has {unknown[0]!r}" if unknown else "neither --piece nor --arms is given"
+        near = nearest_word(unknown[0], study.ARMS) if unknown else None
         raise ConfigError(
             f"{given}; expected arms of the study: {', '.join(study.ARMS)}; "
-            f"type --arms {next(iter(study.ARMS))}"
+            f"type --arms {quoted(near or next(iter(study.ARMS)))}"
         )
-    return runs(arms, seconds, tuple(seeds or ()))
+    return runs(arms, seconds or SECONDS, tuple(seeds or (SEED,)))

@@ -60,21 +60,23 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
       The row. Its seconds of set-up are all those of its starts that are neither training nor the
       last start's scoring.
     """
-    arm, _ = arms.with_typed(study, study.ARMS[run.arm], changes)
+    arm = arms.with_typed(study, run.arm, changes)
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     folder, before = run_folder(out, run), ""
     begun = budget.Begun(folder, {"settings": arm, "device": device})
     cost, trained, steps = [], 0.0, []
     try:
-        for index, config in enumerate(arms.configs(study, run.arm, changes)):
+        configs = arms.configs(study, run.arm, changes)
+        for index, ((share, _), config) in enumerate(zip(arm, configs, strict=True)):
             config.seed, config.init.path = run.seed, before
             phases.validate(config)
             phases.validate_devices(config, jax.device_count(), "train")
-            share, _ = arm[index]
             wall = share * run.seconds / jax.device_count()
             if not begun.phases(index):
                 say(f"{run.arm}: timing a step of each phase ...")
                 found, steps = budget.measured(config, wall, sources.open_source(config))
+                with lock.hold(out):
+                    arms.check_settings(study, run.arm, changes, out, keep=True)
                 begun.add(found)
             found = begun.phases(index)
             config, workdir = budget.fitted(config, found), folder / str(index)
@@ -133,24 +135,27 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     """The rows of a study, as text; none if there is no such file.
 
     Raises:
-      ConfigError: for a file that is no CSV with a line of names.
+      ConfigError: for a file that is no CSV, and for a row that is cut off.
     """
     if not path.exists():
         return []
+    rows = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except (IsADirectoryError, UnicodeDecodeError, csv.Error) as error:
+            for row in csv.DictReader(file, strict=True):
+                if None in row or None in row.values():
+                    raise csv.Error("not as many values as names")
+                rows.append(row)
+    except csv.Error as error:
         raise ConfigError(
-            f"{path} cannot be read as CSV ({error}); expected rows of studies.compute_matched; "
-            f"type mv {shlex.quote(str(path))} ANOTHER to set it aside"
+            f"{path}: the row after {len(rows)} others has {error}; expected rows as "
+            "studies.compute_matched writes them; remove it, then type the same command"
         ) from error
-    for index, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ConfigError(
-                f"{path}, row {index}: expected as many values as the first line has names; "
-                "remove the row, then type the same command"
-            )
+    except (IsADirectoryError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is no text file ({error}); expected the rows.csv of studies.compute_matched; "
+            "type another path"
+        ) from error
     return rows
 
 
@@ -164,7 +169,7 @@ def add_row(path: pathlib.Path, row: dict) -> None:
             f"{path} has other columns than this run's row: {differ}; type mv {old} {new}, and the "
             "same command then adds the row without training again"
         )
-    with path.open("a", newline="") as file:
+    with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, row)
         if not rows:
             writer.writeheader()
@@ -179,8 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("--out", TEXT, "folder for rows.csv, grids and the runs", required=True)
     parser.flag("--piece", TEXT, "a list of runs of the study", "")
     parser.flag("--arms", TEXT, "or these arms", [], many=True)
-    parser.flag("--seconds", number(1), "their device-seconds of training; without it 120")
-    parser.flag("--seeds", SEED, "their seeds; without it 0", [], many=True)
+    parser.flag(
+        "--seconds", number(1), f"their device-seconds of training; without it {arms.SECONDS:g}"
+    )
+    parser.flag("--seeds", SEED, f"their seeds; without it {arms.SEED}", [], many=True)
     parser.flag("--until", COUNT, "seconds after which no run is started", 10**9)
     args = parser.parse(argv)
     study = arms.load(args.study)
@@ -188,8 +195,6 @@ def main(argv: list[str] | None = None) -> None:
     for arm in dict.fromkeys(run.arm for run in wanted):
         arms.configs(study, arm, args.changes)  # refused before another trains
     out = files.out_folder(args.out, "--out")
-    with lock.hold(out):
-        arms.check_shared(study, out / "shared_fields.json")
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     todo = [run for run in wanted if not _is_done(study, run, args.changes, out)]
@@ -231,18 +236,11 @@ def _run_once(study, run, changes, out) -> bool:
 
 
 def _is_done(study, run, changes, out) -> bool:
-    """Whether rows.csv has the run, with the same fields."""
+    """Whether rows.csv has the run; with other fields than the run begins with, it is refused."""
     with lock.hold(out):  # others add rows
         rows = read_rows(out / ROWS)
-    fields = json.loads(json.dumps(arms.with_typed(study, study.ARMS[run.arm], changes)[0]))
-    of_arm = [row for row in rows if row["arm"] == run.arm]
-    if any(json.loads(row["fields"]) != fields for row in of_arm):
-        raise ConfigError(
-            f"{out / ROWS} has rows of {run.arm} with other fields; expected one setting for each "
-            "arm of an --out; give the arm another name in the study's file, or type --out=FOLDER "
-            "with a new one"
-        )
-    return any((float(row["seconds"]), int(row["seed"])) == run[1:] for row in of_arm)
+        arms.check_settings(study, run.arm, changes, out, keep=False)
+    return any(Run(row["arm"], float(row["seconds"]), int(row["seed"])) == run for row in rows)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import html
 import io
 import json
 import math
-import operator
 import pathlib
 import shlex
 import statistics
@@ -56,7 +55,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     """
     score = points.main_score(rows)
     found = points.of_rows(rows, score)
-    floor = next((float(row["floor"]) for row in rows if row["floor"]), math.nan)
+    floor = next((float(row["floor"]) for row in rows if row.get("floor")), math.nan)
     budget = points.compared_budget(found)
     best = points.best_of_families(found, budget)
     figures = {
@@ -107,7 +106,6 @@ _HELP = (
     "least: an arm's shortest run is already better. Arms that do not reach a score, or only with "
     "a run longer than scratch's of which no shorter one exists, have no line."
 )
-_heldout = operator.attrgetter("heldout")  # without a range: its mean over the seeds is kept alone
 _REACHED = ["arm", "reached in", "factor", "range: two standard errors"]
 _HEADINGS = [
     "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
@@ -129,13 +127,14 @@ def _definition(rows, score, floor):
 
 
 def _reached(headings, lines):
-    return _table(headings, lines) if lines else "<p>No arm but scratch's reaches one.</p>"
+    return _table(headings, lines) if lines else "<p>No other arm reaches it.</p>"
 
 
 def _until_loss(found):
+    """Its heading and table, without a range: of a loss the mean over the seeds is kept alone."""
     if all(math.isnan(point.heldout) for point in found):
         return []
-    lines = [line[:-1] for line in factors(points.reached(found, *[_heldout] * 2))]
+    lines = [line[:-1] for line in factors(points.reached(found, points.heldout, points.heldout))]
     title = "<h2>Seconds until scratch's final held-out loss</h2>"
     return [title, _reached(["scratch's loss", *_REACHED[:-1]], lines)]
 
@@ -245,12 +244,14 @@ def _chosen(rows, path, arms, device):
 
 
 def _check_arms(rows, path):
-    """Refuses numbers that are none, and rows that are no seeds of one setting."""
+    """Refuses cells that are not numbers, an arm with two settings, and a seed given twice."""
     score, settings, seeds = points.main_score(rows), {}, set()
     for row in rows:
         try:
             run = row["arm"], float(row["seconds"]), int(row["seed"])
-            float(row[score]), float(row["images"])
+            for name in points.NUMBERS:
+                float(row.get(name) or 0)
+            float(row[score])
             fields = json.loads(row.get("fields") or "null")
         except ValueError as error:
             raise ConfigError(

@@ -13,6 +13,10 @@ from typing import NamedTuple
 
 from maskdm_jax.heldout import NAMES as BINS
 
+NUMBERS = (  # columns with a number, or nothing
+    "heldout_loss", "trained_s", "images", "pflop", "set_up_s", "scoring_s", "floor",
+    *(f"loss {name}" for name in BINS),
+)  # fmt: skip
 BASELINE = "scratch"  # the family that the others are compared with
 
 
@@ -91,7 +95,7 @@ def of_rows(rows: list[dict], score: str) -> list[Point]:
 
 
 Value = Callable[[Point], float]  # a score or a loss of a point: the lower, the better
-_score, _heldout = operator.attrgetter("score"), operator.attrgetter("heldout")
+_score, heldout = operator.attrgetter("score"), operator.attrgetter("heldout")
 
 
 def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[float, bool] | None:
@@ -115,7 +119,8 @@ def factor_range(arm: list[Point], scratch: Point) -> tuple[float, float] | None
     """The factors if an arm's score and scratch's differed by two standard errors more, and less.
 
     The errors are those of scratch's seeds and of the arm's at the budget closest to where it
-    reaches scratch's score. None where either has one seed, or where the arm's budgets end before.
+    reaches scratch's score. None where either has one seed there, or where an end of the range is
+    not between two of the arm's budgets.
     """
     when = seconds_to(arm, scratch.score)
     if when is None:
@@ -155,6 +160,7 @@ def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> 
     Budgets at which scratch is behind a shorter run of it are left out, and so are arms of which
     only longer runs exist.
     """
+    found = [point for point in found if math.isfinite(value(point))]
     results, arms = [], by_arm(found)
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
         runs = [p for p in found if p.family == BASELINE and p.seconds <= budget]
@@ -181,7 +187,7 @@ def reached_by_level(found: list[Point]) -> dict[tuple[str, float], list[Reached
     levels = {}
     several = [point for point in found if point.family == BASELINE or _is_repeated(found, point)]
     for index in range(len(BINS)):
-        for r in reached(several, lambda point, index=index: point.bins[index], _heldout):
+        for r in reached(several, lambda point, index=index: point.bins[index], heldout):
             of_line = levels.setdefault((r.arm, r.scratch.seconds), [None] * len(BINS))
             of_line[index] = r
     return levels

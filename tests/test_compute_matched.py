@@ -14,7 +14,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from maskdm_jax import checkpoint, phases
+from maskdm_jax import checkpoint
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import lock
 from maskdm_jax.run.command_line import TRY_AGAIN
@@ -222,23 +222,19 @@ def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
     study = arms.load(str(tmp_path / "study.py"))
     ((_, given),) = arm = study.ARMS["pool_75"]
     typed = ["seed=0", "data.dir=/elsewhere", "eval.num=8"]
-    made, free = arms.with_typed(study, arm, typed)
-    assert made == arm and free == typed[1:]  # the study's own seed
-    made, free = arms.with_typed(study, arm, ["optim.lr_peak=0.5"])
-    assert made == [(1.0, given | {"optim.lr_peak": 0.5})] and not free
+    assert arms.with_typed(study, "pool_75", typed) == arm  # the study's own seed
+    config = arms.base(study, [*typed, "optim.lr_peak=0.5"])
+    assert (config.data.dir, config.eval.num) == ("/elsewhere", 8)
+    assert config.optim.lr_peak == study.get_config().optim.lr_peak
+    made = arms.with_typed(study, "pool_75", ["optim.lr_peak=0.5"])
+    assert made == [(1.0, given | {"optim.lr_peak": 0.5})]
 
 
 @pytest.mark.parametrize("name", ["faces128", "faces128_patch2", "faces64", "transfer64"])
 def test_every_arm_of_a_shipped_study_is_a_run(name):
     study = arms.load(str(ROOT / "studies" / f"{name}.py"))
-    for arm, parts in study.ARMS.items():
-        assert sum(share for share, _ in parts) == pytest.approx(1), arm
-        for _, fields in parts:
-            config = study.get_config()
-            config.update_from_flattened_dict(fields)
-            phases.validate(config)
-    for piece, asked in study.PIECES.items():
-        assert {run.arm for run in asked} <= set(study.ARMS), piece
+    for arm in study.ARMS:
+        arms.configs(study, arm, [])
 
 
 @pytest.mark.parametrize(
@@ -246,11 +242,7 @@ def test_every_arm_of_a_shipped_study_is_a_run(name):
     [
         ("ARMS = {", "line 1: SyntaxError"),
         ("ARMS = {}", "no get_config and no PIECES"),
-        ("ARMS['low'] = arm", "line 18: NameError"),
-        ("ARMS = {'pool_75': [(0.5, {})]}", "pool_75 has shares of the seconds that sum to 0.5"),
-        ("ARMS = {'pool_75': [(1.5, {}), (-0.5, {})]}", "a share is not above 0"),
-        ("ARMS = {'pool_75': [(1.0,)]}", "not a list of"),
-        ("ARMS = {'pool_75': [(1.0, {'optim.lr_pek': 1.0})]}", "sets 'optim.lr_pek'"),
+        ("ARMS['low'] = arm", "line .*: NameError"),
         ("ARMS = {'pool_60': [(1.0, {})]}", "piece all has the arm 'pool_75'"),
     ],
 )
@@ -269,32 +261,51 @@ def test_an_arm_that_cannot_train_is_refused_before_another_trains(tmp_path, mon
     says = "arm low of .*study.py: optim.lr_peak is -1.0; expected .*; correct the arm"
     with pytest.raises(ConfigError, match=says):
         compute_matched.main([*argv, "--arms", "pool_75", "low"])
-    for flag in (["--seconds=5"], ["--seeds", "0"]):
-        with pytest.raises(ConfigError, match=f"{flag[0][:7]}.* is [50]; expected a piece"):
-            compute_matched.main([*argv, "--piece=all", *flag])
 
 
-def test_an_out_has_one_config_and_one_setting_for_each_arm(tmp_path, monkeypatch):
+def test_an_out_has_one_config_and_one_setting_for_each_arm_from_its_first_run_on(
+    tmp_path, monkeypatch
+):
     path, out = tmp_path / "study.py", tmp_path / "out"
     path.write_text(textwrap.dedent(STUDY))
     made = []
 
     def run_arm(study, run, changes, out):
         made.append(run)
-        arm, _ = arms.with_typed(study, study.ARMS[run.arm], changes)
-        return run._asdict() | {"swd": 0.1, "fields": json.dumps(arm)}
+        arms.check_settings(study, run.arm, changes, out, keep=True)  # as if its training began
+        if run.seed == 0:
+            sys.exit("stopped")
 
     monkeypatch.setattr(compute_matched, "run_arm", run_arm)
     argv = [f"--study={path}", f"--out={out}", "--arms", "pool_75"]
-    compute_matched.main(argv)
-    compute_matched.main([*argv, "--config.eval.num=8"])  # no update depends on it
+    with pytest.raises(SystemExit):
+        compute_matched.main(argv)
     assert made == [("pool_75", 120.0, 0)]
-    with pytest.raises(ConfigError, match="has rows of pool_75 with other fields"):
-        compute_matched.main([*argv, "--config.optim.lr_peak=0.5"])
-    path.write_text(path.read_text().replace("batch_size = 16, 16", "batch_size = 16, 8"))
-    with pytest.raises(ConfigError, match="with train.batch_size 16, and in .* it is 8; .* --out="):
+    with pytest.raises(ConfigError, match="has runs of pool_75 with other fields; .* --out="):
+        compute_matched.main([*argv, "--seeds", "1", "--config.optim.lr_peak=0.5"])
+    with pytest.raises(ConfigError, match="runs with eval.num 16, and now it is 8 for all arms"):
+        compute_matched.main([*argv, "--seeds", "1", "--config.eval.num=8"])
+    text = path.read_text()
+    path.write_text(text.replace("batch_size = 16, 16", "batch_size = 16, 8"))
+    with pytest.raises(ConfigError, match="train.batch_size 16, and now it is 8"):
         compute_matched.main([*argv, "--seeds", "1"])
     assert len(made) == 1
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        compute_matched.main([*argv, "--config.data.dir=/elsewhere"])  # no row depends on it
+    assert len(made) == 2
+
+
+def test_a_study_that_never_trained_may_be_corrected(tmp_path, monkeypatch):
+    path, out = tmp_path / "study.py", tmp_path / "out"
+    path.write_text(textwrap.dedent(STUDY))
+    monkeypatch.setattr(compute_matched.budget, "measured", lambda *_: pytest.fail("no data"))
+    argv = [f"--study={path}", f"--out={out}", "--arms", "pool_75"]
+    with pytest.raises(pytest.fail.Exception, match="no data"):
+        compute_matched.main(argv)
+    path.write_text(path.read_text().replace("batch_size = 16, 16", "batch_size = 16, 8"))
+    with pytest.raises(pytest.fail.Exception, match="no data"):
+        compute_matched.main(argv)
 
 
 def test_only_the_steps_count_as_training(tmp_path):

@@ -86,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         """
         self._kinds[name] = (kind, default, required)
         meaning += _takes(kind)
-        if default is not None:
+        if default not in (None, []):
             meaning += f"; default: {' '.join(map(str, default)) if many else default}"
         number = "*" if many else None if name.startswith("-") else "?"
         shown = "VALUE" if name.startswith("-") else name.upper()
