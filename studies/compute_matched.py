@@ -33,7 +33,7 @@ import time
 import jax
 
 from benchmarks import measure
-from maskdm_jax import checkpoint, evaluate, phases, train
+from maskdm_jax import checkpoint, evaluate, train
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
@@ -69,8 +69,6 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
         configs = arms.configs(study, run.arm, changes)
         for index, ((share, _), config) in enumerate(zip(arm, configs, strict=True)):
             config.seed, config.init.path = run.seed, before
-            phases.validate(config)
-            phases.validate_devices(config, jax.device_count(), "train")
             wall = share * run.seconds / jax.device_count()
             if not begun.phases(index):
                 say(f"{run.arm}: timing a step of each phase ...")
