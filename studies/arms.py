@@ -99,9 +99,11 @@ def _arm_fault(arm):
     """What is wrong with an arm's form; None if nothing."""
 
     def is_part(part):
-        return isinstance(part, (tuple, list)) and list(map(type, part)) in (
-            [float, dict],
-            [int, dict],
+        return (
+            isinstance(part, (tuple, list))
+            and len(part) == 2
+            and isinstance(part[0], (int, float))
+            and isinstance(part[1], dict)
         )
 
     if not isinstance(arm, list) or not arm or not all(map(is_part, arm)):

@@ -50,7 +50,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
 
     Args:
       rows: of `studies.compute_matched`; at least one.
-      out: a folder.
+      out: a folder that is there.
       grids: where that left its pictures of samples; None for none.
     """
     score = points.main_score(rows)
@@ -249,8 +249,9 @@ def _check_arms(rows, path):
     for row in rows:
         try:
             run = row["arm"], float(row["seconds"]), int(row["seed"])
-            for name in points.NUMBERS:
-                float(row.get(name) or 0)
+            for name, cell in row.items():
+                if name in points.NUMBERS or name.startswith("memorisation"):
+                    float(cell or 0)
             float(row[score])
             fields = json.loads(row.get("fields") or "null")
         except ValueError as error:
