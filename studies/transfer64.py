@@ -46,18 +46,19 @@ ARMS = {
 } | {f"scratch_lr{rate}": faces128.whole(optim__lr_peak=rate / 1e4) for rate in (16, 32)}
 # The noise levels of faces128's best arm, moved with the schedule.
 EARLY, LATE = faces128.drawn(1.4, 1.6), faces128.drawn(0.2, 1.4)
+BOTH_LEVELS = {"phases": ((0.6, EARLY), (0.4, LATE))}
 ARMS |= {
     f"{name}_lr4_levels": [(0.8, OTHER_SET | first), (0.2, {"optim.lr_peak": 4e-4} | LATE)]
     for name, first in (
         ("masked", MASKED | EARLY),
-        ("dense", {"phases": ((0.6, EARLY), (0.4, LATE))}),
+        ("dense", BOTH_LEVELS),
         ("both", {"phases": ((0.6, MASKED | EARLY), (0.4, LATE))}),
     )
-}
+} | {"scratch_lr32_levels": faces128.whole(optim__lr_peak=3.2e-3, **BOTH_LEVELS)}
 
 PIECES = {
     "transfer": runs([f"{name}_lr{rate}" for rate in (4, 16) for name in PRE_TRAINED], 150),
-    "levels": runs([f"{name}_lr4_levels" for name in PRE_TRAINED], 150),
+    "levels": runs([f"{name}_lr4_levels" for name in PRE_TRAINED] + ["scratch_lr32_levels"], 150),
     "scratch": runs(["scratch_lr16", "scratch_lr32"], 150),
     "scratch_short": runs(["scratch_lr16", "scratch_lr32"], 30),
 }
