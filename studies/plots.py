@@ -13,22 +13,23 @@ _COSTS = {
     "images": ("images seen, M", 1e6),
     "pflop": ("PFLOP", 1),
 }
-_FINE = (1, 1.5, 2, 3, 5, 7)  # ticks for less than a decade
+_MARKS = "os^Dv"  # the next one when the colours are used up
+_COLOURS = 10
 
 
 def plot_arms(found: list, floor: float, score: str, seconds: float):
     """The score of every arm at one budget, best at the top; one colour per family."""
     shown = [point for point in found if point.seconds == seconds][::-1]  # found: best first
-    figure, (axis,) = _subplots(1, height=1.2 + 0.24 * len(shown))
+    figure, (axis,) = _subplots(1, width=8, height=1.2 + 0.24 * len(shown))  # with long names
     families = list(dict.fromkeys(point.family for point in found))
     for place, point in enumerate(shown):
         number = families.index(point.family)
         axis.plot(point.scores, [place] * len(point.scores), "o", color=f"C{number}")
     axis.set_yticks(range(len(shown)), [point.arm for point in shown])
     axis.set(xscale="log", xlabel=score, title=f"{seconds:g} device-seconds")
-    _plain_ticks(axis.xaxis)
     if math.isfinite(floor):
         axis.axvline(floor, color="grey", linestyle=":")
+    _plain_ticks(axis.xaxis)
     axis.grid(alpha=0.3, which="both")
     return figure
 
@@ -38,7 +39,7 @@ def plot_scores(found: list, floor: float, score: str):
     figure, axes = _subplots(len(_COSTS))
     arms = by_arm(found)
     for axis, (cost, (label, unit)) in zip(axes, _COSTS.items(), strict=True):
-        for arm, of_arm in arms.items():
+        for number, (arm, of_arm) in enumerate(arms.items()):
             of_arm = sorted(of_arm, key=lambda point: point.seconds)
             costs = [getattr(point, cost) / unit for point in of_arm]
             scores = [point.score for point in of_arm]
@@ -47,12 +48,14 @@ def plot_scores(found: list, floor: float, score: str):
                 [max(point.scores) - point.score for point in of_arm],
             ]
             line = "--" if of_arm[0].family == BASELINE else "-"
-            axis.errorbar(costs, scores, spread, fmt=f"o{line}", markersize=4, label=arm)
+            mark = _MARKS[number // _COLOURS % len(_MARKS)]
+            style = {"fmt": f"{mark}{line}", "color": f"C{number % _COLOURS}", "markersize": 4}
+            axis.errorbar(costs, scores, spread, label=arm, **style)
         axis.set(xscale="log", yscale="log", xlabel=label)
-        _plain_ticks(axis.yaxis, _FINE)
-        _plain_ticks(axis.xaxis, _FINE)
         if math.isfinite(floor):
             axis.axhline(floor, color="grey", linestyle=":", label="floor")
+        _plain_ticks(axis.yaxis)
+        _plain_ticks(axis.xaxis)
         axis.grid(alpha=0.3, which="both")
     axes[0].set_ylabel(score)
     axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
@@ -140,22 +143,25 @@ def _bin_ticks(axis):
     axis.grid(alpha=0.3)
 
 
-def _subplots(count, height=4.2):
+def _subplots(count, width=5.2, height=4.2):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        1, count, figsize=(5.2 * count, height), layout="constrained", squeeze=False, sharey=True
+        1, count, figsize=(width * count, height), layout="constrained", squeeze=False, sharey=True
     )
     return figure, axes[0]
 
 
-def _plain_ticks(axis, digits=(1, 3)):
-    """0.3 instead of 3 x 10^-1, at the round numbers of a logarithmic axis."""
+def _plain_ticks(axis):
+    """0.3 instead of 3 x 10^-1, at the round numbers of a logarithmic axis that is drawn."""
     from matplotlib import ticker
 
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low)
+    digits = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1, 3)
     axis.set_major_locator(ticker.LogLocator(subs=digits))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())
