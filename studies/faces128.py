@@ -169,6 +169,7 @@ BETTER_DROP = (
             (60, "_levels_late", {}, LATE),
             (60, "_levels_more", _MORE_EARLY, _MORE_LATE),
             (60, "_levels_blocks2", EARLY | {"mask.block_size": 2}, LATE),
+            (60, "_levels_blocks8", EARLY | {"mask.block_size": 8}, LATE),
         )
     }
     | {
@@ -238,6 +239,15 @@ _BEST = [
     "scratch_b64_muon_lr32_levels_more_both_kept",
     "drop_60_b64_muon_lr16_levels_more_blocks2_kept",
 ]
+# Share or pooling: what is close, and their controls.
+_CLOSE_AT_120 = [
+    "drop_60_b32_muon_lr16_levels",
+    "drop_75_b32_muon_lr16_levels",
+    "pool_60_b32_muon_lr16_levels",
+    "pool_60_b32_muon_lr16_levels_blocks8_pool8",
+    "drop_60_b32_muon_lr16_levels_blocks8",
+    "scratch_b64_muon_lr32_levels_both",
+]
 PIECES = {
     "tune_scratch": runs(_TUNED_AT_120, 120),
     "shares": runs(
@@ -261,6 +271,7 @@ PIECES = {
     "shares_levels": runs(list(SHARES), 120) + runs(["pool_60_b32_muon_lr16_levels"], 300),
     "better_pool": runs(list(BETTER_POOL), 120),
     "better_patch8": runs(list(BETTER_PATCH8), 120),
+    "second_seeds": runs(_CLOSE_AT_120, 120, (0, 1)),
     "coarse": runs(list(COARSE), 300),
     "levels": runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 120)
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 300, (0, 1, 2)),
@@ -268,7 +279,7 @@ PIECES = {
     + runs(["drop_60_b32_muon_lr16_levels", "scratch_b64_muon_lr32_levels_both"], 600),
     "best": runs(_BEST[:1], 600, (0, 1, 2))
     + runs(_BEST[1:], 300, (0, 1, 2))
-    + runs(_BEST[:1], 300)
+    + runs(_BEST[:1], 300, (0, 1, 2))
     + runs(_BEST[1:], 600)
     + runs(_BEST[1:], 150),
 }

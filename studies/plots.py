@@ -35,7 +35,7 @@ def plot_arms(found: list, floor: float, score: str, seconds: float):
 
 
 def plot_scores(found: list, floor: float, score: str):
-    """Score against each cost; one line and colour per arm, dashed for scratch."""
+    """Score against each cost; one line per arm, dashed for scratch."""
     figure, axes = _subplots(len(_COSTS))
     arms = by_arm(found)
     for axis, (cost, (label, unit)) in zip(axes, _COSTS.items(), strict=True):
@@ -144,24 +144,22 @@ def _bin_ticks(axis):
 
 
 def _subplots(count, width=5.2, height=4.2):
-    import matplotlib
+    from matplotlib.figure import Figure  # pyplot would keep every figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        1, count, figsize=(width * count, height), layout="constrained", squeeze=False, sharey=True
-    )
-    return figure, axes[0]
+    figure = Figure(figsize=(width * count, height), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False, sharey=True)[0]
 
 
 def _plain_ticks(axis):
-    """0.3 instead of 3 x 10^-1, at the round numbers of a logarithmic axis that is drawn."""
+    """0.3 instead of 3 x 10^-1, at round numbers; after plotting, since the range counts."""
     from matplotlib import ticker
 
     low, high = axis.get_view_interval()
-    decades = math.log10(high / low)
-    digits = (1, 1.5, 2, 3, 5, 7) if decades < 1 else (1, 2, 5) if decades < 2 else (1, 3)
+    digits = (1, 3)
+    if high < 100 * low:
+        digits = (1, 2, 5)
+    if high < 10 * low:
+        digits = (1, 1.5, 2, 3, 5, 7)
     axis.set_major_locator(ticker.LogLocator(subs=digits))
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

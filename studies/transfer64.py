@@ -44,17 +44,21 @@ ARMS = {
     for name, first in PRE_TRAINED.items()
     for rate in (4, 16)
 } | {f"scratch_lr{rate}": faces128.whole(optim__lr_peak=rate / 1e4) for rate in (16, 32)}
-# The noise levels of faces128's best arm, moved with the schedule.
+# The noise levels of faces128's drop_60_b32_muon_lr16_levels, moved by ln 2 as the schedule is.
 EARLY, LATE = faces128.drawn(1.4, 1.6), faces128.drawn(0.2, 1.4)
-BOTH_LEVELS = {"phases": ((0.6, EARLY), (0.4, LATE))}
 ARMS |= {
     f"{name}_lr4_levels": [(0.8, OTHER_SET | first), (0.2, {"optim.lr_peak": 4e-4} | LATE)]
     for name, first in (
         ("masked", MASKED | EARLY),
-        ("dense", BOTH_LEVELS),
+        ("dense", {"phases": ((0.6, EARLY), (0.4, LATE))}),
         ("both", {"phases": ((0.6, MASKED | EARLY), (0.4, LATE))}),
     )
-} | {"scratch_lr32_levels": faces128.whole(optim__lr_peak=3.2e-3, **BOTH_LEVELS)}
+} | {
+    f"scratch_lr32_levels{what}": faces128.whole(
+        optim__lr_peak=3.2e-3, phases=((0.6, EARLY | first), (0.4, LATE))
+    )
+    for what, first in (("", {"optim.lr_end": 0.3}), ("_end0", {}))
+}
 
 PIECES = {
     "transfer": runs([f"{name}_lr{rate}" for rate in (4, 16) for name in PRE_TRAINED], 150),

@@ -166,6 +166,28 @@ def test_what_was_not_measured_is_left_out_of_the_page(tmp_path):
     assert not (tmp_path / "noise_levels.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("images", "ticks"),
+    [
+        ((0.1, 4.0), ["0.1", "0.2", "0.5", "1", "2"]),
+        ((0.11, 0.64), ["0.15", "0.2", "0.3", "0.5"]),
+        ((0.01, 4.0), ["0.01", "0.03", "0.1", "0.3", "1", "3"]),
+    ],
+)
+def test_a_plot_has_round_ticks_for_its_range(images, ticks):
+    found = as_points(*(row(seconds=120.0 * count, images=count * 1e6) for count in images))
+    axis = plots.plot_scores(found, math.nan, "fid768").axes[1]
+    low, high = axis.get_xlim()
+    shown = [t.get_text() for t in axis.get_xticklabels() if low <= t.get_position()[0] <= high]
+    assert shown == ticks
+
+
+def test_scores_that_are_not_finite_are_no_reason_for_a_page_to_fail():
+    found = as_points(row(fid=math.nan), row("drop_60", fid=math.nan))
+    assert plots.plot_scores(found, math.nan, "fid768")
+    assert plots.plot_arms(found, math.nan, "fid768", 120.0)
+
+
 def test_a_page_has_one_device_and_one_definition_of_its_scores(tmp_path):
     path = tmp_path / "rows.csv"
     for found in (row(), row("drop_60"), row("drop_60", device="1 x H200"), row(n=2000)):
