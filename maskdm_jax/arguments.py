@@ -32,6 +32,7 @@ def change(config, fields: Mapping[str, object]) -> None:
                 f"maskdm_jax/field_table.py; type {near!r}"
             )
         value = tuple(value) if isinstance(value, list) else value
+        value = value.item() if isinstance(value, np.generic) else value
         check_field(name, value)
         config.update_from_flattened_dict({name: value})
 
@@ -74,7 +75,8 @@ def pixels(name: str, value: ArrayLike, image_shape: tuple[int, int, int]) -> np
     if value.dtype != np.uint8 or not len(value):
         raise ConfigError(
             f"{name} has dtype {value.dtype} and {len(value)} images; expected uint8 pixels of 0 "
-            f"to 255; type np.uint8(({name} + 1) * 127.5) for floats in [-1, 1]"
+            f"to 255; type np.rint(({name}.clip(-1, 1) + 1) * 127.5).astype(np.uint8) for floats "
+            "in [-1, 1]"
         )
     return value
 

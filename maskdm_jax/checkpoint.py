@@ -36,6 +36,7 @@ _COMMITTED = "commit_success.txt"  # what Orbax writes last into a checkpoint in
 # Stored with the config. From this format on, a checkpoint without hashes is not finished.
 _FORMAT = 2
 _UNFINISHED = hashes.DamageError(f"is not finished ({hashes.NAME} is missing)")
+_UNKNOWN = "its arrays can be read, but are not known to be unchanged"
 
 
 def directory(workdir: str | pathlib.Path) -> pathlib.Path:
@@ -210,23 +211,29 @@ def find_step(
 
 def _newest_whole(workdir, candidates, set_aside):
     """The first of `candidates` that is as it was saved; -1 if there is none."""
-    damaged = {}
+    damaged, good = {}, None
     for step in candidates:
         try:
             _verify(workdir, step)
+            good = step
+            break
         except _DAMAGE as error:
             # A run beside this one may have retired it meanwhile.
             if (directory(workdir) / str(step)).exists():
                 reason = " ".join(str(error).split())[:200]
                 damaged[step] = reason if error is _UNFINISHED else f"is damaged ({reason})"
-            continue
-        for bad, fault in damaged.items():
-            place = f"; moved to {_set_aside(workdir, bad)}" if set_aside else ""
-            remark(f"checkpoint {bad} of {workdir} {fault}{place}; using {step}")
-        return step
+    else:  # a kill between the commit of the only checkpoint and its hashes leaves it so
+        unfinished = [step for step, fault in damaged.items() if fault == str(_UNFINISHED)]
+        good = next((step for step in unfinished if _is_readable(workdir, step)), None)
+        if good is not None and set_aside:
+            hashes.store(directory(workdir) / str(good))
     for bad, fault in damaged.items():
-        remark(f"checkpoint {bad} of {workdir} {fault}")
-    return -1
+        then = f"; {_UNKNOWN}" if bad == good else ""
+        if good is not None and bad > good:
+            then = f"; moved to {_set_aside(workdir, bad)}" if set_aside else ""
+            then += f"; using {good}"
+        remark(f"checkpoint {bad} of {workdir} {fault}{then}")
+    return -1 if good is None else good
 
 
 def _verify(workdir, step):
@@ -239,10 +246,15 @@ def _verify(workdir, step):
         raise _UNFINISHED
     for item in _ITEMS:
         restore_item(workdir, step, item, alone=True)
-    remark(
-        f"checkpoint {step} of {workdir} was saved without hashes by an earlier version; its "
-        "arrays can be read, but are not known to be unchanged"
-    )
+    fault = "was saved without hashes by an earlier version"
+    remark(f"checkpoint {step} of {workdir} {fault}; {_UNKNOWN}")
+
+
+def _is_readable(workdir, step):
+    try:
+        return all(restore_item(workdir, step, item, alone=True) for item in _ITEMS)
+    except _DAMAGE:
+        return False
 
 
 def _set_aside(workdir, step):

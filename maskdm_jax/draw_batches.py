@@ -45,13 +45,21 @@ class Drawing:
     `draw.jit_draw`.
     """
 
-    def __init__(self, config, mesh: Mesh, steps: int | None = None, given: dict | None = None):
+    def __init__(
+        self,
+        config,
+        mesh: Mesh,
+        steps: int | None = None,
+        given: dict | None = None,
+        num: int | None = None,
+    ):
         """
         Args:
           config, mesh, steps: as for `draw.make_draw`.
           given: NumPy arrays that its result takes to start from images; None: from noise.
+          num: of images wanted, which may be fewer than a batch has.
         """
-        self.batch_size = draw.batch_size(config, mesh)
+        self.batch_size = draw.batch_size(config, mesh, num)
         self._num_rows = draw.num_rows(config, steps, from_image=bool(given))
         self._sharding, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
         self._given = {

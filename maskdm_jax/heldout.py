@@ -85,7 +85,8 @@ class HeldoutLoss:
             "n": count,
             "schedule": schedule,
             "num_timesteps": num_timesteps,
-            "mean": float(np.nanmean(bins)),
+            # Not nanmean: a loss of nan is a result, unlike a bin without a level.
+            "mean": float(bins[_bins_of(config)[0]].mean()),
             "bins": dict(zip(NAMES, bins.tolist(), strict=True)),
         }
 
@@ -126,10 +127,7 @@ def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
 def _make_loss(config, mesh):
     process = make_process(config.diffusion, config.data.image_size)
     apply = denoiser.make_predict(config, mesh, process)
-    if config.diffusion.framework == "edm":
-        has_levels, draw_level = _sigmas_of_bins(process)
-    else:
-        has_levels, draw_level = _timesteps_of_bins(process, config.diffusion.num_timesteps)
+    has_levels, draw_level = _bins_of(config)
 
     def loss(params, image_BHWC, label_B, index_B):
         x0_BNP = patches.cut(image_BHWC, config.model.patch_size)
@@ -147,26 +145,34 @@ def _make_loss(config, mesh):
             # An error of the output is an error of eps, times this coefficient of the inverse.
             per_output = jnp.square(jnp.broadcast_to(invert(level).eps[1], t_B.shape))
             values = denoising_loss(predict, process, x0_BNP, eps, t_B) * per_output
-            return jnp.where(has_levels[k], values, jnp.nan)
+            return jnp.where(jnp.asarray(has_levels)[k], values, jnp.nan)
 
         return jax.lax.map(in_bin, jnp.arange(NUM_BINS)).T
 
     return loss
 
 
+def _bins_of(config):
+    """Which bins have a level, bool [NUM_BINS] of NumPy, and (bin, spread_B) -> time_B."""
+    process = make_process(config.diffusion, config.data.image_size)
+    if config.diffusion.framework == "edm":
+        return _sigmas_of_bins(process)
+    return _timesteps_of_bins(process, config.diffusion.num_timesteps)
+
+
 def _timesteps_of_bins(process, num_timesteps):
-    """For DDPM: which bins have a t, bool [NUM_BINS], and (bin, spread_B) -> t_B, even in t."""
+    """For DDPM: times that are even in t."""
     first, count = _levels_of_bins(process, num_timesteps)
 
     def draw_level(k, spread_B):
-        return first[k] + spread_B * jnp.maximum(count[k], 1) // 2**16
+        counts = jnp.asarray(np.maximum(count, 1))
+        return jnp.asarray(first)[k] + spread_B * counts[k] // 2**16
 
     return count > 0, draw_level
 
 
 def _sigmas_of_bins(process):
-    """For EDM: which bins have a sigma, bool [NUM_BINS], and (bin, spread_B) -> sigma_B, even in
-    ln SNR = -2 ln(sigma) between the sampler's ends."""
+    """For EDM: sigmas that are even in ln SNR = -2 ln(sigma) between the sampler's ends."""
     log_snr = -2 * np.log(process.ladder(2, "log_snr").noise)
     inner = np.clip(EDGES[1:-1], *log_snr)
     low, high = np.append(log_snr[0], inner), np.append(inner, log_snr[1])
@@ -175,17 +181,17 @@ def _sigmas_of_bins(process):
         low_k, high_k = (jnp.asarray(ends, jnp.float32)[k] for ends in (low, high))
         return jnp.exp(-(low_k + (high_k - low_k) * (spread_B + 0.5) / 2**16) / 2)
 
-    return jnp.asarray(low < high), draw_level
+    return low < high, draw_level
 
 
 def _levels_of_bins(process, num_timesteps):
-    """The first t of each bin, and the number of its t, int32 [NUM_BINS]."""
+    """The first t of each bin, and the number of its t, int32 [NUM_BINS] of NumPy."""
     level = jax.device_get(process.at(jnp.arange(num_timesteps)))
     log_snr = 2 * np.log(np.float64(level.signal) / level.noise)
     bins = np.searchsorted(EDGES[1:-1], log_snr, side="right")
     count = np.bincount(bins, minlength=NUM_BINS)
     first = [np.flatnonzero(bins == k)[0] if count[k] else 0 for k in range(NUM_BINS)]
-    return jnp.asarray(first, jnp.int32), jnp.asarray(count, jnp.int32)
+    return np.asarray(first, np.int32), np.asarray(count, np.int32)
 
 
 def _spread(index_B):

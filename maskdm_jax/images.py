@@ -64,19 +64,6 @@ def grid(images_BHWC: np.ndarray, scale: int = 1, num_classes: int = 0) -> np.nd
     return picture
 
 
-def read_picture(path: str | pathlib.Path, channels: int) -> np.ndarray:
-    """Reads a picture of any format: uint8 [H, W, channels].
-
-    Raises:
-      OSError: if it is none that Pillow reads.
-    """
-    if channels not in (1, 3):
-        return read_png(path, channels)
-    with Image.open(_content(path)) as picture:
-        image = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
-    return image.reshape(*image.shape[:2], channels)
-
-
 def _content(path):
     return io.BytesIO(files.as_place(path).read_bytes())
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from maskdm_jax import draw, draw_batches, images, sharding
 from maskdm_jax.config import FIELDS, get, without_later
+from maskdm_jax.data import pixels
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import quoted
 from maskdm_jax.run import distributed, faults, files, lock, progress
@@ -78,7 +79,7 @@ def write_samples(
                 f"{network.where} ({settings.weights})",
                 f"another --workdir, or --config.sample.weights={other}",
             )
-            drawing = drawing or draw_batches.Drawing(config, mesh, given=given)
+            drawing = drawing or draw_batches.Drawing(config, mesh, given=given, num=settings.num)
             _draw_missing(config, folder, todo, params, drawing, said["evaluations"])
         if distributed.is_main():
             _draw_grid(config, folder)
@@ -116,8 +117,11 @@ def _picture(config, name, channels):
     height, width = config.data.image_size
     remedy = f"type --config.sample.{name}=FILE with a picture of that size"
     try:
-        picture = images.read_picture(path, channels)
-    except OSError as error:
+        if channels in (1, 3, 4):  # as training reads it
+            picture = pixels.decode(path.read_bytes(), channels)
+        else:
+            picture = images.read_png(path, channels)
+    except Exception as error:  # Pillow raises any
         raise ConfigError(
             f"sample.{name} is {typed}, which is no picture that can be read; expected one of "
             f"{height}x{width} pixels; {remedy}"

@@ -95,8 +95,8 @@ def train(
             state = transition.rescheduled(state, own_step - phase.first_step)
         say(f"resuming from step {own_step} of {workdir}")
     if distributed.is_main():
-        # Left by an earlier process of this run that was killed.
-        files.remove_leftovers(workdir, "*.json*")
+        # Of an earlier process of this run that was killed; evaluations write scores.jsonl too.
+        files.remove_leftovers(workdir, "[!s]*.json*")
         files.remove_leftovers(workdir / "previews", "*.png")
         files.write_text(workdir / "config.json", to_json(config) + "\n")
     step = first_step = int(state.step)

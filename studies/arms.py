@@ -123,6 +123,11 @@ def with_typed(study, name: str, changes: list[str]) -> list:
     for change in changes:
         field = change.partition("=")[0]
         config_file.set_field(config, change)
+        if field in _OWN and get(config, field) != get(own, field):
+            raise ConfigError(
+                f"--config.{change} is typed, but each run sets {field} itself; expected --seeds "
+                "or --seconds for it; type the command without --config." + field
+            )
         if FIELDS[field].role != FREE:
             fields[field] = get(config, field)
     return [
@@ -160,7 +165,8 @@ def configs(study, name: str, changes: list[str]) -> list:
             for field, value in fields.items():
                 _set(config, field, value)
             phases.validate(config)
-            phases.validate_devices(config, jax.device_count(), "train")
+            for mode in ("train", "evaluate"):
+                phases.validate_devices(config, jax.device_count(), mode)
         except ConfigError as error:
             fault = str(error).partition("; type ")[0]
             typed = " or what was typed for its fields" if changes else ""

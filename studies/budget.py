@@ -71,7 +71,9 @@ def fitted(config, found: list[Phase]):
 def step_seconds(phase: phases.Phase, source):
     """(seconds of one training step of a phase, from images of its data set; that step, jitted)."""
     mesh = sharding.make_mesh(phase.config)
-    batches = loader.Loader(phase.config, source, mesh)
+    endless = phase.config.copy_and_resolve_references()
+    endless.train.num_steps = 10**9  # the feed ends with the run's steps, which are not known yet
+    batches = loader.Loader(endless, source, mesh)
     feed, update = batches.batches(0), step.jit_train_step(phase, mesh)
     plan = step.planned(phase, mesh)
     now = [state.init_state(phase.config, mesh)]

@@ -65,6 +65,10 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
     folder, before = run_folder(out, run), ""
     begun = budget.Begun(folder, {"settings": arm, "device": device})
     cost, trained, steps = [], 0.0, []
+
+    def stop(*_):
+        sys.exit(command_line.TRY_AGAIN)
+
     try:
         configs = arms.configs(study, run.arm, changes)
         for index, ((share, _), config) in enumerate(zip(arm, configs, strict=True)):
@@ -80,11 +84,11 @@ def run_arm(study, run: Run, changes: list[str], out: pathlib.Path) -> dict:
             config, workdir = budget.fitted(config, found), folder / str(index)
             with preemption.watched(functools.partial(checkpoint.steps, workdir)) as is_stopped:
                 train.train(config, workdir, is_stopped)  # finds `steps` compiled
+            # What comes goes on from the run or the images that are there, however it is stopped.
+            signal.signal(signal.SIGTERM, stop)
             steps.clear()
             cost, before = cost + found, str(workdir)
             trained += budget.trained_seconds(workdir)
-        # Scoring goes on with the images that are there, however it was stopped.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(command_line.TRY_AGAIN))
         trained_at = time.perf_counter()
         (record,) = evaluate.evaluate(config, workdir)
         scoring_s = time.perf_counter() - trained_at

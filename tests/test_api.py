@@ -314,7 +314,7 @@ PIXELS = np.zeros((8, 8, 1), np.uint8)
         (lambda m: m.inpaint(PIXELS, HALF[:4]), r"known_mask has shape \[4, 8\]; .*\[8, 8\]"),
         (lambda m: m.inpaint(PIXELS, np.uint8(HALF)), r"type known_mask.astype\(bool\)"),
         (lambda m: m.inpaint(PIXELS[:4], HALF), r"image has shape \[1, 4, 8, 1\]; .*\[M, 8, 8"),
-        (lambda m: m.inpaint(IMAGES, HALF), r"float32 .*; expected uint8 .*; type np.uint8\("),
+        (lambda m: m.inpaint(IMAGES, HALF), r"float32 .*; expected uint8 .*; type np.rint\("),
         (lambda m: m.inpaint(PIXELS, HALF, steps=0), "type steps=1"),
         (lambda m: m.image_to_image(PIXELS, 2), "strength is 2; .*; type strength=1"),
         (lambda m: m.interpolate(3, 3), "seed_b is 3, as seed_a; .* type seed_b=4"),

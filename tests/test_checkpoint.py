@@ -251,6 +251,23 @@ def test_a_checkpoint_whose_hashes_were_not_written_is_unfinished(
     assert f"checkpoint 6 of {run} is not finished (" in capsys.readouterr().err
 
 
+def test_the_only_checkpoint_resumes_if_its_hashes_were_not_written(
+    two_checkpoints, tmp_path, capsys
+):
+    run = shutil.copytree(two_checkpoints, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "5")
+    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    assert checkpoint.find_step(run) == 6
+    assert "not finished (sha256.json is missing); its arrays can be" in capsys.readouterr().err
+    assert checkpoint.find_step(run, set_aside=True) == 6
+    capsys.readouterr()
+    assert checkpoint.find_step(run) == 6 and not capsys.readouterr().err  # it has them now
+    (run / "checkpoints" / "6" / "sha256.json").unlink()
+    files(run, 6)[3].unlink()
+    with pytest.raises(ConfigError, match="every checkpoint in .* is damaged: .6.;"):
+        checkpoint.find_step(run)
+
+
 def test_a_checkpoint_of_an_earlier_version_loads_and_is_remarked(
     two_checkpoints, tmp_path, capsys
 ):

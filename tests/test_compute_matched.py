@@ -252,6 +252,18 @@ def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
     assert made == [(1.0, given | {"optim.lr_peak": 0.5})]
 
 
+def test_what_a_run_sets_itself_is_refused_and_so_is_a_batch_of_samples_that_does_not_divide(
+    tmp_path,
+):
+    (tmp_path / "study.py").write_text(textwrap.dedent(STUDY))
+    study = arms.load(str(tmp_path / "study.py"))
+    for typed in ("seed=7", "train.num_steps=3", "init.path=/w"):
+        with pytest.raises(ConfigError, match="each run sets .* itself; expected --seeds or"):
+            arms.configs(study, "pool_75", [typed])
+    with pytest.raises(ConfigError, match="sample.batch_size is 12"):
+        arms.configs(study, "pool_75", ["sample.batch_size=12"])
+
+
 @pytest.mark.parametrize("name", ["faces128", "faces128_patch2", "faces64", "transfer64"])
 def test_every_arm_of_a_shipped_study_is_a_run(name):
     study = arms.load(str(ROOT / "studies" / f"{name}.py"))

@@ -23,7 +23,7 @@ from maskdm_jax import (
     train,
 )
 from maskdm_jax.config import default_config, validate_devices
-from maskdm_jax.data import digits, writer
+from maskdm_jax.data import digits, sources, writer
 from maskdm_jax.diffusion import make_process
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.model import uvit
@@ -134,6 +134,18 @@ def test_an_image_has_its_own_levels_and_noise_in_any_batch(config):
     np.testing.assert_allclose(turned[::-1], whole, rtol=1e-4)
     shifted = np.asarray(loss(params, image, index % 10, index + 8))
     assert (shifted != whole).all()
+
+
+def test_a_loss_of_nan_is_no_bin_without_a_level(config, monkeypatch):
+    config.diffusion.update(schedule="linear", num_timesteps=50)  # without a level in the last bin
+    config.data.split = "test"
+    loss = heldout.HeldoutLoss(config, mesh_of(config), sources.open_source(config))
+    values = np.ones(heldout.NUM_BINS)
+    values[-1] = np.nan
+    monkeypatch.setattr(loss, "_of_batch", lambda params, image, *_: np.tile(values, (8, 1)))
+    assert loss(None)["mean"] == 1
+    values[3] = np.nan
+    assert np.isnan(loss(None)["mean"])
 
 
 def test_every_level_falls_into_its_bin_and_bins_without_levels_are_empty(config):

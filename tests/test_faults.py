@@ -147,6 +147,12 @@ def test_metrics_on_a_full_disk_are_one_sentence(small_disk):
     assert read_metrics(small_disk)[-1]["step"] >= step - 1
 
 
+def test_a_full_disk_is_told_where_not_even_the_folder_could_be_made(tmp_path):
+    with pytest.raises(RunError, match="about 0.0 MiB are needed, and [0-9.,]+ MiB are free"):
+        with faults.explain_full_disk("it", tmp_path / "a" / "b", "make room", lambda: 1):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(ValueError, match="^a bug$"):
         with faults.explain_full_disk("it", tmp_path, "wait"):

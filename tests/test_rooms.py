@@ -47,7 +47,7 @@ ALLOWED = {
     "draw": {"denoiser", "flops", "model", "diffusion"},
     "draw_batches": {"draw", "model", "diffusion"},
     "report": {"config", "config_file", "flops", "phases", "quality", "run"},
-    "sample": {"config", "draw", "draw_batches", "images", "run", "weights"},
+    "sample": {"config", "data.pixels", "draw", "draw_batches", "images", "run", "weights"},
     "dry_run": {"phases", "step", "run"},
     "averages": {"checkpoint", "optim", "phases", "run"},
     "heldout": {"data.read_ahead", "denoiser", "diffusion", "draw", "model"},

@@ -1,11 +1,20 @@
 import json
+import math
+import threading
 
 import jax
 import pytest
 
 from maskdm_jax import flops
 from maskdm_jax.config import default_config
-from maskdm_jax.run.telemetry import Telemetry, read_metrics
+from maskdm_jax.run import files, lock
+from maskdm_jax.run.telemetry import (
+    Telemetry,
+    add_scores,
+    described_scores,
+    read_metrics,
+    read_scores,
+)  # fmt: skip
 
 METRICS = {"loss": 0.5, "lr": 1e-4, "grad_norm": 1.0}
 
@@ -56,3 +65,32 @@ def test_damaged_lines_of_metrics_are_left_out(tmp_path):
     )
     (tmp_path / "metrics.jsonl").write_bytes(lines + b"\n" + good.encode().replace(b"1", b"6"))
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 6]
+
+
+def scores(step, key, **values):
+    definition = {"n": 8, "weights": "ema", "sampler": "ddim", "steps": 2, "eta": 0.0}
+    definition |= {"spacing": "timestep", "guidance_scale": 1.0, "reference_sha256": "ab" * 32}
+    return {"step": step, "key": key, "scores": {"swd": 1.0} | values, "heldout_loss": {},
+            "definition": definition, "floor": None}  # fmt: skip
+
+
+def test_scores_that_are_not_finite_are_read_as_nan_and_can_be_told(tmp_path):
+    record = scores(1, "one", fid=math.nan) | {"heldout_loss": {"ema": {"mean": math.inf}}}
+    add_scores(tmp_path, record)
+    (read,) = read_scores(tmp_path)
+    assert "fid nan" in described_scores(read) and "loss (ema) nan" in described_scores(read)
+    assert read["floor"] is None
+
+
+def test_a_resuming_run_keeps_what_an_evaluation_beside_it_writes_meanwhile(tmp_path):
+    add_scores(tmp_path, scores(9, "training, step 9"))
+    with lock.hold(tmp_path, ".scores.lock"):
+        with files.whole(tmp_path / "scores.jsonl") as unfinished:  # the evaluation's
+            starting = threading.Thread(target=record, args=(tmp_path, 4, [5]))
+            starting.start()
+            starting.join(1)
+            assert starting.is_alive()
+            lines = [scores(9, "training, step 9"), scores(3, "evaluation")]
+            unfinished.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    starting.join(60)
+    assert [r["key"] for r in read_scores(tmp_path)] == ["evaluation"]

@@ -108,13 +108,19 @@ def explain_full_disk(
         reason = next((words for words in known if words in str(error)), str(error))
         room = ""
         if needed_bytes is not None:
-            disk = tempfile.gettempdir() if files.is_remote(where) else where
+            disk = tempfile.gettempdir() if files.is_remote(where) else _existing(where)
             needed, free = needed_bytes() / 2**20, shutil.disk_usage(disk).free / 2**20
             room = f"about {needed:,.1f} MiB are needed, and {free:,.1f} MiB are free; "
         remedy = remedy() if callable(remedy) else remedy
         raise RunError(
             f"{what} could not be written to {where}: {reason}; {room}{remedy}"
         ) from error
+
+
+def _existing(folder):
+    """The innermost of a folder and those above it that is there."""
+    path = pathlib.Path(folder).absolute()
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def mute_late_tracebacks() -> None:

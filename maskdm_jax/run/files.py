@@ -164,7 +164,7 @@ def write_text(path, text: str) -> None:
     if is_remote(path):
         bucket.upload(text.encode(), path)
         return
-    with whole(path) as unfinished, unfinished.open("w") as file:
+    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())  # a power cut would otherwise leave the name with nothing in it

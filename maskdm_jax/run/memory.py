@@ -87,7 +87,8 @@ def explained(config, mode: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        batch = config.train.batch_size if mode == "train" else config.sample.batch_size
+        part = "train" if mode == "train" else "sample"
+        batch = config[part].batch_size
         reason = str(error).strip().splitlines()[0][:200]
         if mode == "train" and config.phases:
             raise ConfigError(
@@ -97,6 +98,6 @@ def explained(config, mode: str) -> Iterator[None]:
             ) from error
         see = "; --config.train.dry_run=True finds what fits" if mode == "train" else ""
         raise ConfigError(
-            f"out of device memory at {mode}.batch_size {batch} on {jax.device_count()} x "
+            f"out of device memory at {part}.batch_size {batch} on {jax.device_count()} x "
             f"{jax.devices()[0].device_kind} ({reason}); type {advice(config, mode)}{see}"
         ) from error

@@ -187,7 +187,7 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
     records = []
     for line in path.read_bytes().decode(errors="replace").splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
-            record = {k: math.nan if v is None else v for k, v in json.loads(line).items()}
+            record = _with_nan(json.loads(line))
             record["step"] + record["loss"]  # a record has both
             records.append(record)
     return records
@@ -204,33 +204,45 @@ def _finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _with_nan(value):
+    """What `_finite` was given, but with nan where an infinity was."""
+    if isinstance(value, dict):
+        return {k: _with_nan(v) for k, v in value.items()}
+    return math.nan if value is None else value
+
+
 def _numbers(record):
     return {k: v for k, v in record.items() if k not in ("step", "device")}
 
 
 def read_scores(workdir: str | pathlib.Path) -> list[dict]:
-    """The records of scores.jsonl; damaged lines are left out."""
+    """The records of scores.jsonl, with nan for a null score; damaged lines are left out."""
     path = files.as_place(workdir) / _SCORES
     records = []
     text = path.read_bytes().decode(errors="replace") if path.exists() else ""
     for line in text.splitlines():
         with contextlib.suppress(ValueError, KeyError, TypeError):
             record = json.loads(line)
-            record["step"], record["key"], record["scores"], record["definition"]  # it has these
+            record["step"], record["key"], record["definition"]  # it has these, and scores
+            measured = {k: record.get(k) for k in ("scores", "heldout_loss", "floor")}
+            record |= {k: _with_nan(v) for k, v in measured.items() if v or k == "scores"}
             records.append(record)
     return records
 
 
 def _drop_scores(workdir, last_step):
     """Drops what training itself scored beyond `last_step`."""
-    records = read_scores(workdir)
-    kept = [r for r in records if not (r["key"].startswith(TRAINING) and r["step"] > last_step)]
-    for record in records:
-        if record not in kept:
-            tensorboard.drop_scores(workdir, record["key"])
-    if len(kept) < len(records):
-        with lock.hold(workdir, _SCORES_LOCK):
+    if not (workdir / _SCORES).exists():
+        return
+    with lock.hold(workdir, _SCORES_LOCK):  # an evaluation may run beside the training
+        files.remove_leftovers(workdir, _SCORES)
+        records = read_scores(workdir)
+        beyond = [r for r in records if r["key"].startswith(TRAINING) and r["step"] > last_step]
+        if beyond:
+            kept = [r for r in records if r not in beyond]
             files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in kept))
+    for record in beyond:
+        tensorboard.drop_scores(workdir, record["key"])
 
 
 def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
@@ -251,10 +263,9 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
 def plotted(record: dict) -> tuple[int, dict[str, float], str]:
     """What is plotted of a record of scores: its step, {name: score}, and the definition."""
     losses = {f"heldout_loss_{k}": loss["mean"] for k, loss in record["heldout_loss"].items()}
-    scores = {k: math.nan if v is None else v for k, v in (record["scores"] | losses).items()}
     return (
         record["step"],
-        {f"scores/{name}": score for name, score in scores.items()},
+        {f"scores/{name}": score for name, score in (record["scores"] | losses).items()},
         described_definition(record["definition"]),
     )
 
