@@ -252,9 +252,11 @@ def _verify(workdir, step):
 
 def _is_readable(workdir, step):
     try:
-        return all(restore_item(workdir, step, item, alone=True) for item in _ITEMS)
+        for item in _ITEMS:
+            restore_item(workdir, step, item, alone=True)
     except _DAMAGE:
         return False
+    return True
 
 
 def _set_aside(workdir, step):
@@ -287,9 +289,8 @@ def restore_item(
                 raise FileNotFoundError(f"the description of the arrays in {path} is missing")
             metadata = saved.tree[name]
             abstract = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), metadata)
-            restore_args = jax.tree.map(
-                lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract
-            )
+            as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+            restore_args = jax.tree.map(lambda _: as_numpy, abstract)
         else:
             restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         state = ocp.args.PyTreeRestore(
@@ -323,8 +324,7 @@ def digest(workdir: str | pathlib.Path, step: int | None = None) -> tuple[int, s
     step = find_step(workdir, step, instead="the workdir of another run")
     sha = hashlib.sha256()
     for item in _ITEMS:
-        tree = restore_item(workdir, step, item)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(restore_item(workdir, step, item)):
             name = f"{item}{jax.tree_util.keystr(path)}"
             sha.update(f"{name} {leaf.dtype} {leaf.shape}\n".encode())
             sha.update(np.ascontiguousarray(leaf).tobytes())

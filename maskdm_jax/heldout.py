@@ -86,7 +86,7 @@ class HeldoutLoss:
             "schedule": schedule,
             "num_timesteps": num_timesteps,
             # Not nanmean: a loss of nan is a result, unlike a bin without a level.
-            "mean": float(bins[_bins_of(config)[0]].mean()),
+            "mean": float(bins[_bins_of(config, _process(config))[0]].mean()),
             "bins": dict(zip(NAMES, bins.tolist(), strict=True)),
         }
 
@@ -125,9 +125,9 @@ def jit_heldout_loss(config, mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def _make_loss(config, mesh):
-    process = make_process(config.diffusion, config.data.image_size)
+    process = _process(config)
     apply = denoiser.make_predict(config, mesh, process)
-    has_levels, draw_level = _bins_of(config)
+    has_levels, draw_level = _bins_of(config, process)
 
     def loss(params, image_BHWC, label_B, index_B):
         x0_BNP = patches.cut(image_BHWC, config.model.patch_size)
@@ -152,9 +152,12 @@ def _make_loss(config, mesh):
     return loss
 
 
-def _bins_of(config):
+def _process(config):
+    return make_process(config.diffusion, config.data.image_size)
+
+
+def _bins_of(config, process):
     """Which bins have a level, bool [NUM_BINS] of NumPy, and (bin, spread_B) -> time_B."""
-    process = make_process(config.diffusion, config.data.image_size)
     if config.diffusion.framework == "edm":
         return _sigmas_of_bins(process)
     return _timesteps_of_bins(process, config.diffusion.num_timesteps)
