@@ -68,8 +68,9 @@ def test_running_out_of_memory_is_an_error_with_what_to_type(tiny_config):
     ):
         assert f"--config.{flag}" in str(error.value)
     tiny_config.sample.batch_size = 16
-    with pytest.raises(ConfigError, match=r"--config.sample.batch_size=8\b"):
-        with memory.explained(tiny_config, "sample"):
+    for mode in ("sample", "evaluate"):
+        said = r" at sample.batch_size 16 on .*--config.sample.batch_size=8\b"
+        with pytest.raises(ConfigError, match=said), memory.explained(tiny_config, mode):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: ...")
 
 

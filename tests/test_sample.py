@@ -3,12 +3,14 @@ import json
 import os
 import shutil
 import types
+import zlib
 
 import jax
 import numpy as np
 import pytest
 import textbook
 from close import assert_close
+from PIL import Image
 
 from maskdm_jax import checkpoint, draw, images, sample, sharding, state
 from maskdm_jax.config import default_config
@@ -332,3 +334,22 @@ def test_on_gpus_a_batch_has_whole_eights_of_tokens(platform, devices, fields, n
     each = np.array([types.SimpleNamespace(platform=platform)] * devices)
     mesh = types.SimpleNamespace(devices=each, size=devices, shape={"data": devices, "fsdp": 1})
     assert draw.batch_size(config, mesh, num) == size
+
+
+def test_a_picture_to_start_from_is_read_as_training_reads_it(tmp_path):
+    config, path = default_config(), tmp_path / "p.png"
+    config.data.update(channels=1, image_size=(8, 8))
+    config.sample.init_image = str(path)
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(deep).save(path)
+    read = sample.start_image(config)["images"][0, ..., 0]
+    assert np.abs(read - deep / 257.0).max() <= 1  # not white
+    config.data.channels = 3
+    Image.fromarray(np.zeros((8, 8, 4), np.uint8)).save(path)  # transparent, so on white
+    assert (sample.start_image(config)["images"] == 255).all()
+    data = bytearray(path.read_bytes())
+    data[16:24] = (16_000).to_bytes(4, "big") * 2  # a size that Pillow refuses to decode
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match="is no picture that can be read; expected one of 8x8"):
+        sample.start_image(config)
