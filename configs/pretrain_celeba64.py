@@ -28,9 +28,10 @@ slower, and Muon adds to each update.
 Measured at this size, apart from rates: one run of 2,000 updates in each stage (docs/scores.md)
 with our output, noise, b1, flips, clipping and batches, but AdamW alone, a peak of 8e-4, a warm-up
 of 100, no decay in stage 1, and another share of the time: FID-768 0.155, against 0.052 of held-out
-images. And in the study, on other faces, one run of 96 s with Muon, our levels, shares and blocks,
-batches of 1,024 and 64 and a peak of 1.6e-3: 0.0875, where whole images alone with such levels, a
-peak of 3.2e-3 and batch 64 have 0.0883 after 120 s. No run of the whole recipe, and none of the
+images. And in the study, on other faces, runs with Muon, our levels, shares and blocks, a masked
+batch of 1,024 and a peak of 1.6e-3, against whole images alone with such levels and a peak of
+3.2e-3. With 64 whole images: 0.0876 after 96 s against 0.0868 after 120 s (two seeds each); with
+128: 0.0756 against 0.0773 after 120 s (one seed). No run of the whole recipe, and none of the
 paper's to compare with.
 
 Carried over from the study at 128x128 (docs/study.md, arm drop_60_b32_muon_lr16_levels: U-ViT-S,
@@ -44,10 +45,10 @@ the better of two batches, 0.156 with the levels of both stages in turn and 0.18
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and over
 whole images with the same levels the gain in time fell from 1.64 times at 300 s to 1.43 at 600 s
-(one H200; on an H100 it is 1.49 at 300 s); with the best settings found for each it rose from 1.56
-to 1.98 (one H100). In transfer at 64x64, one seed each, pre-training with a masked start is not
-shown to be better than on whole images alone: 0.082 and 0.085 with the levels of both stages, 0.100
-and 0.102 with uniform ones.
+(one H200; on an H100 it is 1.49 at 300 s); with the best settings found for each it rose from 1.69
+to 1.98 (one H100). In transfer at 64x64 pre-training with a masked start is little better than on
+whole images alone: 0.081 and 0.084 with the levels of both stages (two seeds each), 0.100 and 0.102
+with uniform ones (one).
 
 For a shorter run, divide the updates of both stages, and the warm-ups, by one number.
 """

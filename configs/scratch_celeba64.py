@@ -10,8 +10,9 @@ Device:   as for configs/finetune_celeba64.py, but on an H200 1.55 h (paper: 2.5
 Expected: score: not measured yet
 
 Ours is in two phases, for the reason that configs/scratch_celebahq.py gives, which also says what
-was measured elsewhere. At this size the study has one short run of such phases, on other faces and
-with a peak of 3.2e-3 and a batch of 64: FID-768 0.0883 after 120 s, and 0.0930 with uniform levels.
+was measured elsewhere. At this size the study has short runs of such phases, on other faces and
+with a peak of 3.2e-3: FID-768 0.0868 after 120 s with batch 64 (two seeds), 0.0773 with batch 128,
+and 0.0930 with batch 64 and uniform levels.
 """
 
 from configs import finetune_celeba64

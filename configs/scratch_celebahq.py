@@ -15,7 +15,7 @@ It was not measured at this size, and the peak of 4e-4 is our choice. In the stu
 (docs/study.md; one H200, one seed), with a peak of 3.2e-3 and a batch of 64, such phases gave
 FID-768 0.161 after 300 s and 0.118 after 600 s. The arm with a masked first phase, at its own peak
 and batches, has 0.132 and 0.105. With levels further apart, and the optimizer's moments kept for
-the last phase, scratch has 0.139 and 0.120 (one H100; three seeds at 600 s); that is not carried
+the last phase, scratch has 0.142 and 0.120 (one H100; three seeds each); that is not carried
 over, as it costs accuracy at little noise. At 4,097 tokens, as here, 600 s gave 0.332 with our
 levels and 0.320 with uniform ones; the held-out loss is better with ours, 0.0606 against 0.0641
 (one H100, one seed each).
