@@ -45,8 +45,8 @@ the better of two batches, 0.156 with the levels of both stages in turn and 0.18
 Our choice, measured nowhere: the warm-up of 2,000 and the numbers of updates, with the peak of 4e-4
 for so many; the study's is 1.6e-3. A rate that suits minutes may be too high for hours, and over
 whole images with the same levels the gain in time fell from 1.64 times at 300 s to 1.43 at 600 s
-(one H200; on an H100 it is 1.49 at 300 s); with the best settings found for each it rose from 1.69
-to 1.98 (one H100). In transfer at 64x64 pre-training with a masked start is little better than on
+(one H200; on an H100 it is 1.52 at 300 s); with the best settings found for each it is 1.69 and
+1.98 (one H100). In transfer at 64x64 pre-training with a masked start is little better than on
 whole images alone: 0.081 and 0.084 with the levels of both stages (two seeds each), 0.100 and 0.102
 with uniform ones (one).
 

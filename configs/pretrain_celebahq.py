@@ -38,11 +38,11 @@ each).
 Our choice, measured nowhere: the peak of 4e-4, the warm-up of 2,000 and the numbers of updates. The
 study has a peak of 1.6e-3, and a warm-up of 200 for some 10,000 updates. A rate that suits minutes
 may be too high for days and for a wider network. Over whole images with the same levels, the gain
-in time fell from 1.64 times at 300 s to 1.43 at 600 s (one H200; on an H100 it is 1.49 at 300 s);
-with the best settings found for each it rose from 1.69 to 1.98 (one H100, three seeds). Whether
-stage 1 pays after hours is not known. At 4,097 tokens, as here, 600 s gave 0.221 with a stage 1.
-Without one, the best of four settings has 0.320 (one seed each), which a stage 1 reaches after 264
-s, interpolated: 2.27 times sooner.
+in time fell from 1.64 times at 300 s to 1.43 at 600 s (one H200; on an H100 it is 1.52 at 300 s);
+with the best settings found for each it is 1.69 and 1.98 (one H100; three seeds, but one of the
+masked runs of 150 and 600 s). Whether stage 1 pays after hours is not known. At 4,097 tokens, as
+here, 600 s gave 0.221 with a stage 1. Without one, the best of four settings has 0.320 (one seed
+each), which a stage 1 reaches after 264 s, interpolated: 2.27 times sooner.
 
 Not carried over: levels further apart and kept moments, of those best settings (0.120 at 300 s).
 Neither is shown to help alone, and levels further apart cost accuracy at little noise.
