@@ -17,7 +17,6 @@ import json
 import math
 import pathlib
 import shlex
-import statistics
 import sys
 
 from PIL import Image
@@ -56,6 +55,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
     score = points.main_score(rows)
     found = points.of_rows(rows, score)
     floor = next((float(row["floor"]) for row in rows if row.get("floor")), math.nan)
+    better = "Lower" if points.sign(score) > 0 else "Higher"
     budget = points.compared_budget(found)
     best = points.best_of_families(found, budget)
     figures = {
@@ -71,7 +71,8 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
             figure.savefig(out / name, dpi=110)
     drawn = {name for name, figure in figures.items() if figure is not None}
     parts = [
-        f"<h1>Score at equal cost</h1><p>{_definition(rows, score, floor)}</p><p>{_HELP}</p>",
+        f"<h1>Score at equal cost</h1><p>{_definition(rows, score, floor)}</p><p>{better}"
+        f" is better. {_HELP}</p>",
         *(_picture((out / name).read_bytes(), "png", name) for name in figures if name in drawn),
         "<h2>Seconds until scratch's final score</h2>",
         _reached(["scratch's score", *_REACHED], factors(points.reached(found))),
@@ -100,7 +101,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
 
 
 _HELP = (
-    "Lower is better. A score is the mean of its seeds, and ± their standard deviation; held-out "
+    "A score is the mean of its seeds, and ± their standard deviation; held-out "
     "loss and costs are means too. Memorised: the share of samples that are closer to a training "
     "image than the threshold. Trained, set-up and scoring are device-seconds. At most and at "
     "least: an arm's shortest run is already better. Arms that do not reach a score, or only with "
@@ -145,13 +146,14 @@ def _known(value, form):
 
 
 def _cells(point):
-    spread = f" ± {statistics.stdev(point.scores):.3f}" if len(point.scores) > 1 else ""
+    form = ".3f" if abs(point.score) >= 0.01 else ".2g"  # KID is small
+    spread = "" if math.isnan(point.deviation) else f" ± {point.deviation:{form}}"
     phases = "; ".join(
         f"{p['steps']:,} x {p['batch']} at {p['tokens']} tokens, {p['step_ms']:.1f} ms"
         for p in point.phases
     )
     return [
-        point.arm, f"{point.score:.3f}{spread}", len(point.scores), _known(point.heldout, ".5f"),
+        point.arm, f"{point.score:{form}}{spread}", len(point.scores), _known(point.heldout, ".5f"),
         _known(point.memorised, ".2%"), f"{point.images / 1e6:.3f}",
         format(point.pflop, ",.0f" if point.pflop >= 10 else ".3g"),
         f"{point.trained_s:.0f}", f"{point.set_up_s:.0f}", f"{point.scoring_s:.0f}", phases,

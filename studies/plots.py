@@ -26,7 +26,7 @@ def plot_arms(found: list, floor: float, score: str, seconds: float):
         number = families.index(point.family)
         axis.plot(point.scores, [place] * len(point.scores), "o", color=f"C{number}")
     axis.set_yticks(range(len(shown)), [point.arm for point in shown])
-    axis.set(xscale="log", xlabel=score, title=f"{seconds:g} device-seconds")
+    axis.set(xscale=_scale(shown), xlabel=score, title=f"{seconds:g} device-seconds")
     if math.isfinite(floor):
         axis.axvline(floor, color="grey", linestyle=":")
     _plain_ticks(axis.xaxis)
@@ -51,7 +51,7 @@ def plot_scores(found: list, floor: float, score: str):
             mark = _MARKS[number // _COLOURS % len(_MARKS)]
             style = {"fmt": f"{mark}{line}", "color": f"C{number % _COLOURS}", "markersize": 4}
             axis.errorbar(costs, scores, spread, label=arm, **style)
-        axis.set(xscale="log", yscale="log", xlabel=label)
+        axis.set(xscale="log", yscale=_scale(found), xlabel=label)
         if math.isfinite(floor):
             axis.axhline(floor, color="grey", linestyle=":", label="floor")
         _plain_ticks(axis.yaxis)
@@ -150,10 +150,21 @@ def _subplots(count, width=5.2, height=4.2):
     return figure, figure.subplots(1, count, squeeze=False, sharey=True)[0]
 
 
+def _scale(found):
+    """That of their scores: KID may be 0 or less, and precision is 0 at first."""
+    is_positive = all(score > 0 for p in found for score in p.scores if math.isfinite(score))
+    return "log" if is_positive else "linear"
+
+
 def _plain_ticks(axis):
     """0.3 instead of 3 x 10^-1, at round numbers; after plotting, since the range counts."""
     from matplotlib import ticker
 
+    if axis.get_scale() == "linear":
+        return
+    low, high = axis.get_data_interval()
+    if math.isclose(low, high):  # one point; error bars round it
+        getattr(axis.axes, f"set_{axis.axis_name}lim")(low / 1.5, high * 1.5)
     low, high = axis.get_view_interval()
     digits = (1, 3)
     if high < 100 * low:

@@ -7,11 +7,13 @@ import collections
 import json
 import math
 import operator
+import re
 import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
 from maskdm_jax.heldout import NAMES as BINS
+from maskdm_jax.quality.measure import HIGHER_IS_BETTER
 
 NUMBERS = (  # columns with a number, or nothing
     "heldout_loss", "trained_s", "images", "pflop", "set_up_s", "scoring_s", "floor",
@@ -30,6 +32,7 @@ class Point(NamedTuple):
     arm: str
     seconds: float
     scores: list[float]  # by seed
+    sign: int  # of a score times this, lower is better
     heldout: float  # means over the seeds
     bins: list[float]
     memorised: float
@@ -49,12 +52,20 @@ class Point(NamedTuple):
         return statistics.mean(self.scores)
 
     @property
-    def error(self) -> float:
-        """The standard error of the score over the score; nan with one seed."""
-        count = len(self.scores)
-        if count == 1:
+    def rank(self) -> float:
+        return self.sign * self.score
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the scores; nan with one seed, or if one is not finite."""
+        if len(self.scores) == 1 or not math.isfinite(self.score):
             return math.nan
-        return statistics.stdev(self.scores) / math.sqrt(count) / self.score
+        return statistics.stdev(self.scores)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the score over its size; nan with one seed, or if it is 0."""
+        return self.deviation / math.sqrt(len(self.scores)) / (abs(self.score) or math.nan)
 
 
 def main_score(rows: list[dict]) -> str:
@@ -63,8 +74,13 @@ def main_score(rows: list[dict]) -> str:
     return next((name for name in names if name.startswith("fid")), names[names.index("seed") + 1])
 
 
+def sign(score: str) -> int:
+    """-1 for a score of which higher is better, 1 for the others."""
+    return -1 if re.sub(r"\d*$", "", score) in HIGHER_IS_BETTER else 1
+
+
 def of_rows(rows: list[dict], score: str) -> list[Point]:
-    """The rows by arm and budget, best score first."""
+    """The rows by arm and budget, best score first; scores that are not numbers come last."""
     groups = {}
     for row in rows:
         groups.setdefault((row["arm"], float(row["seconds"])), []).append(row)
@@ -73,12 +89,13 @@ def of_rows(rows: list[dict], score: str) -> list[Point]:
         values = [float(row[name]) for row in group if row.get(name)]
         return statistics.mean(values) if values else math.nan
 
-    share = f"memorisation_share{score.removeprefix('fid')}"
+    share = next((name for name in rows[0] if name.startswith("memorisation_share")), "")
     found = [
         Point(
             arm,
             seconds,
             [float(row[score]) for row in group],
+            sign(score),
             mean(group, "heldout_loss"),
             [mean(group, f"loss {name}") for name in BINS],
             mean(group, share),
@@ -91,18 +108,19 @@ def of_rows(rows: list[dict], score: str) -> list[Point]:
         )
         for (arm, seconds), group in groups.items()
     ]
-    return sorted(found, key=lambda point: point.score)
+    return sorted(found, key=lambda point: (math.isnan(point.rank), point.rank))
 
 
-Value = Callable[[Point], float]  # a score or a loss of a point: the lower, the better
-_score, heldout = operator.attrgetter("score"), operator.attrgetter("heldout")
+Value = Callable[[Point], float]  # of a point: the lower, the better
+_rank, heldout = operator.attrgetter("rank"), operator.attrgetter("heldout")
 
 
-def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[float, bool] | None:
+def seconds_to(arm: list[Point], target: float, value: Value = _rank) -> tuple[float, bool] | None:
     """When an arm reaches a value: (seconds, whether it is an upper bound); None if it does not.
 
-    Between two budgets, log(value) is interpolated over log(seconds). Each budget is a run of its
-    own, with its own decay of the learning rate; a long run's beginning does not count.
+    Between two budgets, log(value) is interpolated over log(seconds), or the value itself where it
+    changes its sign, as KID may. Each budget is a run of its own, with its own decay of the
+    learning rate; a long run's beginning does not count.
     """
     curve = sorted((point.seconds, value(point)) for point in arm)
     first = next((i for i, (_, found) in enumerate(curve) if found <= target), None)
@@ -111,7 +129,10 @@ def seconds_to(arm: list[Point], target: float, value: Value = _score) -> tuple[
     if first == 0:
         return curve[0][0], True
     (start, before), (end, after) = curve[first - 1 : first + 1]
-    share = math.log(before / target) / math.log(before / after)
+    if before * after > 0 and before * target > 0:
+        share = math.log(before / target) / math.log(before / after)
+    else:
+        share = (before - target) / (before - after)
     return start * (end / start) ** share, False
 
 
@@ -122,14 +143,15 @@ def factor_range(arm: list[Point], scratch: Point) -> tuple[float, float] | None
     reaches scratch's score. None where either has one seed there, or where an end of the range is
     not between two of the arm's budgets.
     """
-    when = seconds_to(arm, scratch.score)
+    when = seconds_to(arm, scratch.rank)
     if when is None:
         return None
     nearest = min(arm, key=lambda point: abs(math.log(point.seconds / when[0])))
     error = 2 * math.hypot(nearest.error, scratch.error)
     if math.isnan(error):
         return None
-    ends = [seconds_to(arm, scratch.score * share) for share in (1 - error, 1 + error)]
+    error *= abs(scratch.rank)
+    ends = [seconds_to(arm, scratch.rank + change) for change in (-error, error)]
     if any(end is None or end[1] for end in ends):
         return None
     return tuple(scratch.seconds / seconds for seconds, _ in ends)
@@ -154,13 +176,13 @@ class Reached(NamedTuple):
         return self.scratch.seconds / self.seconds
 
 
-def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> list[Reached]:
+def reached(found: list[Point], value: Value = _rank, rank: Value = _rank) -> list[Reached]:
     """Where every other arm reaches the value of scratch's best run at each budget, by `rank`.
 
     Budgets at which scratch is behind a shorter run of it are left out, and so are arms of which
     only longer runs exist.
     """
-    found = [point for point in found if math.isfinite(value(point))]
+    found = [p for p in found if math.isfinite(value(p)) and math.isfinite(rank(p))]
     results, arms = [], by_arm(found)
     for budget in sorted({point.seconds for point in found if point.family == BASELINE}):
         runs = [p for p in found if p.family == BASELINE and p.seconds <= budget]
@@ -172,8 +194,10 @@ def reached(found: list[Point], value: Value = _score, rank: Value = _score) -> 
                 continue
             when = seconds_to(of_arm, value(best), value)
             if when and (when[0] <= best.seconds or not when[1]):
-                spread = factor_range(of_arm, best) if value is _score else None
-                results.append(Reached(arm, best, value(best), *when, spread))
+                is_score = value is _rank
+                spread = factor_range(of_arm, best) if is_score else None
+                shown = best.score if is_score else value(best)
+                results.append(Reached(arm, best, shown, *when, spread))
     return results
 
 

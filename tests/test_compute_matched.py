@@ -32,8 +32,12 @@ def row(arm="scratch", seconds=120.0, seed=0, fid=2.0, **more):
     } | more  # fmt: skip
 
 
-def as_points(*rows):
-    return points.of_rows([{k: str(v) for k, v in r.items()} for r in rows], "fid768")
+def as_text(rows, score="fid768"):
+    return [{score if k == "fid768" else k: str(v) for k, v in r.items()} for r in rows]
+
+
+def as_points(*rows, score="fid768"):
+    return points.of_rows(as_text(rows, score), score)
 
 
 def test_seeds_are_averaged_and_the_best_arm_comes_first():
@@ -81,6 +85,49 @@ def test_the_range_of_a_factor_is_that_of_two_standard_errors_of_both_means():
     assert one_seed.range is None
     (no_longer,) = points.reached(as_points(*rows, line[0]))
     assert no_longer.range is None
+
+
+def test_of_the_scores_that_the_docs_name_those_are_better_higher():
+    lines = re.findall(r"^\| `\w+` \| (.*?) \| higher", (ROOT / "docs/scores.md").read_text(), re.M)
+    names = re.findall(r"`(\w+)`", " ".join(lines))
+    assert len(names) == 5 and all(points.sign(name) == -1 for name in names)
+    assert all(points.sign(name) == 1 for name in ("fid768", "kid64", "swd", "swd_64"))
+
+
+def test_a_score_of_which_higher_is_better_is_ranked_and_reached_so(tmp_path):
+    rows = [row(seconds=240.0, seed=i, fid=0.39 + i / 100) for i in range(3)] + [row(fid=0.3)]
+    line = ((120.0, 0.2), (240.0, 0.4), (480.0, 0.8))
+    rows += [row("drop_60", s, i, fid + (i - 1) / 1000) for s, fid in line for i in range(3)]
+    found = as_points(*rows, score="recall768")
+    assert [p.arm for p in found if p.seconds == 120] == ["scratch", "drop_60"]
+    first, second = points.reached(found)  # the arm's score doubles with the seconds
+    assert (first.value, first.seconds) == (0.3, pytest.approx(180))
+    error = 2 * math.hypot(0.01, 0.001) / math.sqrt(3) / 0.4
+    assert second.range == pytest.approx((1 / (1 + error), 1 / (1 - error)))
+    page.write_page(as_text(rows, "recall768"), tmp_path)
+    assert "Higher is better" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("last", [-0.01, 0.0, math.nan])
+def test_a_score_may_be_0_or_less_or_nan(tmp_path, last):
+    fids = {("scratch", 240.0): last / 2, ("drop_60", 120.0): 0.01, ("drop_60", 240.0): last}
+    rows = [row(*key, seed, fid) for key, fid in fids.items() for seed in (0, 1)]
+    rows += [row("pool_60", 240.0, fid=1e-3)]
+    page.write_page(as_text(rows, "kid768"), tmp_path)
+    found = as_points(*rows, score="kid768")
+    if math.isnan(last):
+        assert not points.reached(found) and found[0].arm == "pool_60"
+        return
+    until = 240 if last == 0 else 120 * 2 ** (0.015 / 0.02)
+    assert [r.seconds for r in points.reached(found)] == [pytest.approx(until)]
+    axes = plots.plot_scores(found, math.nan, "kid768").axes
+    assert min(point.score for point in found) >= axes[0].get_ylim()[0]
+
+
+def test_the_plot_of_one_point_has_it_in_the_middle():
+    for axis in plots.plot_scores(as_points(row()), math.nan, "fid768").axes:
+        point = axis.transScale.transform(axis.containers[0].lines[0].get_xydata()[0])
+        assert axis.transLimits.transform(point) == pytest.approx([0.5, 0.5])
 
 
 def test_a_budget_at_which_scratch_is_behind_a_shorter_run_of_it_has_no_factor():
@@ -149,7 +196,7 @@ def test_the_seconds_until_scratchs_score_are_those_of_the_best_arm_of_each_fami
 
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
-    page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
+    page.write_page(as_text(rows), tmp_path)
     text = (tmp_path / "page.html").read_text()
     assert "http" not in text and text.count("data:image/png") == 4  # no other arm has two budgets
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
@@ -160,7 +207,7 @@ def test_what_was_not_measured_is_left_out_of_the_page(tmp_path):
     digits |= {f"loss {name}": "" for name in points.BINS}
     rows = [row(**digits), row("drop_60", fid=1.0, **digits)]
     (tmp_path / "noise_levels.png").write_bytes(b"of other rows")
-    page.write_page([{k: str(v) for k, v in r.items()} for r in rows], tmp_path)
+    page.write_page(as_text(rows), tmp_path)
     text = re.sub("<img[^>]*>", "", (tmp_path / "page.html").read_text())
     assert "nan" not in text and "floor" not in text and "final held-out loss" not in text
     assert not (tmp_path / "noise_levels.png").exists()

@@ -35,6 +35,8 @@ METRICS = {
         "swd_max_images": swd.MAX_IMAGES,
     },
 }
+# Their names without the number of features; of the others, lower is better.
+HIGHER_IS_BETTER = ("inception_score", "precision", "recall", "density", "coverage")
 _COMPARES_FEATURES = {"kid", "precision_recall", "density_coverage", "memorisation"}
 _NEEDS_EQUAL = {"precision_recall", "density_coverage"}
 _MIN_IMAGES = {
