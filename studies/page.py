@@ -75,7 +75,7 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         f" is better. {_HELP}</p>",
         *(_picture((out / name).read_bytes(), "png", name) for name in figures if name in drawn),
         "<h2>Seconds until scratch's final score</h2>",
-        _reached(["scratch's score", *_REACHED], factors(points.reached(found))),
+        _reached(["scratch's score", *_REACHED], factors(points.reached(found)), found),
         *_until_loss(found),
         "<h2>Runs</h2>",
         _table(["family", "arms", "runs"], _counts(found)),
@@ -127,8 +127,12 @@ def _definition(rows, score, floor):
     )
 
 
-def _reached(headings, lines):
-    return _table(headings, lines) if lines else "<p>No other arm reaches it.</p>"
+def _reached(headings, lines, found):
+    if lines:
+        return _table(headings, lines)
+    if all(point.family != points.BASELINE for point in found):
+        return "<p>There is no run of scratch.</p>"
+    return "<p>No other arm reaches it, except by a run longer than scratch's.</p>"
 
 
 def _until_loss(found):
@@ -137,7 +141,7 @@ def _until_loss(found):
         return []
     lines = [line[:-1] for line in factors(points.reached(found, points.heldout, points.heldout))]
     title = "<h2>Seconds until scratch's final held-out loss</h2>"
-    return [title, _reached(["scratch's loss", *_REACHED[:-1]], lines)]
+    return [title, _reached(["scratch's loss", *_REACHED[:-1]], lines, found)]
 
 
 def _known(value, form):

@@ -63,8 +63,11 @@ def plot_scores(found: list, floor: float, score: str):
 
 
 def plot_seconds(found: list):
-    """The least seconds of each family until scratch's score, against scratch's own seconds."""
-    if not found:
+    """The least seconds of each family until scratch's score, against scratch's own seconds.
+
+    None for one budget of scratch, of which there is no line.
+    """
+    if len({r.scratch.seconds for r in found}) < 2:
         return None
     figure, (axis,) = _subplots(1)
     ends = [f(r.scratch.seconds for r in found) for f in (min, max)]
@@ -172,5 +175,8 @@ def _plain_ticks(axis):
     if high < 10 * low:
         digits = (1, 1.5, 2, 3, 5, 7)
     axis.set_major_locator(ticker.LogLocator(subs=digits))
+    if high < 4 * low:  # two or three of them at most
+        axis.set_major_locator(ticker.MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+        axis.set_minor_locator(ticker.NullLocator())
     axis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
     axis.set_minor_formatter(ticker.NullFormatter())

@@ -195,11 +195,19 @@ def test_the_seconds_until_scratchs_score_are_those_of_the_best_arm_of_each_fami
 
 
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
-    rows = [row("drop_60"), row(), row(seconds=300.0, fid=1.5)]
+    rows = [row("drop_60", fid=1.0), row(), row(seconds=300.0, fid=1.5)]
     page.write_page(as_text(rows), tmp_path)
     text = (tmp_path / "page.html").read_text()
     assert "http" not in text and text.count("data:image/png") == 4  # no other arm has two budgets
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
+
+
+def test_an_arm_that_only_a_run_longer_than_scratchs_could_compare_is_not_said_to_fail(tmp_path):
+    rows = [row("drop_60", 300.0, fid=1.0), row("pool_60", fid=3.0)]
+    for shown, says in (([*rows, row()], "except by a run longer"), (rows, "no run of scratch")):
+        page.write_page(as_text(shown), tmp_path)
+        assert says in (tmp_path / "page.html").read_text()
+        assert not (tmp_path / "seconds.png").exists()  # without two budgets of scratch
 
 
 def test_what_was_not_measured_is_left_out_of_the_page(tmp_path):
@@ -218,6 +226,8 @@ def test_what_was_not_measured_is_left_out_of_the_page(tmp_path):
     [
         ((0.1, 4.0), ["0.1", "0.2", "0.5", "1", "2"]),
         ((0.11, 0.64), ["0.15", "0.2", "0.3", "0.5"]),
+        ((0.03, 0.08), ["0.03", "0.04", "0.05", "0.06", "0.07", "0.08"]),
+        ((96, 120), ["95", "100", "105", "110", "115", "120"]),
         ((0.01, 4.0), ["0.01", "0.03", "0.1", "0.3", "1", "3"]),
     ],
 )
