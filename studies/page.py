@@ -69,11 +69,15 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         (out / name).unlink(missing_ok=True)  # of other rows
         if figure is not None:
             figure.savefig(out / name, dpi=110)
-    drawn = {name for name, figure in figures.items() if figure is not None}
+    drawn = [name for name, figure in figures.items() if figure is not None]
     parts = [
         f"<h1>Score at equal cost</h1><p>{_definition(rows, score, floor)}</p><p>{better}"
         f" is better. {_HELP}</p>",
-        *(_picture((out / name).read_bytes(), "png", name) for name in figures if name in drawn),
+        *(
+            f"{_picture((out / name).read_bytes(), 'png', name)}<p>Drawn: {_DRAWN[name]}. The "
+            "tables have every arm.</p>"
+            for name in drawn
+        ),
         "<h2>Seconds until scratch's final score</h2>",
         _reached(["scratch's score", *_REACHED], factors(points.reached(found)), found),
         *_until_loss(found),
@@ -84,9 +88,10 @@ def write_page(rows: list[dict], out: pathlib.Path, grids: pathlib.Path | None =
         shown = [point for point in found if point.seconds == seconds]
         parts += [f"<h2>{seconds:g} device-seconds</h2>", _table(_HEADINGS, map(_cells, shown))]
     for point in best if grids else ():
-        for path in sorted(grids.glob(f"{point.arm}_{budget:g}s_seed*.png"))[:1]:
-            title = f"{point.arm}, {budget:g} s"
-            parts += [f"<h2>{title}</h2>", _picture(_small(path), "jpeg", title)]
+        title = f"{point.arm}, {budget:g} s"
+        paths = sorted(grids.glob(f"{point.arm}_{budget:g}s_seed*.png"))
+        shown = _picture(_small(paths[0]), "jpeg", title) if paths else "<p>Without a picture.</p>"
+        parts += [f"<h2>{title}</h2>", shown]
     style = (
         "body{font:16px sans-serif;max-width:70rem;margin:auto;padding:1rem}"
         "table{border-collapse:collapse;display:block;overflow-x:auto}"
@@ -107,6 +112,14 @@ _HELP = (
     "least: an arm's shortest run is already better. Arms that do not reach a score, or only with "
     "a run longer than scratch's of which no shorter one exists, have no line."
 )
+# Which arms each plot has.
+_DRAWN = {
+    "arms.png": "the arms with this budget, which most have",
+    "scores.png": "the arms with several budgets, and the best of each family at each budget",
+    "seconds.png": "the fastest arm of each family",
+    "noise_levels.png": "the best arm of each family at this budget",
+    "factors.png": "the arms with several budgets that reach scratch's loss at a level",
+}
 _REACHED = ["arm", "reached in", "factor", "range: two standard errors"]
 _HEADINGS = [
     "arm", "score", "seeds", "held-out loss", "memorised", "images, M", "PFLOP", "trained, s",
@@ -201,10 +214,11 @@ def main(argv: list[str] | None = None) -> None:
     path = files.local_path(args.rows, "--rows")
     rows = _chosen(read_rows(path), path, args.arms, args.device)
     grids = files.local_path(args.grids, "--grids") if args.grids else None
-    if grids and not grids.is_dir():
+    if grids and not any(grids.glob("*_seed*.png")):
+        what = "with no picture of an arm" if grids.is_dir() else "where no folder is"
         raise ConfigError(
-            f"--grids is {args.grids}, where no folder is; expected that of "
-            "studies.compute_matched; type --grids=DIR/grids, or leave it out"
+            f"--grids is {args.grids}, {what}; expected that of studies.compute_matched; type "
+            "--grids=DIR/grids, or leave it out"
         )
     out = files.out_folder(args.out, "--out")
     write_page(rows, out, grids)

@@ -196,8 +196,9 @@ def test_the_seconds_until_scratchs_score_are_those_of_the_best_arm_of_each_fami
 
 def test_the_page_needs_no_other_file_and_names_every_arm(tmp_path):
     rows = [row("drop_60", fid=1.0), row(), row(seconds=300.0, fid=1.5)]
-    page.write_page(as_text(rows), tmp_path)
+    page.write_page(as_text(rows), tmp_path, grids=tmp_path)
     text = (tmp_path / "page.html").read_text()
+    assert text.count("The tables have every arm.") == 4 and text.count("Without a picture.") == 2
     assert "http" not in text and text.count("data:image/png") == 4  # no other arm has two budgets
     assert all(f"<td>{name}</td>" in text for name in ("drop_60", "scratch"))
 
@@ -471,7 +472,8 @@ def test_a_piece_is_trained_scored_and_continued(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (out / "grids").iterdir()] == ["pool_75_16s_seed1.png"]
     assert not list((out / "runs").iterdir())
     page.main([f"--rows={out / 'rows.csv'}", f"--out={out}", f"--grids={out / 'grids'}"])
-    assert "pool_75, 16 s" in (out / "page.html").read_text()
+    text = (out / "page.html").read_text()
+    assert "pool_75, 16 s" in text and "Without a picture" not in text
     capsys.readouterr()
     compute_matched.main(argv)  # goes on with what is missing: nothing
     assert "of which 0 are not in" in capsys.readouterr().out

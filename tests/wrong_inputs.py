@@ -802,6 +802,10 @@ STUDIES = [
     Wrong(PAGE + "mixed.csv", ("rows of scratch with other fields", "another name")),
     Wrong(PAGE + "twice.csv", ("scratch, 3 s, seed 0 twice", "remove one")),
     Wrong(PAGE + "rows.csv --grids={tmp}/none", ("{tmp}/none", "--grids=DIR/grids")),
+    Wrong(
+        PAGE + "rows.csv --grids={tmp}/an_empty_folder",
+        ("{tmp}/an_empty_folder", "no picture", "--grids=DIR/grids"),
+    ),
 ]
 
 SCORES = [
