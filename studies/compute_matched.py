@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Iterable
 
 import jax
 
@@ -133,18 +134,29 @@ def run_folder(out: pathlib.Path, run: Run) -> pathlib.Path:
     return out / "runs" / f"{run.arm}_{run.seconds:g}s_seed{run.seed}"
 
 
-def read_rows(path: pathlib.Path) -> list[dict]:
+def read_rows(path: pathlib.Path, names: Iterable[str] = ()) -> list[dict]:
     """The rows of a study, as text; none if there is no such file.
 
+    Args:
+      path: a CSV.
+      names: columns that it must have.
+
     Raises:
-      ConfigError: for a file that is no CSV, and for a row that is cut off.
+      ConfigError: for a file that is no CSV or lacks a column, and for a row that is cut off.
     """
     if not path.exists():
         return []
     rows = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file, strict=True):
+            reader = csv.DictReader(file, strict=True)
+            there = reader.fieldnames or names  # a program stopped before it wrote them
+            if lacking := [name for name in names if name not in there]:
+                raise ConfigError(
+                    f"{path} holds no rows of a study: its first line has no {', '.join(lacking)}; "
+                    "expected the CSV of a study's program; type another path, or move it away"
+                )
+            for row in reader:
                 if None in row or None in row.values():
                     raise csv.Error("not as many values as names")
                 rows.append(row)
@@ -240,7 +252,7 @@ def _run_once(study, run, changes, out) -> bool:
 def _is_done(study, run, changes, out) -> bool:
     """Whether rows.csv has the run; with other fields than the run begins with, it is refused."""
     with lock.hold(out):  # others add rows
-        rows = read_rows(out / ROWS)
+        rows = read_rows(out / ROWS, Run._fields)
         arms.check_settings(study, run.arm, changes, out, keep=False)
     return any(Run(row["arm"], float(row["seconds"]), int(row["seed"])) == run for row in rows)
 

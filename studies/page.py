@@ -26,11 +26,13 @@ from maskdm_jax.fields import TEXT
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.progress import say
 from studies import plots, points
+from studies.arms import Run
 from studies.compute_matched import read_rows
 from studies.points import Reached
 
 # What rows that are compared have in common.
 _ALIKE = ("n", "steps", "reference_sha256", "network_sha256", "device")
+_NAMES = (*Run._fields, "phases", *_ALIKE)  # columns without which there is no page
 
 
 def factors(found: list[Reached]) -> list[list[str]]:
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.flag("--grids", TEXT, "its folder of samples", "")
     args = parser.parse(argv)
     path = files.local_path(args.rows, "--rows")
-    rows = _chosen(read_rows(path), path, args.arms, args.device)
+    rows = _chosen(read_rows(path, _NAMES), path, args.arms, args.device)
     grids = files.local_path(args.grids, "--grids") if args.grids else None
     if grids and not any(grids.glob("*_seed*.png")):
         what = "with no picture of an arm" if grids.is_dir() else "where no folder is"
@@ -232,7 +234,7 @@ def _chosen(rows, path, arms, device):
             f"--rows is {path}, which is not there; expected the rows.csv of "
             "studies.compute_matched; type --rows=studies/transfer64.csv"
         )
-    if not rows or not {"arm", "seconds", "seed", "phases", *_ALIKE} <= rows[0].keys():
+    if not rows:
         raise ConfigError(
             f"--rows {path} holds no rows of arms; expected the rows.csv of "
             "studies.compute_matched; type --rows=studies/transfer64.csv"

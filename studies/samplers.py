@@ -44,6 +44,7 @@ SOLVERS = (
 EVALUATIONS = (5, 10, 15, 20, 30, 50, 100, 250)
 BASELINE = ("ddim:timestep", 250)
 _RECOMPUTE = ":recompute"
+_KEY = ("solver", "budget", "sample", "checkpoint_sha256")  # columns with `Study.key`
 
 
 class Run(NamedTuple):
@@ -217,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     path = out / ROWS
     if args.until:
         _run_all(args, path, start)
-    if rows := read_rows(path):
+    if rows := read_rows(path, Run._fields):
         print(table(rows))
 
 
@@ -230,8 +231,7 @@ def _run_all(args, path: pathlib.Path, start: float) -> None:
             f"--evaluations {steps}"
         )
     wanted = runs(args.solvers, args.evaluations)
-    kept = ("solver", "budget", "sample", "checkpoint_sha256")
-    done = {tuple(row[name] for name in kept) for row in read_rows(path)}
+    done = {tuple(row[name] for name in _KEY) for row in read_rows(path, _KEY)}
     todo = [run for run in wanted if study.key(run) not in done]
     say(f"{len(wanted)} rows, of which {len(todo)} are not in {path} yet")
     if todo:

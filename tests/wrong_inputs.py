@@ -795,6 +795,11 @@ STUDIES = [
     Wrong(PAGE + "none.csv", ("{tmp}/none.csv", "not there", "type --rows=")),
     Wrong(PAGE + "a.png", ("{tmp}/a.png is no text file", "type another path")),
     Wrong(PAGE + "an_empty_folder", ("{tmp}/an_empty_folder is no text", "type another path")),
+    Wrong(PAGE + "a_file", ("{tmp}/a_file holds no rows of a study", "type another path")),
+    Wrong(
+        STUDY.replace("/o ", "/foreign ") + "--arms scratch",
+        ("{tmp}/foreign/rows.csv holds no rows", "move it away"),
+    ),
     Wrong(PAGE + "torn.csv", ("{tmp}/torn.csv: the row after 1 others", "remove it, then type")),
     Wrong(PAGE + "quote.csv", ("{tmp}/quote.csv: the row after 1 others", "remove it, then type")),
     Wrong(OTHER_STUDY + "tuples.py", ("piece all is [('scratch', 9.0, 0)]", "a list of Run")),
@@ -976,6 +981,10 @@ FILES = {
 }
 
 
+# Of studies: folder, file and its text.
+OUTS = (("foreign", "rows.csv", "a,b\n1,2\n"),)
+
+
 # A white pixel.
 _PNG = (
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTgUqwAAAABJRU5ErkJggg=="
@@ -1001,6 +1010,9 @@ def make(folder: pathlib.Path) -> None:
     for name, text in FILES.items():
         (folder / name).write_text(text)
     (folder / "an_empty_folder").mkdir()
+    for name, file, text in OUTS:
+        (folder / name).mkdir()
+        (folder / name / file).write_text(text)
     (folder / "no_wandb").mkdir()
     (folder / "no_wandb/wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")\n")
     (folder / "code.pt").write_bytes(pickle.dumps({"model": _Code()}, protocol=2))
