@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import pathlib
+import shlex
 from typing import NamedTuple
 
 import jax
@@ -186,6 +187,44 @@ def _set(config, field, value):
         raise ConfigError(f"{field} is {value!r}; expected {kind.expected}") from error
 
 
+def difference(before: list | None, now: list | None) -> str:
+    """The first fields in which two settings of an arm differ, with both values; "" if none do."""
+    if before == now:
+        return ""
+    old, new = _texts(before), _texts(now)
+    differ = [name for name in old | new if old.get(name) != new.get(name)]
+    shown = [f"{n} is {old.get(n, 'not set')} and {new.get(n, 'not set')}" for n in differ[:3]]
+    return "; ".join(shown)
+
+
+def _texts(arm):
+    return {
+        name if part == 1 else f"{name} of run {part}": json.dumps(value)
+        for part, (share, fields) in enumerate(arm or (), 1)
+        for name, value in {"share": share, **fields}.items()
+    }
+
+
+def read_kept(path: pathlib.Path, kinds: dict[str, type], remedy: str) -> dict:
+    """What an earlier start kept in a JSON file.
+
+    Args:
+      path: the file, which is there.
+      kinds: {name: type} of its entries.
+      remedy: for a file that is cut off or damaged, which is refused.
+    """
+    try:
+        kept = json.loads(path.read_text())
+        if lacking := [name for name, kind in kinds.items() if not isinstance(kept[name], kind)]:
+            raise TypeError(f"{lacking[0]} is {kept[lacking[0]]!r}")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error!r}); expected JSON as studies.compute_matched wrote it; "
+            f"{remedy}"
+        ) from error
+    return kept
+
+
 def check_settings(study, name: str, changes: list[str], out: pathlib.Path, keep: bool) -> None:
     """Refuses an arm whose config is not the one that this --out began with.
 
@@ -207,8 +246,11 @@ def check_settings(study, name: str, changes: list[str], out: pathlib.Path, keep
     }
     arm = with_typed(study, name, changes)
     now = json.loads(json.dumps({"shared": shared, "arms": {name: arm}}))
-    kept = json.loads(path.read_text()) if path.exists() else now
-    new = "change it back, or type --out=FOLDER with a new one"
+    new, kept = "type --out=FOLDER with a new one", now
+    if path.exists():
+        remedy = f"{new}, or rm {shlex.quote(str(path))} if no setting has changed since"
+        kept = read_kept(path, {"shared": dict, "arms": dict}, remedy)
+    new = f"change it back, or {new}"
     for field, value in now["shared"].items():
         before = kept["shared"].get(field, value)
         if before != value:
@@ -216,10 +258,10 @@ def check_settings(study, name: str, changes: list[str], out: pathlib.Path, keep
                 f"{out} has runs with {field} {before!r}, and now it is {value!r} for all arms; "
                 f"expected one value in all runs of an --out; {new}"
             )
-    if kept["arms"].get(name, now["arms"][name]) != now["arms"][name]:
+    if differ := difference(kept["arms"].get(name, now["arms"][name]), now["arms"][name]):
         raise ConfigError(
-            f"{out} has runs of {name} with other fields; expected one setting for each arm of an "
-            f"--out; {new}, or give the arm another name"
+            f"{out} has runs of {name} with other fields than now: {differ}; expected one setting "
+            f"for each arm of an --out; {new}, or give the arm another name"
         )
     if keep:
         kept["arms"] |= now["arms"]

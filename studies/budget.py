@@ -13,6 +13,7 @@ from maskdm_jax.data import loader
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.run import files
 from maskdm_jax.run.telemetry import read_metrics
+from studies.arms import read_kept
 
 _TIMED_S = 3.0  # of steps, for each phase
 
@@ -105,14 +106,15 @@ class Begun:
         """
         self._path, what = folder / "begun.json", json.loads(json.dumps(what))
         self._kept = {"what": what, "seconds": 0.0, "phases": []}
+        anew = f"type rm -r {shlex.quote(str(folder))} to begin anew"
         if self._path.exists():
-            self._kept = json.loads(self._path.read_text())
+            kinds = {name: type(value) for name, value in self._kept.items()}
+            self._kept = read_kept(self._path, kinds, anew)
         for name, before in self._kept["what"].items():
             if before != what[name]:
                 raise ConfigError(
                     f"{folder} was begun with the {name} {json.dumps(before)}, and now it is "
-                    f"{json.dumps(what[name])}; go on with the first, or type rm -r "
-                    f"{shlex.quote(str(folder))} to begin anew"
+                    f"{json.dumps(what[name])}; go on with the first, or {anew}"
                 )
         self._start = time.perf_counter()
 

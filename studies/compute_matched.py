@@ -23,6 +23,7 @@ DIR is then on a file system with locks, as local disks and NFS are.
 import csv
 import functools
 import json
+import math
 import pathlib
 import shlex
 import shutil
@@ -173,6 +174,26 @@ def read_rows(path: pathlib.Path, names: Iterable[str] = ()) -> list[dict]:
     return rows
 
 
+def run_of(row: dict) -> Run:
+    """The run of a row.
+
+    Raises:
+      ValueError: for a cell that no run has.
+    """
+    run = Run(row["arm"], float(row["seconds"]), int(row["seed"]))
+    if not 0 < run.seconds < math.inf:
+        raise ValueError(f"{run.seconds:g} seconds")
+    return run
+
+
+def damaged(path: pathlib.Path, row: dict, error: Exception) -> ConfigError:
+    """The refusal of a row with such a cell."""
+    return ConfigError(
+        f"{path}: a row of {row['arm']} has a number or JSON that is damaged ({error}); expected "
+        "rows as studies.compute_matched writes them; correct it, then type the same command"
+    )
+
+
 def add_row(path: pathlib.Path, row: dict) -> None:
     """Appends a row; one with other columns is refused."""
     rows = read_rows(path)
@@ -254,7 +275,13 @@ def _is_done(study, run, changes, out) -> bool:
     with lock.hold(out):  # others add rows
         rows = read_rows(out / ROWS, Run._fields)
         arms.check_settings(study, run.arm, changes, out, keep=False)
-    return any(Run(row["arm"], float(row["seconds"]), int(row["seed"])) == run for row in rows)
+    for row in rows:
+        try:
+            if run_of(row) == run:
+                return True
+        except ValueError as error:
+            raise damaged(out / ROWS, row, error) from error
+    return False
 
 
 if __name__ == "__main__":

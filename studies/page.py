@@ -26,8 +26,9 @@ from maskdm_jax.fields import TEXT
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.progress import say
 from studies import plots, points
-from studies.arms import Run
-from studies.compute_matched import read_rows
+from studies.arms import Run, difference
+from studies.budget import Phase
+from studies.compute_matched import damaged, read_rows, run_of
 from studies.points import Reached
 
 # What rows that are compared have in common.
@@ -270,27 +271,26 @@ def _check_arms(rows, path):
     score, settings, seeds = points.main_score(rows), {}, set()
     for row in rows:
         try:
-            run = row["arm"], float(row["seconds"]), int(row["seed"])
+            run = run_of(row)
             for name, cell in row.items():
                 if name in points.NUMBERS or name.startswith("memorisation"):
                     float(cell or 0)
             float(row[score])
-            fields = json.loads(row.get("fields") or "null")
-        except ValueError as error:
+            fields = json.loads(row.get("fields") or "[]")
+            fields = [(share, dict(changes)) for share, changes in fields]
+            for phase in json.loads(row["phases"]):
+                Phase(**phase)
+        except (ValueError, TypeError) as error:
+            raise damaged(path, row, error) from error
+        if differ := difference(settings.setdefault(row["arm"], fields), fields):
             raise ConfigError(
-                f"--rows {path}: a row of {row['arm']} has a value that is no number or JSON "
-                f"({error}); expected rows as studies.compute_matched writes them; correct it, "
-                "then type the same command"
-            ) from error
-        if settings.setdefault(row["arm"], fields) != fields:
-            raise ConfigError(
-                f"--rows {path} has rows of {row['arm']} with other fields; expected one setting "
-                "for each arm; give one another name there, then type the same command"
+                f"--rows {path} has rows of {row['arm']} with other fields: {differ}; expected one "
+                "setting for each arm; give one another name there, then type the same command"
             )
         if run in seeds:
             raise ConfigError(
-                f"--rows {path} has {row['arm']}, {run[1]:g} s, seed {run[2]} twice; expected each "
-                "seed once; remove one of them, then type the same command"
+                f"--rows {path} has {run.arm}, {run.seconds:g} s, seed {run.seed} twice; expected "
+                "each seed once; remove one of them, then type the same command"
             )
         seeds.add(run)
 

@@ -295,6 +295,10 @@ def test_a_run_that_was_begun_keeps_its_phases_and_its_device(tmp_path):
     for other in ({"settings": arm[:0]}, {"device": "1 x H200"}):
         with pytest.raises(ConfigError, match=f"type rm -r {folder}"):
             budget.Begun(folder, what | other)
+    for text in ('{"what": {', '{"what": 3}', "[]"):
+        (folder / "begun.json").write_text(text)
+        with pytest.raises(ConfigError, match=f"begun.json is damaged .*; type rm -r {folder}"):
+            budget.Begun(folder, what)
 
 
 def test_typed_fields_that_change_an_update_are_another_run(tmp_path):
@@ -373,7 +377,9 @@ def test_an_out_has_one_config_and_one_setting_for_each_arm_from_its_first_run_o
     with pytest.raises(SystemExit):
         compute_matched.main(argv)
     assert made == [("pool_75", 120.0, 0)]
-    with pytest.raises(ConfigError, match="has runs of pool_75 with other fields; .* --out="):
+    with pytest.raises(
+        ConfigError, match="pool_75 with other fields .*peak is not set and 0.5; .* --out="
+    ):
         compute_matched.main([*argv, "--seeds", "1", "--config.optim.lr_peak=0.5"])
     with pytest.raises(ConfigError, match="runs with eval.num 16, and now it is 8 for all arms"):
         compute_matched.main([*argv, "--seeds", "1", "--config.eval.num=8"])

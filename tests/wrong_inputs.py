@@ -800,11 +800,20 @@ STUDIES = [
         STUDY.replace("/o ", "/foreign ") + "--arms scratch",
         ("{tmp}/foreign/rows.csv holds no rows", "move it away"),
     ),
+    Wrong(
+        STUDY.replace("/o ", "/worded ") + "--arms scratch",
+        ("{tmp}/worded/rows.csv: a row of drop", "'long'", "correct it"),
+    ),
+    Wrong(
+        STUDY.replace("/o ", "/cut ") + "--arms scratch",
+        ("{tmp}/cut/settings.json is damaged", "type --out=FOLDER with a new one"),
+    ),
     Wrong(PAGE + "torn.csv", ("{tmp}/torn.csv: the row after 1 others", "remove it, then type")),
     Wrong(PAGE + "quote.csv", ("{tmp}/quote.csv: the row after 1 others", "remove it, then type")),
     Wrong(OTHER_STUDY + "tuples.py", ("piece all is [('scratch', 9.0, 0)]", "a list of Run")),
     Wrong(PAGE + "word.csv", ("a row of scratch", "'long'", "correct it")),
-    Wrong(PAGE + "mixed.csv", ("rows of scratch with other fields", "another name")),
+    Wrong(PAGE + "phases.csv", ("a row of scratch", "token", "correct it")),
+    Wrong(PAGE + "mixed.csv", ("rows of scratch", "eval.num is not set and 8", "another name")),
     Wrong(PAGE + "twice.csv", ("scratch, 3 s, seed 0 twice", "remove one")),
     Wrong(PAGE + "rows.csv --grids={tmp}/none", ("{tmp}/none", "--grids=DIR/grids")),
     Wrong(
@@ -959,7 +968,8 @@ FILES = {
     "quote.csv": f"{_ROWS}{_ROW}\n" + 'scratch,3.0,0,0.5,"[1, ',
     "tuples.py": _STUDY + (_ARMS % "[(1.0, {})]").replace("Run('", "('"),
     "word.csv": f"{_ROWS}{_ROW.replace('3.0', 'long')}\n",
-    "mixed.csv": f"{_ROWS}{_ROW}\n{_ROW.replace(',0,', ',1,')}[1]\n",
+    "phases.csv": f"{_ROWS}{_ROW.replace('[]', '[{}]')}\n",
+    "mixed.csv": f"{_ROWS}{_ROW}\n" + _ROW.replace(",0,", ",1,") + '"[[1, {""eval.num"": 8}]]"\n',
     "twice.csv": f"{_ROWS}{_ROW}\n{_ROW}\n",
     "a.json": '{"seed": 0}',
     "syntax.py": "def get_config():\n    return 1\nif:\n",
@@ -982,7 +992,11 @@ FILES = {
 
 
 # Of studies: folder, file and its text.
-OUTS = (("foreign", "rows.csv", "a,b\n1,2\n"),)
+OUTS = (
+    ("foreign", "rows.csv", "a,b\n1,2\n"),
+    ("worded", "rows.csv", "arm,seconds,seed\ndrop,long,0\n"),
+    ("cut", "settings.json", '{"shared": {'),
+)
 
 
 # A white pixel.
