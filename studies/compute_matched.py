@@ -213,7 +213,9 @@ def add_row(path: pathlib.Path, row: dict) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
-    example = "python -m studies.compute_matched --study=studies/faces128.py --arms scratch"
+    example = (
+        "python -m studies.compute_matched --study=studies/faces128.py --arms scratch --out=DIR"
+    )
     parser = command_line.Parser(__doc__, example, FIELDS)
     parser.flag("--study", TEXT, "the study's Python file", required=True)
     parser.flag("--out", TEXT, "folder for rows.csv, grids and the runs", required=True)

@@ -784,6 +784,8 @@ STUDIES = [
     Wrong(STUDY + "--arms scratch --seconds=0", ("--seconds is 0.0", "--seconds=1")),
     Wrong(STUDY + "--arms scratch --out={tmp}/a_file", ("--out is {tmp}/a_file", "another --out")),
     Wrong(STUDY + "--arms scratch --out={tmp}/a_file/o", ("a_file/o, which", "another --out")),
+    Wrong(STUDY + "--arms scratch --out=/proc/foo", ("is /proc/foo, where", "another --out")),
+    Wrong("studies.compute_matched --study={tmp}/study.py", ("--out is missing", "--out=DIR")),
     Wrong(OTHER_STUDY + "half.py", ("half.py: arm scratch", "sum to 0.5", "correct the file")),
     Wrong(OTHER_STUDY + "negative.py", ("arm scratch is", "not above 0", "correct the file")),
     Wrong(OTHER_STUDY + "no_pairs.py", ("arm scratch is", "(share, {{field: value}})")),

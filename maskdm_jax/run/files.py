@@ -68,15 +68,20 @@ def out_folder(path: str, name: str) -> pathlib.Path:
       name: the flag it was typed for.
 
     Raises:
-      ConfigError: as `local_path`; for a file, or a path below one.
+      ConfigError: as `local_path`; for a file, or a path below one; if nothing can be written.
     """
     folder = local_path(path, name)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(
             f"{name} is {path}, which is a file or lies below one; expected a folder; type another "
             f"{name}"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"{name} is {path}, where nothing can be written: {error.strerror}; expected a folder "
+            f"of your own; type another {name}"
         ) from error
     return folder
 
