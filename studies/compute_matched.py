@@ -35,7 +35,7 @@ from collections.abc import Iterable
 import jax
 
 from benchmarks import measure
-from maskdm_jax import checkpoint, evaluate, train
+from maskdm_jax import checkpoint, evaluate, evaluation, sharding, train
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.field_table import FIELDS
@@ -236,6 +236,8 @@ def main(argv: list[str] | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(out / "xla_cache"))
     todo = [run for run in wanted if not _is_done(study, run, args.changes, out)]
     say(f"{len(wanted)} runs, of which {len(todo)} are not in {out / ROWS} yet")
+    if todo:
+        _check_scoring(arms.configs(study, todo[0].arm, args.changes)[-1])
     last = 0.0
     for run in todo:
         begun = time.perf_counter()
@@ -246,6 +248,13 @@ def main(argv: list[str] | None = None) -> None:
             return
         if _run_once(study, run, args.changes, out):
             last = time.perf_counter() - begun
+
+
+def _check_scoring(config) -> None:
+    """Refuses sets and weights that cannot give the scores, before an arm has trained."""
+    config = config.copy_and_resolve_references()
+    config.sample.num = config.eval.num
+    evaluation.Evaluation(config, sharding.make_mesh(config))
 
 
 def _run_once(study, run, changes, out) -> bool:

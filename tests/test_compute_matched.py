@@ -349,7 +349,7 @@ def test_a_study_file_that_is_none_is_one_sentence(tmp_path, text, says):
         arms.load(str(tmp_path / "study.py"))
 
 
-def test_an_arm_that_cannot_train_is_refused_before_another_trains(tmp_path, monkeypatch):
+def test_what_cannot_be_trained_or_scored_is_refused_before_an_arm_trains(tmp_path, monkeypatch):
     text = textwrap.dedent(STUDY) + "ARMS['low'] = [(1.0, {'optim.lr_peak': -1.0})]\n"
     (tmp_path / "study.py").write_text(text)
     monkeypatch.setattr(compute_matched, "run_arm", lambda *_: pytest.fail("it trains"))
@@ -357,6 +357,9 @@ def test_an_arm_that_cannot_train_is_refused_before_another_trains(tmp_path, mon
     says = "arm low of .*study.py: optim.lr_peak is -1.0; expected .*; correct the arm"
     with pytest.raises(ConfigError, match=says):
         compute_matched.main([*argv, "--arms", "pool_75", "low"])
+    scored = ["--config.eval.metrics=fid", f"--config.eval.inception_weights={tmp_path / 'none'}"]
+    with pytest.raises(ConfigError, match="none is not a file; .* type .*inception_weights=FILE"):
+        compute_matched.main([*argv, "--arms", "pool_75", *scored])
 
 
 def test_an_out_has_one_config_and_one_setting_for_each_arm_from_its_first_run_on(

@@ -784,6 +784,11 @@ STUDIES = [
     Wrong(STUDY + "--arms scratch --seconds=0", ("--seconds is 0.0", "--seconds=1")),
     Wrong(STUDY + "--arms scratch --out={tmp}/a_file", ("--out is {tmp}/a_file", "another --out")),
     Wrong(STUDY + "--arms scratch --out={tmp}/a_file/o", ("a_file/o, which", "another --out")),
+    Wrong(
+        STUDY + "--arms scratch --config.eval.inception_weights={tmp}/none " + DATA,
+        ("{tmp}/none is not a file", "type --config.eval.inception_weights=FILE"),
+        lines=1,
+    ),
     Wrong(STUDY + "--arms scratch --out=/proc/foo", ("is /proc/foo, where", "another --out")),
     Wrong("studies.compute_matched --study={tmp}/study.py", ("--out is missing", "--out=DIR")),
     Wrong(OTHER_STUDY + "half.py", ("half.py: arm scratch", "sum to 0.5", "correct the file")),
