@@ -68,10 +68,10 @@ class Point(NamedTuple):
         return self.deviation / math.sqrt(len(self.scores)) / (abs(self.score) or math.nan)
 
 
-def main_score(rows: list[dict]) -> str:
-    """The score that arms are ranked by: FID if there is one, else the first."""
+def main_score(rows: list[dict], after: str = "seed") -> str:
+    """The score that rows are ranked by: FID if there is one, else the column after `after`."""
     names = list(rows[0])
-    return next((name for name in names if name.startswith("fid")), names[names.index("seed") + 1])
+    return next((name for name in names if name.startswith("fid")), names[names.index(after) + 1])
 
 
 def sign(score: str) -> int:

@@ -15,6 +15,7 @@ config's `eval` fields say. At the end, and with --until=0, it prints the table 
 
 import itertools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -33,6 +34,7 @@ from maskdm_jax.fields import COUNT, COUNT_OR_0, TEXT, whole
 from maskdm_jax.quality import reference
 from maskdm_jax.run import command_line, files
 from maskdm_jax.run.progress import say
+from studies import points
 from studies.compute_matched import add_row, read_rows
 
 ROWS = "samplers.csv"
@@ -180,7 +182,8 @@ _VARIED = (
 
 def table(rows: list[dict]) -> str:
     """The rows as a Markdown table: solvers by budgets, and what it takes to equal DDIM's 250."""
-    score = next(name for name in rows[0] if name.startswith(("fid", "swd")))
+    score = points.main_score(rows, after="evaluations")
+    sign = points.sign(score)
     values = {(row["solver"], int(row["budget"])): float(row[score]) for row in rows}
     budgets = sorted({budget for _, budget in values})
     head = [score, *map(str, budgets), f"reaches {':'.join(map(str, BASELINE))}"]
@@ -190,7 +193,7 @@ def table(rows: list[dict]) -> str:
         enough = [
             str(budget)
             for budget, value in zip(budgets, found, strict=True)
-            if value is not None and value <= values.get(BASELINE, -1)
+            if value is not None and sign * value <= sign * values.get(BASELINE, math.nan)
         ]
         cells = ["-" if value is None else f"{value:.4g}" for value in found]
         lines.append([solver, *cells, enough[0] if enough else "-"])
@@ -218,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     path = out / ROWS
     if args.until:
         _run_all(args, path, start)
-    if rows := read_rows(path, Run._fields):
+    if rows := read_rows(path, (*Run._fields, "evaluations")):
         print(table(rows))
 
 
@@ -247,8 +250,9 @@ def _run_all(args, path: pathlib.Path, start: float) -> None:
         seconds = time.perf_counter() - begun
         each = max(each, row["draw_s"] / run.budget)
         besides = max(besides, seconds - row["draw_s"])
-        scores = ", ".join(f"{k} {row[k]:.4g}" for k in row if k.startswith(("fid", "swd")))
-        say(f"{run.solver}, {row['evaluations']} evaluations: {scores} ({seconds:.0f} s)")
+        name = points.main_score([row], after="evaluations")
+        score = f"{name} {row[name]:.4g}"
+        say(f"{run.solver}, {row['evaluations']} evaluations: {score} ({seconds:.0f} s)")
 
 
 def _kind_and_meaning(name):

@@ -31,13 +31,25 @@ def test_what_the_others_are_compared_with_comes_first_and_then_the_cheapest():
 def test_the_table_has_what_it_takes_to_equal_ddim_with_250_evaluations():
     scores = {("ddim:timestep", 20): 3.0, ("ddim:timestep", 250): 1.0, ("heun:karras", 20): 1.5,
               ("heun:karras", 250): 1.0, ("dpm_solver:log_snr", 20): 0.9}  # fmt: skip
-    rows = [{"solver": s, "budget": str(n), "fid768": str(v)} for (s, n), v in scores.items()]
-    lines = samplers.table(rows).splitlines()
+
+    def table(name, of):
+        rows = [
+            {"solver": s, "budget": str(n), "evaluations": str(n), name: str(of(v)), "draw_s": "1"}
+            for (s, n), v in scores.items()
+        ]
+        return samplers.table(rows).splitlines()
+
+    lines = table("fid768", float)
     assert lines[0] == "| fid768 | 20 | 250 | reaches ddim:timestep:250 |"
     assert lines[2:] == [
         "| ddim:timestep | 3 | 1 | 250 |",
         "| heun:karras | 1.5 | 1 | 250 |",
         "| dpm_solver:log_snr | 0.9 | - | 20 |",
+    ]
+    assert table("recall768", lambda v: 4 - v)[2:] == [
+        "| ddim:timestep | 1 | 3 | 250 |",
+        "| heun:karras | 2.5 | 3 | 250 |",
+        "| dpm_solver:log_snr | 3.1 | - | 20 |",
     ]
 
 
