@@ -851,6 +851,10 @@ SCORES = [
         ("'ddim:logsnr'", "--solvers ddim:log_snr:0.0"),
     ),
     Wrong(
+        "studies.samplers --workdir={tmp}/run --out={tmp}/foreign --until=0",
+        ("{tmp}/foreign/samplers.csv holds no rows", "move it away"),
+    ),
+    Wrong(
         "studies.samplers --workdir={tmp}/an_empty_folder --out={tmp}/o",
         ("{tmp}/an_empty_folder", "no checkpoint", "type --workdir="),
     ),
@@ -1001,6 +1005,7 @@ FILES = {
 # Of studies: folder, file and its text.
 OUTS = (
     ("foreign", "rows.csv", "a,b\n1,2\n"),
+    ("foreign", "samplers.csv", "a,b\n1,2\n"),
     ("worded", "rows.csv", "arm,seconds,seed\ndrop,long,0\n"),
     ("cut", "settings.json", '{"shared": {'),
 )
@@ -1032,7 +1037,7 @@ def make(folder: pathlib.Path) -> None:
         (folder / name).write_text(text)
     (folder / "an_empty_folder").mkdir()
     for name, file, text in OUTS:
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
         (folder / name / file).write_text(text)
     (folder / "no_wandb").mkdir()
     (folder / "no_wandb/wandb.py").write_text("raise ImportError(\"No module named 'wandb'\")\n")
