@@ -75,7 +75,7 @@ def learning_rate(name: str, numbers: Schedule, count: jax.Array) -> jax.Array:
     return numbers.peak * share
 
 
-def make_optimizer(config, numbers: Schedule) -> optax.GradientTransformation:
+def make_optimizer(config, numbers: Schedule) -> optax.GradientTransformationExtraArgs:
     """Clipping if `optim.clip_norm` is set, then AdamW, or Muon on the matrices of the blocks.
 
     Each update also subtracts learning rate x `optim.weight_decay` x the parameter, for `decay_on`
@@ -83,16 +83,26 @@ def make_optimizer(config, numbers: Schedule) -> optax.GradientTransformation:
     bias, no LayerNorm, and no table of positions or classes.
 
     Clipping and decay do not change the state's structure, so a run can resume with others.
-    `numbers` are the learning rate's.
+    `numbers` are the learning rate's. `update` is also given `count`, on which that depends.
     """
     optim = config.optim
     scale = optax.scale_by_adam(b1=optim.b1, b2=optim.b2)
     if optim.name == "muon":
         scale = optax.partition({"muon": _scale_by_muon(), "adam": scale}, _label)
     rate = functools.partial(learning_rate, optim.lr_schedule, numbers)
-    steps = optax.chain(scale, _decay_weights(optim), optax.scale_by_learning_rate(rate))
+    steps = optax.chain(scale, _decay_weights(optim), _scale_by_rate(rate))
     clip = _clip_by_global_norm(optim.clip_norm) if optim.clip_norm else optax.identity()
     return optax.chain(clip, steps)
+
+
+def _scale_by_rate(rate):
+    """Optax's, but of the count that is given: its own stands still in a skipped update."""
+    scale = optax.scale_by_learning_rate(rate)
+
+    def update(updates, state, params=None, *, count):
+        return scale.update(updates, state._replace(count=count), params)
+
+    return optax.GradientTransformationExtraArgs(scale.init, update)
 
 
 def _decay_weights(optim):
@@ -180,35 +190,16 @@ def _map_named(function, tree, *others):
 
 
 def with_moments(opt_state, old):
-    """A fresh optimizer state with the moments of `old` for the weights whose shape stays.
-
-    The count that the learning rate depends on stays that of `opt_state`.
-    """
-    known = jax.tree_util.tree_leaves_with_path(old, is_leaf=_is_schedule)
-    known = {jax.tree_util.keystr(path): leaf for path, leaf in known}
+    """A fresh optimizer state with the moments of `old` for the weights whose shape stays."""
+    known = {
+        jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(old)
+    }
 
     def chosen(path, fresh):
         before = known.get(jax.tree_util.keystr(path))
-        if _is_schedule(fresh) or before is None or before.shape != fresh.shape:
-            return fresh
-        return before
+        return fresh if before is None or before.shape != fresh.shape else before
 
-    return jax.tree_util.tree_map_with_path(chosen, opt_state, is_leaf=_is_schedule)
-
-
-def with_schedule_count(opt_state, count: int):
-    """An optimizer state whose learning rate is that after `count` updates."""
-
-    def counted(part):
-        if not _is_schedule(part):
-            return part
-        return part._replace(count=jax.device_put(np.int32(count), part.count.sharding))
-
-    return jax.tree.map(counted, opt_state, is_leaf=_is_schedule)
-
-
-def _is_schedule(part):
-    return isinstance(part, optax.ScaleByScheduleState)
+    return jax.tree_util.tree_map_with_path(chosen, opt_state)
 
 
 def global_norm(tree) -> jax.Array:

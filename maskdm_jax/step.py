@@ -102,7 +102,8 @@ def make_train_step(
     Returns:
       (state, arrays, batch, plan) -> (state, metrics). The metrics are float32 scalars: "loss",
       "grad_norm" (before clipping), "lr", and "skipped", 1 if the loss or the norm is not finite. A
-      skipped update still advances `step`, which the random draws and the data order depend on.
+      skipped update still advances `step`, which the random draws, the data order and the learning
+      rate depend on.
     """
 
     def train_step(state, arrays, batch, plan):
@@ -115,7 +116,8 @@ def make_train_step(
             loss, state.params, examples, dropout_key, config.optim.accumulate_steps
         )
         optimizer = optim.make_optimizer(config, plan.rate)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        count = state.step - plan.first_step
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, count=count)
         params = optax.apply_updates(state.params, updates)
         grad_norm = optim.global_norm(grads)
         applied = is_finite(value, grad_norm)
@@ -131,9 +133,7 @@ def make_train_step(
         metrics = {
             "loss": value,
             "grad_norm": grad_norm,
-            "lr": optim.learning_rate(
-                config.optim.lr_schedule, plan.rate, state.step - plan.first_step
-            ),
+            "lr": optim.learning_rate(config.optim.lr_schedule, plan.rate, count),
             "skipped": 1 - applied.astype(jnp.float32),
         }
         return new_state, metrics

@@ -91,8 +91,6 @@ def train(
         state = init_state(phase.config, mesh, params)
     else:
         state = checkpoints.restore(own_step, abstract_state(phase.config, mesh))
-        if phase.first_step != phases.at(from_dict(stored["config"]), own_step).first_step:
-            state = transition.rescheduled(state, own_step - phase.first_step)
         say(f"resuming from step {own_step} of {workdir}")
     if distributed.is_main():
         # Of an earlier process of this run that was killed; evaluations write scores.jsonl too.

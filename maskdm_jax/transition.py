@@ -22,7 +22,7 @@ def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainSt
 
     Weights are carried over by the rules of `weights.rules`; the averaged weights likewise, or they
     start anew (`optim.ema_at_phase`). Moments start at zero, or are kept for weights whose
-    shape stays (`optim.moments_at_phase`). The learning rate's count starts at 0.
+    shape stays (`optim.moments_at_phase`).
     """
     config, plan = phase.config, _plan(phase, before, mesh)
 
@@ -45,11 +45,6 @@ def enter(phase: Phase, before: Phase, state: TrainState, mesh: Mesh) -> TrainSt
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Some donated buffers were not usable")
         return jitted(state, np.int32(config.seed))
-
-
-def rescheduled(state: TrainState, count: int) -> TrainState:
-    """A state with the learning rate of `count` updates, for a run whose phases were changed."""
-    return state.replace(opt_state=optim.with_schedule_count(state.opt_state, count))
 
 
 def described(phase: Phase, before: Phase, mesh: Mesh) -> str:

@@ -90,7 +90,7 @@ def first_updates(params, grads, **fields):
     config = default_config()
     config.optim.update({"lr_peak": 0.1, "weight_decay": 0.0} | fields)
     optimizer = optim.make_optimizer(config, optim.schedule(config, 10))
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params, count=0)
     return {name: update / -0.1 for name, update in named(updates).items()}
 
 
@@ -157,11 +157,11 @@ def test_clipping_bounds_the_gradient_and_decay_reaches_every_parameter():
     optimizer = optim.make_optimizer(config, optim.schedule(config, 10))
     params = {"kernel": jnp.full((2, 2), 2.0), "bias": jnp.full((2,), 2.0)}
     zero = {"kernel": jnp.zeros((2, 2)), "bias": jnp.zeros((2,))}
-    updates, state = optimizer.update(zero, optimizer.init(params), params)
+    updates, state = optimizer.update(zero, optimizer.init(params), params, count=0)
     for leaf in updates.values():
         np.testing.assert_allclose(leaf, -0.1 * 0.5 * 2.0, rtol=1e-6)
     large = {"kernel": jnp.full((2, 2), 30.0), "bias": jnp.full((2,), 40.0)}
-    _, state = optimizer.update(large, optimizer.init(params), params)
+    _, state = optimizer.update(large, optimizer.init(params), params, count=0)
     first_moment = optax.tree_utils.tree_get(state, "mu")
     assert float(optax.tree.norm(first_moment)) == pytest.approx(1 - config.optim.b1, rel=1e-3)
 
