@@ -102,7 +102,11 @@ class Evaluation:
         return self._heldout is not None
 
     def measure_sets(self) -> None:
-        """Measures the sets that samples are compared with, or reads what an earlier start kept."""
+        """Measures the sets that samples are compared with, or reads what an earlier start kept.
+
+        Raises:
+          ConfigError: for sets that cannot give the scores, which are as costly to have as samples.
+        """
         for name, opened in self._sets.items():
             if name in self._measured:
                 continue
@@ -111,6 +115,9 @@ class Evaluation:
             else:
                 found = self._kept_or_measured(name, opened)
             self._measured[name] = found
+        if "training" in self._sets and distributed.is_main():
+            seen, held = self._measured["training"], self._measured["heldout"]
+            measure.scores(held, seen, ["memorisation"], held)  # refuses images that are in both
 
     def seconds(self, num_records: int, params) -> dict[str, float]:
         """How long the sets and `num_records` scored checkpoints take, but for drawing and reading.

@@ -39,8 +39,12 @@ class HeldoutLoss:
           config: the run's; batches have `draw.batch_size` images.
           mesh: the devices.
           source: the held-out images, a `data.sources.Source`.
+
+        Raises:
+          ConfigError: if the model has classes and the first image no label.
         """
         self._config, self._mesh, self._source = config, mesh, source
+        self._check_labels(source[0]["label"])  # before a run trains until its first scores
         self._size, self._by_batch = draw.batch_size(config, mesh), sharding.batch_sharding(mesh)
         self._loss = jit_heldout_loss(config, mesh)
 
@@ -67,12 +71,7 @@ class HeldoutLoss:
         for first in progress.track(firsts, len(firsts), "held-out loss", f"batches of {size}"):
             share = list(itertools.islice(examples, len(rows)))
             image, label = (np.stack([e[k] for e in share]) for k in ("image", "label"))
-            if config.model.num_classes and label.min() < 0:
-                raise ConfigError(
-                    f"eval.heldout_split {self._source.split} of {config.data.name} has no "
-                    "labels, which this model needs; type --config.eval.heldout_split=validation, "
-                    "or ='' for none"
-                )
+            self._check_labels(label)
             values = self._of_batch(params, image, label, (first + rows).astype(np.int32))
             total += values[: count - first].sum(0)
         bins = total / count
@@ -89,6 +88,14 @@ class HeldoutLoss:
             "mean": float(bins[_bins_of(config, _process(config))[0]].mean()),
             "bins": dict(zip(NAMES, bins.tolist(), strict=True)),
         }
+
+    def _check_labels(self, label):
+        if self._config.model.num_classes and np.min(label) < 0:
+            raise ConfigError(
+                f"eval.heldout_split {self._source.split} of {self._config.data.name} has no "
+                "labels, which this model needs; type --config.eval.heldout_split=validation, "
+                "or ='' for none"
+            )
 
     def seconds_per_image(self, params) -> float:
         """Compiles, and measures a warm batch."""

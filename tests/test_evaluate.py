@@ -337,11 +337,24 @@ def test_scores_in_training_need_a_batch_of_samples_that_suits_the_devices(confi
 def test_a_held_out_split_without_labels_is_refused_for_a_model_with_classes(config, monkeypatch):
     config.model.num_classes, config.eval.metrics = 10, ("swd",)
     scorer = evaluation.Evaluation(config, mesh_of(config))
-    source = scorer._heldout._source
+    params, source = state.fresh_params(config, mesh_of(config)), scorer._heldout._source
     unlabelled = [e | {"label": np.int32(-1)} for e in (source[i] for i in range(20))]
     monkeypatch.setattr(type(source), "__getitem__", lambda _, i: unlabelled[i])
-    with pytest.raises(ConfigError, match="has no labels, .* type --config.eval.heldout_split"):
-        scorer.heldout_loss(state.fresh_params(config, mesh_of(config)))
+    says = "has no labels, .* type --config.eval.heldout_split"
+    with pytest.raises(ConfigError, match=says):
+        scorer.heldout_loss(params)
+    with pytest.raises(ConfigError, match=says):  # before anything is trained
+        evaluation.Evaluation(config, mesh_of(config))
+
+
+def test_held_out_images_that_the_model_has_seen_are_refused_before_it_trains(
+    config, fake_network, monkeypatch
+):
+    config.eval.metrics = ("memorisation",)
+    scorer = evaluation.Evaluation(config, mesh_of(config))
+    scorer._sets["heldout"] = scorer._sets["training"]
+    with pytest.raises(ConfigError, match="also training images; .* --config.eval.heldout_split"):
+        scorer.measure_sets()
 
 
 def test_hosts_that_would_score_with_other_sets_are_refused(config, fake_network, monkeypatch):

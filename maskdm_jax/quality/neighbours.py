@@ -71,7 +71,7 @@ def memorisation(
     if np.median(heldout_H) == 0:
         raise ConfigError(
             "most held-out images are also training images; expected images that the model has "
-            "not seen: type another --heldout"
+            "not seen; type another --heldout, or in a run another --config.eval.heldout_split"
         )
     limit = np.quantile(heldout_H, NEAREST_SHARE)
     return {
