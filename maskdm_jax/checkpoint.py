@@ -65,14 +65,13 @@ class Checkpoints:
           facts: what else to store beside the config, as JSON.
         """
         self._record = {"format": _FORMAT, "config": config.to_dict(), **(facts or {})}
-        self._directory = directory(workdir)
+        self._every, self._directory = config.checkpoint.every_steps, directory(workdir)
         self._saving = None  # (step, bytes) of the save that may still be in progress
         self._hashing = None  # then the future of its hashes
         self._pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="hashes")
         self._manager = ocp.CheckpointManager(
             self._directory,
             options=ocp.CheckpointManagerOptions(
-                save_interval_steps=config.checkpoint.every_steps,
                 max_to_keep=config.checkpoint.keep_last,
                 keep_period=config.checkpoint.keep_every_steps or None,
                 cleanup_tmp_directories=True,
@@ -91,14 +90,13 @@ class Checkpoints:
         `check` or `close`, whichever is called first after the failure.
         """
         self.wait()
-        if step == self._manager.latest_step():
+        if step == self.latest_step() or not (force or step % self._every == 0):
             return
         self._saving = (step, sum(x.nbytes for x in jax.tree.leaves(state)))
         record = ocp.args.JsonSave(self._record)
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(state), config=record)
         with self._full_disk_explained():
-            if not self._manager.save(step, args=args, force=force):
-                self._saving = None
+            self._manager.save(step, args=args, force=True)  # Orbax would save the first of all
 
     def check(self) -> None:
         """Raises RunError if a save has failed since the last call; does not block."""

@@ -43,6 +43,8 @@ def saved(workdir, steps, seed=0, **fields):
 def test_the_last_checkpoints_and_every_nth_are_kept(tmp_path):
     saved(tmp_path, range(1, 12), every_steps=2, keep_last=2, keep_every_steps=4)
     assert checkpoint.steps(tmp_path) == [4, 8, 10, 11]
+    saved(tmp_path / "first", [1, 2], every_steps=3)  # the first of a run only when it is due
+    assert checkpoint.steps(tmp_path / "first") == [2]
 
 
 def test_a_state_is_restored_unchanged_on_another_mesh(tmp_path):
