@@ -67,6 +67,12 @@ class Evaluation:
         self._metrics = _metrics(config, source)
         self._layers = measure.layers(self._metrics, [config.eval.features])
         self._weights = None
+        if self._layers and config.data.channels not in (1, 3):
+            raise ConfigError(
+                f"data.channels is {config.data.channels}, but the feature network of the metrics "
+                f"{', '.join(self._metrics)} reads grey or colour images; type "
+                "--config.eval.metrics=\"('swd',)\""
+            )
         if self._layers:
             flag = "--config.eval.inception_weights"
             self._weights = score.load_weights(config.eval.inception_weights, self._layers, flag)

@@ -18,6 +18,7 @@ from maskdm_jax import (
     evaluation,
     heldout,
     images,
+    score_sets,
     sharding,
     state,
     train,
@@ -355,6 +356,14 @@ def test_held_out_images_that_the_model_has_seen_are_refused_before_it_trains(
     scorer._sets["heldout"] = scorer._sets["training"]
     with pytest.raises(ConfigError, match="also training images; .* --config.eval.heldout_split"):
         scorer.measure_sets()
+
+
+def test_the_feature_network_is_refused_for_images_that_it_cannot_read(config, monkeypatch):
+    for name in ("reference_set", "open_heldout"):
+        monkeypatch.setattr(score_sets, name, lambda config: None)
+    config.data.channels, config.eval.metrics = 4, ("fid",)
+    with pytest.raises(ConfigError, match="data.channels is 4, .* type --config.eval.metrics"):
+        evaluation.Evaluation(config, mesh_of(config))
 
 
 def test_hosts_that_would_score_with_other_sets_are_refused(config, fake_network, monkeypatch):

@@ -218,6 +218,9 @@ def test_sets_of_different_size_or_colour_are_refused(tmp_path):
         reference.check_comparable(small, large)
     with pytest.raises(ConfigError, match="is colour, but .* is grey; .*--channels 3"):
         reference.check_comparable(small, grey)
+    odd = reference.Images("the samples", (6, 8, 4), 2, None)
+    with pytest.raises(ConfigError, match="is of 4 channels, but .* type a set of 4 channels"):
+        reference.check_comparable(odd, grey)
 
 
 def test_an_npz_is_read_as_statistics(tmp_path):

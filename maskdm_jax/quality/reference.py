@@ -147,11 +147,16 @@ def check_comparable(images: Images, reference: Images) -> None:
         return
     (height, width, channels), other = images.shape, reference.shape
     if images.shape[:2] == other[:2]:
-        colour = {1: "grey", 3: "colour"}
-        raise ConfigError(
-            f"{images.path} is {colour[channels]}, but {reference.path} is {colour[other[2]]}; "
-            f"prepare one like the other: python -m maskdm_jax.data.prepare --channels {channels}"
+        ours, theirs = (
+            {1: "grey", 3: "colour"}.get(n, f"of {n} channels") for n in (channels, other[2])
         )
+        remedy = f"type a set of {channels} channels in its place"
+        if channels in (1, 3):
+            remedy = (
+                "prepare one like the other: python -m maskdm_jax.data.prepare --channels "
+                f"{channels}"
+            )
+        raise ConfigError(f"{images.path} is {ours}, but {reference.path} is {theirs}; {remedy}")
     raise ConfigError(
         f"{images.path} has images of {height}x{width}, but {reference.path} of "
         f"{other[0]}x{other[1]} (height x width); bring the reference to the same crop and size: "
