@@ -130,6 +130,27 @@ def check_resumes(config, stored, step: int, where: str) -> None:
     )
 
 
+def going_back(config, stored, step: int) -> str:
+    """What to know of a resumed run that is in an earlier phase than its checkpoint; else "".
+
+    Args: as for `of_checkpoint`.
+    """
+    here, there = at(config, step), at(stored, step)
+    if here.index >= there.index:
+        return ""
+    goes_on = config.copy_and_resolve_references()
+    steps = [phase.num_steps for phase in phases(stored)]
+    steps[there.index] += config.train.num_steps - sum(steps)
+    changes = (changed for _, changed in stored.phases)
+    goes_on.update(phases_by="steps", phases=tuple(zip(steps, changes, strict=True)))
+    return (
+        f"the checkpoint of step {step} is from phase {there.index + 1}, but here phase "
+        f"{here.index + 1} lasts until step {here.last_step}, and the run goes back to it; to go "
+        f"on with phase {there.index + 1}, stop and type "
+        f"{config_lib.as_flags(goes_on, ('phases_by', 'phases'))}"
+    )
+
+
 def can_change(name: str) -> bool:
     """Whether a phase may set the field `name`."""
     if name in _OTHERS:

@@ -71,6 +71,8 @@ def train(
     facts = provenance.current(config, source)
     for line in provenance.changes(facts, stored, own_step) if stored else []:
         say(line)
+    if stored and (line := phases.going_back(config, from_dict(stored["config"]), own_step)):
+        say(line)
     if config.train.dry_run:
         dry_run.dry_run(config, len(source))
         return

@@ -343,6 +343,19 @@ def test_changed_phases_are_accepted_if_the_stored_state_fits(tiny_config, calm,
     phases.check_resumes(config, stored, 6, "W")
 
 
+def test_a_run_that_more_steps_send_back_to_an_earlier_phase_says_how_to_go_on(tiny_config):
+    stored = phased(tiny_config, (1, MASKED), (1, WHOLE), train__num_steps=6)
+    longer = stored.copy_and_resolve_references()
+    assert not phases.going_back(longer, stored, 6) and not phases.going_back(longer, stored, 2)
+    longer.train.num_steps = 24
+    says = phases.going_back(longer, stored, 6)
+    assert "step 6 is from phase 2, but here phase 1 lasts until step 12" in says
+    for name, value in re.findall(r'--config.(\S+?)="?(.*?)"?(?= --|$)', says):
+        config_file.set_field(longer, f"{name}={value}")
+    assert [(p.first_step, p.last_step) for p in phases.phases(longer)] == [(0, 3), (3, 24)]
+    assert not phases.going_back(longer, stored, 6)
+
+
 def test_a_dry_run_has_the_figures_of_each_phase(tiny_config, monkeypatch, capsys):
     compiled = types.SimpleNamespace(compile=lambda: None)
     monkeypatch.setattr(dry_run, "lower_train_step", lambda phase, mesh, num: compiled)
