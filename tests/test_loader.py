@@ -184,30 +184,6 @@ def test_a_label_that_is_no_class_is_refused_unless_classes_are_ignored(copied, 
     first_batch()
 
 
-def test_images_of_more_than_8_bits_are_refused(tiny_config, tmp_path):
-    import tensorflow_datasets as tfds
-
-    class Deep(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-        pkg_dir_path = tmp_path
-
-        def _info(self):
-            feature = tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint16)
-            features = tfds.features.FeaturesDict({"image": feature})
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, download_manager):
-            return {"train": ((i, {"image": np.zeros((8, 8, 1), np.uint16)}) for i in range(2))}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    Deep(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
-    tiny_config.data.name, tiny_config.data.dir = "deep", str(tmp_path)
-    with pytest.raises(ConfigError, match="has images of uint16; expected uint8.*type: python -m"):
-        sources.open_source(tiny_config)
-
-
 def test_a_set_whose_files_were_replaced_is_decoded_again(copied):
     config, folder = copied
     read(config, 0, 1)

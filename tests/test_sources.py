@@ -337,8 +337,11 @@ def test_a_disk_that_is_too_small_for_the_set_is_named_before_a_file_is_made(tmp
 # ------------------------------------------------------------------------------ the TFDS catalogue
 
 
-def write_catalogue(data_dir, shape=(None, None, 3), config=None):
-    """A set as the catalogue has them: images of many sizes, and neither ids nor labels."""
+def write_catalogue(data_dir, shape=(None, None, 3), config=None, example=None, **others):
+    """A set as the catalogue has them: images of many sizes, and neither ids nor labels.
+
+    Other features, with the `example` that all six are: in `others`.
+    """
     import tensorflow_datasets as tfds
 
     class Pictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -348,6 +351,7 @@ def write_catalogue(data_dir, shape=(None, None, 3), config=None):
 
         def _info(self):
             features = {"image": tfds.features.Image(shape=shape, encoding_format="png")}
+            features |= others
             return tfds.core.DatasetInfo(
                 builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
             )
@@ -358,7 +362,7 @@ def write_catalogue(data_dir, shape=(None, None, 3), config=None):
         def _generate_examples(self):
             for i in range(6):
                 height, width = shape[0] or 8 + i, shape[1] or 9
-                yield i, {"image": encoded(picture(height, width, i))}
+                yield i, {"image": encoded(picture(height, width, i))} | (example or {})
 
     builder = Pictures(data_dir=str(data_dir), file_format="array_record")
     builder.download_and_prepare()
@@ -384,6 +388,54 @@ def test_a_catalogue_set_of_another_size_is_read_with_a_crop(tmp_path):
     assert opened(tmp_path, "pictures", crop="center", image_size=(4, 4))[0]["image"].shape == (
         4, 4, 3,
     )  # fmt: skip
+
+
+def test_a_catalogue_set_of_arrays_is_cropped_as_its_files_would_be(tmp_path):
+    import tensorflow_datasets as tfds
+
+    for mode, channels in (("RGB", 3), ("L", 1)):
+        image = picture(12, 9, mode=mode)
+        array = np.asarray(image).reshape(12, 9, channels)
+        write_catalogue(
+            tmp_path / mode,
+            example={"image": array},
+            image=tfds.features.Tensor(shape=array.shape, dtype=np.uint8),
+        )
+        source = opened(tmp_path / mode, "pictures", crop="center", channels=channels)
+        np.testing.assert_array_equal(
+            source[5]["image"], pixels.decode(encoded(image), channels, "center", (8, 8))
+        )
+
+
+def test_a_catalogue_set_of_anything_but_images_of_8_bits_is_refused(tmp_path):
+    import tensorflow_datasets as tfds
+
+    for dtype, shape in ((np.uint16, (8, 8, 1)), (np.uint8, (8, 8)), (np.uint8, (2, 8, 8, 3))):
+        folder = tmp_path / f"{len(shape)}"
+        feature = tfds.features.Tensor(shape=shape, dtype=dtype)
+        write_catalogue(folder, example={"image": np.zeros(shape, dtype)}, image=feature)
+        assert f"has images that are {feature!r}; expected height, width and channels" in (
+            refusal(folder, "pictures", channels=1)
+        )
+
+
+def test_labels_that_are_no_class_are_left_out_and_refused_if_the_model_has_classes(tmp_path):
+    from tensorflow_datasets import features
+
+    for kind, label, value in (
+        ("text", features.Text(), "Ada"),
+        ("several", features.Sequence(features.ClassLabel(num_classes=4)), [3, 1]),
+        ("score", features.Scalar(np.float32), 2.7),
+    ):
+        write_catalogue(tmp_path / kind, (8, 8, 3), example={"label": value}, label=label)
+        config = config_of(tmp_path / kind, "pictures")
+        config.train.batch_size = 8
+        source = sources.open_source(config)
+        assert source.fingerprint and source[0]["label"] == 0
+        loader.Loader(config, source, sharding.make_mesh(config))  # which decodes the set
+        config.model.num_classes = 4
+        with pytest.raises(ConfigError, match="no label that is one class per image, .*classes=0"):
+            sources.open_source(config)
 
 
 def test_a_catalogue_set_half_prepared_is_named_with_what_to_type(tmp_path):

@@ -552,6 +552,13 @@ SETS = [
         retry=" --config.init.path=/nowhere --workdir={tmp}/x",
         after="/nowhere",
     ),
+    Wrong(
+        MAIN + "--config.data.name=swiss_roll --config.data.image_size='(1, 2)' "
+        "--config.model.patch_size=1",
+        ("num_classes is 10", "no label that is one class", "--config.model.num_classes=0"),
+        retry=" --config.init.path=/nowhere --workdir={tmp}/x",
+        after="/nowhere",
+    ),
 ]
 
 WEIGHTS = [

@@ -91,6 +91,12 @@ def cropped(image: Image.Image, crop: str, size: tuple[int, int]) -> Image.Image
     return image.crop(box).resize((width, height), resample)
 
 
+def cropped_array(image_HWC: np.ndarray, crop: str, size: tuple[int, int]) -> np.ndarray:
+    """`cropped` for the uint8 pixels [H, W, C] of an image; each channel by itself."""
+    channels = (Image.fromarray(channel) for channel in np.moveaxis(image_HWC, -1, 0))
+    return np.stack([np.asarray(cropped(channel, crop, size)) for channel in channels], axis=-1)
+
+
 def check_depth(image: Image.Image, data: bytes) -> None:
     """Refuses what Pillow reads wrongly, or with another range than it says.
 

@@ -59,12 +59,15 @@ class Source:
         if isinstance(image, bytes):
             with self._damage_explained(index):
                 image = pixels.decode(image, self.image_shape[-1], self.crop, self.image_shape[:2])
+        elif self.crop != "none":
+            image = pixels.cropped_array(image, self.crop, self.image_shape[:2])
         if image.shape != self.image_shape:
             raise ConfigError(
                 f"{self.records.name(index)} has {_shown(image.shape)} pixels; expected "
                 f"{_shown(self.image_shape)}, data.image_size; type --config.data.crop=center"
             )
-        return {"image": image, "label": np.int32(label)}
+        # Without classes a label may be anything: a text, a list.
+        return {"image": image, "label": np.int32(label if self.num_classes else 0)}
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -209,7 +212,8 @@ def _check(config, found: ImageSet):
     if config.model.num_classes not in (0, found.num_classes):
         raise ConfigError(
             f"model.num_classes is {config.model.num_classes}, but {data.name} has "
-            f"{found.num_classes} classes; type --config.model.num_classes={found.num_classes}"
+            f"{found.num_classes or 'no label that is one class per image, and so 0'} classes; "
+            f"type --config.model.num_classes={found.num_classes}"
             + " (or =0 to train without classes)"
             * bool(found.num_classes)
         )

@@ -95,11 +95,11 @@ def _image_set(builder, name, data_dir, size, remedy):
             "feature named image; type --config.data.name=NAME"
         )
     image = features["image"]
-    if image.np_dtype != np.uint8:
+    if image.np_dtype != np.uint8 or len(image.shape) != 3 or image.shape[2] is None:
         raise ConfigError(
-            f"data.name {name!r} has images of {np.dtype(image.np_dtype)}; expected uint8, 8 "
-            "bits per channel; convert the images to PNG, and type: python -m "
-            "maskdm_jax.data.prepare --images FOLDER --name my_images --size "
+            f"data.name {name!r} has images that are {' '.join(repr(image).split())}; expected "
+            "height, width and channels of uint8, 8 bits per channel; convert the images to PNG, "
+            "and type: python -m maskdm_jax.data.prepare --images FOLDER --name my_images --size "
             f"{size} --data_dir {data_dir}"
         )
     # Encoded images stay encoded here: Source decodes them.
@@ -117,11 +117,13 @@ def _image_set(builder, name, data_dir, size, remedy):
                 ) from error
         return _Records(data_source, str(folder), "id" in features)
 
+    label = features.get("label")  # Sequence(ClassLabel) has num_classes too
+    num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
     sizes = {k: [int(s.num_bytes), s.shard_lengths] for k, s in builder.info.splits.items()}
     return ImageSet(
         splits={split: lambda split=split: opened(split) for split in builder.info.splits},
         image_shape=tuple(image.shape),
-        num_classes=getattr(features.get("label"), "num_classes", 0),
+        num_classes=num_classes,
         cache_dir=pathlib.Path(builder.data_dir) / "decoded",
         remedy=remedy,
         contents=json.dumps(sizes),
