@@ -15,8 +15,9 @@ if [[ $# -gt 1 || ${1-} == -* ]]; then
   echo "error: the arguments are '$*'; expected one folder; type launch/demo.sh FOLDER" >&2
   exit 2
 fi
-cd "$(dirname "$0")/.."
 out=${1:-demo_output}
+[[ $out == *://* ]] || out=$(realpath -m "$out")
+cd "$(dirname "$0")/.."
 
 stage() { printf '\n== %s\n' "$*"; }
 

@@ -5,10 +5,10 @@
 #       --finetune=configs/finetune_celebahq.py --workdir=runs/celebahq [--dry-run] \
 #       [-- --config.FIELD=VALUE ...]
 #
-# Arguments after -- go to all three. The first run makes .venv and installs there; with
-# PYTHON=/path/to/python the script uses that interpreter and installs nothing. A stage that ends
-# with status 75 is started again; run again, the script resumes where it stopped. --dry-run prints
-# the commands and runs none.
+# Configs are named as for main.py. Arguments after -- go to all three. The first run makes .venv in
+# the checkout and installs there; with PYTHON=/path/to/python the script uses that interpreter and
+# installs nothing. A stage that ends with status 75 is started again; run again, the script resumes
+# where it stopped. --dry-run prints the commands and runs none.
 set -euo pipefail
 
 # The comment above is the help text.
@@ -28,6 +28,7 @@ while [[ $# -gt 0 ]]; do
     --pretrain=*) pretrain=${1#*=} ;;
     --finetune=*) finetune=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
+    --pretrain | --finetune | --workdir) set -- "$1=${2-}" "${@:3}" && continue ;;
     --dry-run) dry_run=true ;;
     -h | --help) help ;;
     --) shift && break ;;
@@ -36,13 +37,18 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
-[[ $workdir == *://* ]] || workdir=$(realpath -m "$workdir")
-cd "$(dirname "$0")/.."
-# A config may be FILE.py:ARGUMENT.
-[[ -f ${pretrain/.py:*/.py} ]] || fail "--pretrain is '$pretrain'; expected a file;" \
-  "type --pretrain=configs/pretrain_celebahq.py, say"
-[[ -f ${finetune/.py:*/.py} ]] || fail "--finetune is '$finetune'; expected a file;" \
-  "type --finetune=configs/finetune_celebahq.py, say"
+[[ $workdir == *://* || $workdir == "~"* ]] || workdir=$(realpath -m "$workdir")
+root=$(realpath -s "$(dirname "$0")/..")
+
+# check FLAG CONFIG: a file, FILE.py:ARGUMENT, or one of configs/ by its path or name.
+check() {
+  local file=${2/.py:*/.py}
+  [[ -f ${file/#\~/$HOME} || ($file == configs/* && -f $root/$file) ||
+    -f $root/configs/${2%%:*}.py ]] || fail "$1 is '$2'; expected a file, or the name of one in" \
+    "configs/; type $1=configs/${1#--}_celebahq.py, say"
+}
+check --pretrain "$pretrain"
+check --finetune "$finetune"
 
 run() {
   if $dry_run; then
@@ -53,14 +59,17 @@ run() {
   fi
 }
 
-python=${PYTHON-.venv/bin/python}
-if [[ -z ${PYTHON-} && ! -e .venv/.gpu ]]; then
-  run python3 -m venv .venv
-  run .venv/bin/pip install --quiet -c constraints.txt -e '.[gpu]'
-  run touch .venv/.gpu
+python=${PYTHON:-$root/.venv/bin/python}
+if [[ -n ${PYTHON-} ]]; then
+  command -v "$PYTHON" > /dev/null || fail "PYTHON is '$PYTHON', which is no program; expected a" \
+    "Python that has the package; type PYTHON=/path/to/python before the command, or PYTHON="
+elif [[ ! -e $root/.venv/.gpu ]]; then
+  run python3 -m venv "$root/.venv"
+  run "$python" -m pip install --quiet -c "$root/constraints.txt" -e "${root}[gpu]"
+  run touch "$root/.venv/.gpu"
 fi
 
-stage() { run launch/keep_running.sh "$python" main.py "$@"; }
+stage() { run "$root/launch/keep_running.sh" "$python" "$root/main.py" "$@"; }
 
 stage --config="$pretrain" --workdir="$workdir/pretrain" "$@"
 stage --config="$finetune" --workdir="$workdir/finetune" \

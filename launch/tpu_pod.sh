@@ -52,6 +52,9 @@ while [[ $# -gt 0 ]]; do
     --version=*) version=${1#*=} ;;
     --nfs=*) nfs=${1#*=} ;;
     --project=*) project=("$1") ;;
+    --name | --zone | --type | --version | --nfs | --project)
+      set -- "$1=${2-}" "${@:3}" && continue
+      ;;
     --spot) spot=(--spot) ;;
     --queued) queued=true ;;
     --dry-run) dry_run=true ;;

@@ -150,8 +150,8 @@ def accept(monkeypatch):
             )
             assert done.returncode == 0, done.stderr
             for line in done.stdout.splitlines():
-                if line.startswith("launch/keep_running.sh"):
-                    check(shlex.split(line))
+                if line.startswith(f"{ROOT}/launch/keep_running.sh"):
+                    check(["launch/keep_running.sh", *shlex.split(line)[1:]])
             if name.endswith("tpu_pod.sh") and at < len(rest):
                 read(main.main, rest[at + 1 :])
         elif name == "make":

@@ -53,7 +53,7 @@ def test_shell_scripts_pass_shellcheck():
 
 def test_a_gpu_host_trains_both_stages_and_draws(tmp_path):
     commands = dry_run([*HOST, f"--workdir={tmp_path}", "--", AWKWARD], PYTHON="/usr/bin/python3")
-    start = ["launch/keep_running.sh", "/usr/bin/python3", "main.py"]
+    start = [f"{ROOT}/launch/keep_running.sh", "/usr/bin/python3", f"{ROOT}/main.py"]
     finetune = [*start, HOST[2].replace("finetune=", "config="), f"--workdir={tmp_path}/finetune"]
     assert commands == [
         [
@@ -75,6 +75,25 @@ def test_a_gpu_host_takes_a_bucket_and_no_folder_of_that_name():
     assert commands[1][5] == "--config.init.path=gs://b/runs/pretrain"
 
 
+def test_paths_are_those_of_the_folder_in_which_a_script_is_started(tmp_path):
+    (tmp_path / "own.py").write_text("")
+    path = stub(tmp_path / "bin", "python", 'printf "%s\\n" "$@"')
+    shown = dict(cwd=tmp_path, capture_output=True, text=True, check=True)
+    host = [ROOT / HOST[0], "--pretrain", "own.py:x", "--finetune", "cifar10:finetune"]
+    host += ["--workdir", "my runs", "--dry-run"]
+    # main.py resolves them, since gpu_host.sh stays in the folder.
+    for python in ("bin/python", "python"):
+        env = {**os.environ, "PATH": path, "PYTHON": python}
+        first, second, _ = subprocess.run(host, env=env, **shown).stdout.splitlines()
+        assert shlex.split(first)[1:] == [
+            python, f"{ROOT}/main.py", "--config=own.py:x", f"--workdir={tmp_path}/my runs/pretrain"
+        ]  # fmt: skip
+        assert "--config=cifar10:finetune" in shlex.split(second)
+    env = {**os.environ, "PATH": path}
+    demo = subprocess.run([ROOT / "launch/demo.sh", "out"], env=env, **shown).stdout.splitlines()
+    assert {f"--workdir={tmp_path}/out/pretrain", f"--out={tmp_path}/out/report.html"} <= {*demo}
+
+
 def test_a_gpu_host_installs_only_if_no_interpreter_is_given(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHON", raising=False)
     # A checkout without .venv.
@@ -82,12 +101,14 @@ def test_a_gpu_host_installs_only_if_no_interpreter_is_given(tmp_path, monkeypat
         (tmp_path / name).symlink_to(ROOT / name)
     result = run([f"{tmp_path}/{HOST[0]}", "--dry-run", *HOST[1:], "--workdir=w"])
     commands = [shlex.split(line) for line in result.stdout.splitlines()]
+    python = f"{tmp_path}/.venv/bin/python"
     assert commands[:2] == [
-        ["python3", "-m", "venv", ".venv"],
-        [".venv/bin/pip", "install", "--quiet", "-c", "constraints.txt", "-e", ".[gpu]"],
-    ]
+        ["python3", "-m", "venv", f"{tmp_path}/.venv"],
+        [*f"{python} -m pip install --quiet -c {tmp_path}/constraints.txt -e".split(),
+         f"{tmp_path}[gpu]"],
+    ]  # fmt: skip
     assert [c[:3] for c in commands[3:]] == [
-        ["launch/keep_running.sh", ".venv/bin/python", "main.py"]
+        [f"{tmp_path}/launch/keep_running.sh", python, f"{tmp_path}/main.py"]
     ] * 3
 
 
@@ -177,6 +198,7 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action, rest):
         ([*POD, "dance"], "the action is 'dance'"),
         ([*POD, "create", "--name=a"], "--name or --zone is missing"),
         ([*POD, "create", *NAMED], "--type is missing"),
+        ([*POD, "create", "--name", "a", "--zone", "b", "--type", "h100"], "--type is 'h100'"),
         ([*POD, "create", *NAMED, "--type=h100"], "--type is 'h100'"),
         ([*POD, "install", *NAMED, "--nfs=share"], "--nfs is 'share'"),
         ([*POD, "start", *NAMED], "main.py's arguments are missing"),
@@ -184,6 +206,8 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action, rest):
         (HOST, "--workdir is missing"),
         ([*HOST[:2], "--workdir=w"], "--finetune is ''"),
         ([HOST[0], "--pretrain=configs/no.py", "--workdir=w"], "--pretrain is 'configs/no.py'"),
+        ([*HOST[:2], "--finetune=cifar", "--workdir=w"], "--finetune is 'cifar'"),
+        ([*HOST, "--workdir"], "--workdir is missing"),
         ([*HOST, "--workdir=w", "--fast"], "unknown argument --fast"),
         (["launch/slurm.sbatch"], "expected a job with main.py's arguments"),
         (["launch/keep_running.sh"], "the command ''; expected"),

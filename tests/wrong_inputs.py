@@ -723,6 +723,8 @@ LAUNCH = [
     Wrong("launch/gpu_host.sh --workdir={tmp}/w", ("--pretrain", "type --pretrain=configs/")),
     Wrong("launch/gpu_host.sh --workdir={tmp}/w --pretrain=configs/nope.py", (
         "configs/nope.py", "type --pretrain=configs/")),
+    Wrong("launch/gpu_host.sh --pretrain pretrain_digits --finetune finetune_digits --workdir w", (
+        "PYTHON is '/nowhere'", "type PYTHON="), env=(("PYTHON", "/nowhere"),)),
     Wrong("launch/demo.sh --out=x", ("--out=x", "type launch/demo.sh")),
     Wrong("launch/demo.sh a b", ("b", "type launch/demo.sh")),
     Wrong("launch/keep_running.sh", ("type launch/keep_running.sh",)),
