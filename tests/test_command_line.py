@@ -21,7 +21,8 @@ def parser():
     made = command_line.Parser("About.", "python x.py --workdir=W", FIELDS)
     made.flag("--workdir", TEXT, "a folder", required=True)
     made.flag("--mode", one_of("train", "sample"), "what to do", "train")
-    made.flag("--count", COUNT, "how many")
+    made.flag("--count", COUNT, "how many, in %")
+    made.flag("--tag", TEXT, "a word", "")
     made.flag("--parts", one_of("a", "b"), "which", ["a", "b"], many=True)
     made.add_argument("--row", action="store_true")
     return made
@@ -65,6 +66,7 @@ def test_help_has_the_flags_and_every_field_with_its_default(parser, capsys):
     assert end.value.code == 0 and "what to do (one of train, sample); default: train" in text
     assert "--config.mask.ratio=0.9\n" in text and '--config.data.image_size="(64, 64)"\n' in text
     words = " ".join(text.split())
+    assert "how many, in % (" in words and "%%" not in text and "default: --" not in words
     for name, field in FIELDS.items():
         assert f"--config.{name}=" in text and field.meaning in words, name
 

@@ -86,12 +86,16 @@ class Parser(argparse.ArgumentParser):
         """
         self._kinds[name] = (kind, default, required)
         meaning += _takes(kind)
-        if default not in (None, []):
+        if default not in (None, [], ""):
             meaning += f"; default: {' '.join(map(str, default)) if many else default}"
         number = "*" if many else None if name.startswith("-") else "?"
         shown = "VALUE" if name.startswith("-") else name.upper()
         self.add_argument(
-            name, nargs=number, default=default, help=_escaped(meaning), metavar=shown
+            name,
+            nargs=number,
+            default=default,
+            help=meaning.replace("%", "%%"),  # argparse formats this text with %, and no other
+            metavar=shown,
         )
 
     def parse(self, argv: list[str] | None = None) -> argparse.Namespace:
@@ -289,12 +293,8 @@ def _described(table, common):
             "docs/training.md the objective and the optimizer, docs/sampling.md the",
             "sampler.",
         ]
-    return _escaped("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _takes(kind):
     return "" if kind is fields.TEXT else f" ({kind.expected})"
-
-
-def _escaped(text):
-    return text.replace("%", "%%")  # argparse formats its texts with %
