@@ -1,5 +1,7 @@
 """Moments, the Fréchet distance against scipy, and files of statistics."""
 
+import io
+
 import numpy as np
 import pytest
 from close import assert_close
@@ -81,6 +83,9 @@ def test_pytorch_fids_own_statistics_are_read(tmp_path):
         {"mu": np.zeros(8)},
         {"mu": np.zeros(8), "sigma": np.eye(7)},
         {"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)},
+        {"mu": np.full(2, np.nan), "sigma": np.eye(2)},
+        {"mu": np.float64(0), "sigma": np.float64(1)},
+        {"mu": np.zeros(2), "sigma": np.eye(2), "made_by": "[1]"},
         {"arr_0": np.zeros((2, 4, 4, 3), np.uint8)},
     ],
 )
@@ -91,7 +96,10 @@ def test_other_npz_files_are_refused_in_one_sentence(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_text_named_npz_is_refused(tmp_path):
-    (tmp_path / "text.npz").write_text("not an archive")
-    with pytest.raises(ConfigError, match="holds no statistics"):
-        frechet.read(tmp_path / "text.npz")
+def test_another_file_named_npz_is_refused(tmp_path):
+    path, array = tmp_path / "other.npz", io.BytesIO()
+    np.save(array, np.zeros(4))
+    for content in (b"not an archive", b"", array.getvalue()):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="holds no statistics"):
+            frechet.read(path)

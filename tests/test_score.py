@@ -187,6 +187,13 @@ def test_features_beyond_the_weights_are_refused(run):
     fails(run("--metrics", "inception_score"), "needs at least 10 images, not 9")
 
 
+def test_a_score_that_is_no_number_is_printed_as_null(folders, capsys, monkeypatch):
+    monkeypatch.setattr(score.measure, "scores", lambda *_: {"swd": float("nan")})
+    flags = ["--images", folders["drawn"], "--reference", folders["train"], "--metrics", "swd"]
+    assert score.main(flags) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["swd"] is None
+
+
 def test_pixels_alone_need_no_weights(folders, capsys):
     flags = ["--images", folders["drawn"], "--reference", folders["train"], "--metrics", "swd"]
     assert score.main([*flags, "--inception_weights", "/none"]) == 0
@@ -194,7 +201,7 @@ def test_pixels_alone_need_no_weights(folders, capsys):
     assert "network" not in record["definition"] and record["swd"] > 0
 
 
-def test_combinations_that_give_no_score_are_refused(run, folders, tmp_path):
+def test_combinations_that_give_no_score_are_refused(run, folders, tmp_path, monkeypatch):
     fails(run("--metrics", "memorisation"), "type both --metrics memorisation and --heldout")
     fails(run("--heldout", folders["unseen"]), "or neither")
     stats = ["--save_reference", str(tmp_path / "s.npz")]
@@ -202,6 +209,10 @@ def test_combinations_that_give_no_score_are_refused(run, folders, tmp_path):
     fails(run("--features", "64", "--save_reference", "s.txt"), "type s.npz")
     grey = write_folder(tmp_path / "grey", [pixels(0, 16, 16, 1)] * 2)
     fails(run("--features", "64", images=grey), "is grey, but", "is colour")
+    monkeypatch.setattr(score, "_measure_all", lambda *_: pytest.fail("the sets are read first"))
+    below = str(tmp_path / "grey/a/s.npz")
+    (tmp_path / "grey/a").write_text("")
+    fails(run("--features", "64", "--save_reference", below), "--save_reference is", "a file")
     large = write_folder(tmp_path / "large", [pixels(0, 20, 20)] * 2)
     fails(run("--features", "64", ref=large), "16x16", "20x20", "--size 16x16")
 

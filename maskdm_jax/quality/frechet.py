@@ -114,13 +114,15 @@ def read(path: str | pathlib.Path) -> Statistics:
         with np.load(path) as stored:
             mu_D, sigma_DD = (np.asarray(stored[k], np.float64) for k in ("mu", "sigma"))
             count = int(stored["count"]) if "count" in stored else 0
-            made_by = json.loads(str(stored["made_by"])) if "made_by" in stored else {}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            made_by = dict(json.loads(str(stored["made_by"]))) if "made_by" in stored else {}
+    # NumPy's errors for files that are empty, cut short, or of one array.
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(
             f"{path} holds no statistics; expected an .npz with mu and sigma, as pytorch-fid's "
             "--save-stats or --save_reference writes it"
         ) from error
-    if sigma_DD.shape != 2 * mu_D.shape or not np.isfinite(sigma_DD).all():
+    finite = np.isfinite(mu_D).all() and np.isfinite(sigma_DD).all()
+    if mu_D.ndim != 1 or sigma_DD.shape != 2 * mu_D.shape or not finite:
         raise ConfigError(
             f"{path} holds mu {list(mu_D.shape)} and sigma {list(sigma_DD.shape)}; expected finite "
             "[D] and [D, D]; make the statistics again"

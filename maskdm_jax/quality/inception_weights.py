@@ -57,7 +57,12 @@ def load(path: str = "", flag: str = "--inception_weights") -> Weights:
             f"up to mixed_7; type {flag}=FILE"
         )
     if zipfile.is_zipfile(path) and _is_npz(path):
-        params, last = _read_npz(path), 768
+        try:
+            params, last = _read_npz(path), 768
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ConfigError(
+                f"{flag} {path} is damaged: {error}; fetch it again, then type the same command"
+            ) from error
     else:
         params, last = _read_torch(path, flag), "logits"
     _check(params, last, f"{flag} {path}")

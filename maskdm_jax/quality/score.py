@@ -9,7 +9,6 @@ that it shares with the scores it may be compared with. docs/scores.md explains 
 
 import hashlib
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -19,7 +18,7 @@ import jax
 from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import frechet, inception, inception_weights, measure, reference
-from maskdm_jax.run import command_line, distributed, files, progress
+from maskdm_jax.run import command_line, distributed, files, progress, telemetry
 
 _FEATURES = (64, 192, 768, 2048)
 _PACKAGES = ("maskdm_jax", "jax", "numpy", "pillow")
@@ -66,6 +65,8 @@ def score(
             f"--save_reference {save_reference} holds the statistics of one kind of features for "
             "fid; type one number after --features"
         )
+    if save_reference:
+        statistics = _statistics_path(save_reference)
     sets = {flag: reference.open_set(path, flag, num) for flag, path in paths.items()}
     if heldout_path:
         sets["--heldout"] = reference.open_set(heldout_path, "--heldout")
@@ -76,7 +77,13 @@ def score(
 
     samples, ref, heldout = (measured.get(f) for f in ("--images", "--reference", "--heldout"))
     if save_reference:
-        _save_statistics(save_reference, ref, features[0], weights)
+        made_by = {
+            "sha256": ref.sha256,
+            "shape": ref.shape,
+            "features": features[0],
+            "network_sha256": weights.sha256,
+        }
+        frechet.write(statistics, ref.statistics[features[0]]._replace(made_by=made_by))
     warnings = measure.bias_warnings(samples, ref) if "fid" in metrics else []
     for warning in warnings:
         progress.remark(f"warning: {warning}")
@@ -179,17 +186,13 @@ def from_statistics(
     return measure.Measured(sha256, stats.count, shape, {dims: stats}, {}, None)
 
 
-def _save_statistics(path, ref, dims, weights):
-    made_by = {
-        "sha256": ref.sha256,
-        "shape": ref.shape,
-        "features": dims,
-        "network_sha256": weights.sha256,
-    }
-    path = files.local_path(path, "--save_reference")
-    if path.suffix != ".npz":
-        raise ConfigError(f"--save_reference {path} is not an .npz; type {path.stem}.npz")
-    frechet.write(path, ref.statistics[dims]._replace(made_by=made_by))
+def _statistics_path(path):
+    flag = "--save_reference"
+    path = files.local_path(path, flag)
+    if path.suffix != ".npz" or path.is_dir():
+        raise ConfigError(f"{flag} {path} is not an .npz; type {path.stem}.npz")
+    files.out_folder(str(path.parent), flag)
+    return path
 
 
 def _devices():
@@ -228,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
             num=args.num,
             batch_size=args.batch_size,
         )
-        print(json.dumps(found))
+        print(telemetry.to_json(found))
 
     return command_line.exit_code(print_scores)
 

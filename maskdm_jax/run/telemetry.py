@@ -115,7 +115,7 @@ class Telemetry:
         if self._peak_tflops is not None:
             record["mfu"] = tflops / self._peak_tflops
         with self._full_disk_explained():
-            line = (_to_json(record) + "\n").encode()
+            line = (to_json(record) + "\n").encode()
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._growing.sync()
@@ -155,7 +155,7 @@ class Telemetry:
     def _open(self, kept, first_step):
         self._growing = files.growing(self._workdir)
         path = self._growing.local / _JSONL
-        files.write_text(path, "".join(_to_json(r) + "\n" for r in kept))
+        files.write_text(path, "".join(to_json(r) + "\n" for r in kept))
         self._growing.sync(now=True)
         self._file = path.open("ab", buffering=0)
         self._board = tensorboard.Board(self._workdir, self._config.to_dict(), first_step)
@@ -193,8 +193,8 @@ def read_metrics(workdir: str | pathlib.Path) -> list[dict]:
     return records
 
 
-def _to_json(record):
-    """One line of JSON, which has no nan and no infinity."""
+def to_json(record: dict) -> str:
+    """One line of JSON, which has no nan and no infinity: null in their place."""
     return json.dumps(_finite(record), allow_nan=False)
 
 
@@ -240,7 +240,7 @@ def _drop_scores(workdir, last_step):
         beyond = [r for r in records if r["key"].startswith(TRAINING) and r["step"] > last_step]
         if beyond:
             kept = [r for r in records if r not in beyond]
-            files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in kept))
+            files.write_text(workdir / _SCORES, "".join(to_json(r) + "\n" for r in kept))
     for record in beyond:
         tensorboard.drop_scores(workdir, record["key"])
 
@@ -255,7 +255,7 @@ def add_scores(workdir: str | pathlib.Path, record: dict) -> None:
     workdir = files.as_place(workdir)
     with lock.hold(workdir, _SCORES_LOCK):  # an evaluation may run beside the training
         kept = [r for r in read_scores(workdir) if r["key"] != record["key"]]
-        files.write_text(workdir / _SCORES, "".join(_to_json(r) + "\n" for r in (*kept, record)))
+        files.write_text(workdir / _SCORES, "".join(to_json(r) + "\n" for r in (*kept, record)))
     tensorboard.write_scores(workdir, record["key"], *plotted(record))
     progress.say(described_scores(record))
 
