@@ -15,7 +15,7 @@ import sys
 from maskdm_jax import fields
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.quality import measure
-from maskdm_jax.run import command_line, files
+from maskdm_jax.run import command_line, files, progress
 from maskdm_jax.run.telemetry import read_scores
 
 _OVER = {
@@ -67,6 +67,8 @@ def compare(
     shown = [(run, record) for run, found in records.items() for record in found]
     if not shown:
         raise ConfigError(f"no scores of {num} samples in {', '.join(runs)}; type another --num")
+    if without := [run for run, found in records.items() if not found]:
+        progress.remark(f"{', '.join(without)}: left out, with no such scores of {num} samples")
     measure.check_same_definition(
         [{"images": f"{run}, step {r['step']}", **r} for run, r in shown], besides=(over,)
     )

@@ -239,6 +239,13 @@ def test_training_and_evaluate_write_scores_with_their_definition(
     only = compare.compare([str(tmp_path)], step=2)
     assert only.count("\n| ") == 2 and f"| {first[0]['scores']['fid64']:.4g} |" in only
     assert "n 30" in only and compare.main(["--runs", str(tmp_path), "--step=4"]) == 2
+    (tmp_path / "few").mkdir()
+    lines = (tmp_path / "scores.jsonl").read_text().splitlines()
+    few = [line for line in lines if json.loads(line)["definition"]["n"] == 12]
+    (tmp_path / "few/scores.jsonl").write_text("\n".join(few) + "\n")
+    capsys.readouterr()
+    compare.compare([str(tmp_path), str(tmp_path / "few")], step=2)
+    assert f"{tmp_path / 'few'}: left out, with no such scores" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="--ema_std is 0.1, but the scores are of 0; type --ema"):
         compare.compare([str(tmp_path)], ema_std=0.1)
     assert compare.main(["--runs", str(tmp_path), "--score=fud", "--num=12"]) == 2

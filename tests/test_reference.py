@@ -1,6 +1,7 @@
 """Sets of images from every container, and each kind that is refused."""
 
 import io
+import shutil
 import zipfile
 
 import numpy as np
@@ -161,6 +162,9 @@ def test_the_grid_beside_drawn_samples_is_left_out(tmp_path, capsys):
     (tmp_path / "settings.json").write_text("{}")
     assert reference.open_set(str(tmp_path), "--images").count == 3
     assert "grids of samples: 1 (grid.png)" in capsys.readouterr().err
+    zipped = shutil.make_archive(str(tmp_path), "zip", tmp_path)
+    assert reference.open_set(zipped, "--images").count == 3
+    assert "grids of samples: 1" in capsys.readouterr().err
 
 
 def test_a_path_that_does_not_exist_is_refused(tmp_path):

@@ -28,6 +28,7 @@ from maskdm_jax.quality import frechet
 from maskdm_jax.run import files, progress
 
 _THREADS = min(16, os.cpu_count() or 1)
+_OVERVIEWS = "grids of samples"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,24 +192,29 @@ def _explained(flag, path, name):
 def _in_folder(root):
     """(name -> open file, names of the images, what was left out in words)."""
     found = folders.find(root)
-    # The overview that --mode=sample draws beside its numbered images.
-    overviews = [p for p in found.images if p.name == "grid.png"]
-    overviews = [p for p in overviews if (p.parent / "settings.json").exists()]
+    overviews = [p for p in found.images if _is_overview(p, pathlib.Path.exists)]
     if overviews:
-        found.left_out["grids of samples"] = [folders.shown(p, root) for p in overviews]
+        found.left_out[_OVERVIEWS] = [folders.shown(p, root) for p in overviews]
     names = [p.relative_to(root).as_posix() for p in found.images if p not in overviews]
     return (lambda name: (root / name).open("rb")), names, found.described()
 
 
+def _is_overview(path, exists):
+    """Whether an image is what --mode=sample draws beside its numbered images."""
+    return path.name == "grid.png" and exists(path.parent / "settings.json")
+
+
 def _in_zip(path, flag, inside):
-    """The same for the folder `inside` of a zip; what is left out is remarked already."""
+    """The same for the folder `inside` of a zip; what is no image is remarked already."""
     archive, members, images = archives.find(path, f"{_flag(flag)}=FILE.zip")
     within = pathlib.PurePosixPath(inside)
     # A zip of a folder holds that folder, which nobody types.
     for top in (within, archives.top_of(images) / within):
         if names := [name for name in images if name.is_relative_to(top)]:
             break
-    return (lambda name: archive.open(members[name])), names, ""
+    shown = [name for name in names if not _is_overview(name, members.__contains__)]
+    left_out = f"{_OVERVIEWS}: {len(names) - len(shown):,}" if len(shown) < len(names) else ""
+    return (lambda name: archive.open(members[name])), shown, left_out
 
 
 def _common_shape(path, flag, names, open_file):
