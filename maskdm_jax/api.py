@@ -8,6 +8,7 @@ It is for one process, such as a notebook, and uses all of its devices. docs/api
 """
 
 import hashlib
+import inspect
 import json
 import math
 import pathlib
@@ -231,8 +232,22 @@ def load(
       ConfigError: if there is no such checkpoint, if it is damaged, or for fields that it
         contradicts.
     """
+    fields = {} if fields is None else fields
+    if not isinstance(fields, Mapping):
+        raise ConfigError(
+            f"fields is {fields!r}; expected a dict of config fields; type "
+            "fields={'model.dtype': 'float32'}"
+        )
+    drawing = inspect.signature(Model.sample).parameters
+    given = {"weights": "load"} | dict.fromkeys(drawing, "sample")
+    for name, method in given.items():
+        if f"sample.{name}" in fields:  # it would be recorded, and have no effect
+            raise ConfigError(
+                f"fields holds sample.{name}, which is an argument of {method}; leave it out, and "
+                f"type {method}(..., {name}={fields[f'sample.{name}']!r})"
+            )
     with arguments.said_in_python(load):
-        return Model(trained.read(path, step, weights, fields or {}))
+        return Model(trained.read(path, step, weights, fields))
 
 
 def _make_predict(config, mesh, process):

@@ -5,6 +5,7 @@ betas the noise schedule; `fields` give what is left.
 """
 
 import hashlib
+import numbers
 import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -56,6 +57,8 @@ def read(
 ) -> Trained:
     """Reads a trained network; `maskdm_jax.load` documents arguments and errors."""
     check_field("sample.weights", weights)
+    if step is not None and not isinstance(step, numbers.Integral):
+        raise ConfigError(f"step is {step!r}; expected an int, or None for the newest; type step=1")
     path = files.place(path, "path")
     if path.is_file():
         return _official(files.local_path(path, "path"), weights, fields)
@@ -81,6 +84,11 @@ def _run(path, step, weights, fields):
 def _find_run(path, step):
     """(workdir, step) of a workdir, of its checkpoints or of one of them."""
     if path.name.isdecimal() and path.parent.name == "checkpoints":
+        if step not in (None, int(path.name)):
+            raise ConfigError(
+                f"{path} is the checkpoint of step {path.name}, and step is {step}; expected one "
+                f"of them; type load({str(path.parents[1])!r}, step={step})"
+            )
         path, step = path.parents[1], int(path.name)
     elif path.name == "checkpoints":
         path = path.parent

@@ -378,6 +378,12 @@ def test_a_model_without_classes_refuses_labels_and_guidance(official_file):
          "type fields={'model.dtype': 'float32'}"),
         (lambda w: maskdm_jax.load(w, fields={"mesh.fsdp": 3}), "type fields={'mesh.fsdp': 1}"),
         (lambda w: maskdm_jax.load(w, fields={"sample.ema_std": 0.1}), "keeps one EMA"),
+        (lambda w: maskdm_jax.load(w, fields=["model.dtype"]), "type fields={'model.dtype': 'floa"),
+        (lambda w: maskdm_jax.load(w, fields={"sample.weights": "raw"}),
+         r"argument of load; leave it out, and type load\(..., weights='raw'\)"),
+        (lambda w: maskdm_jax.load(w, fields={"sample.eta": 1.0}), r"type sample\(..., eta=1.0"),
+        (lambda w: maskdm_jax.load(w / "checkpoints/7", step=3), r"of step 7, .* step=3\)$"),
+        (lambda w: maskdm_jax.load(w, step="3"), "step is '3'; expected an int, or None"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_one_sentence(workdir, call, said):
