@@ -28,7 +28,10 @@ while [[ $# -gt 0 ]]; do
     --pretrain=*) pretrain=${1#*=} ;;
     --finetune=*) finetune=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
-    --pretrain | --finetune | --workdir) set -- "$1=${2-}" "${@:3}" && continue ;;
+    --pretrain | --finetune | --workdir)
+      [[ ${2-} != -* ]] || fail "$1 has no value; expected one; type $1=VALUE"
+      set -- "$1=${2-}" "${@:3}" && continue
+      ;;
     --dry-run) dry_run=true ;;
     -h | --help) help ;;
     --) shift && break ;;
@@ -37,7 +40,7 @@ while [[ $# -gt 0 ]]; do
   shift
 done
 [[ -n $workdir ]] || fail "--workdir is missing; type --workdir=FOLDER"
-[[ $workdir == *://* || $workdir == "~"* ]] || workdir=$(realpath -m "$workdir")
+[[ $workdir == *://* || $workdir == "~"* ]] || workdir=$(realpath -m -- "$workdir")
 root=$(realpath -s "$(dirname "$0")/..")
 
 # check FLAG CONFIG: a file, FILE.py:ARGUMENT, or one of configs/ by its path or name.

@@ -53,6 +53,7 @@ while [[ $# -gt 0 ]]; do
     --nfs=*) nfs=${1#*=} ;;
     --project=*) project=("$1") ;;
     --name | --zone | --type | --version | --nfs | --project)
+      [[ ${2-} != -* ]] || fail "$1 has no value; expected one; type $1=VALUE"
       set -- "$1=${2-}" "${@:3}" && continue
       ;;
     --spot) spot=(--spot) ;;

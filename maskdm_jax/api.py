@@ -239,7 +239,7 @@ def load(
             "fields={'model.dtype': 'float32'}"
         )
     drawing = inspect.signature(Model.sample).parameters
-    given = {"weights": "load"} | dict.fromkeys(drawing, "sample")
+    given = {"weights": "load", "strength": "image_to_image"} | dict.fromkeys(drawing, "sample")
     for name, method in given.items():
         if f"sample.{name}" in fields:  # it would be recorded, and have no effect
             raise ConfigError(

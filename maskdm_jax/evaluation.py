@@ -18,7 +18,16 @@ from maskdm_jax.config import FIELDS, differences, get
 from maskdm_jax.data import sources
 from maskdm_jax.errors import ConfigError
 from maskdm_jax.fields import MEANING, SHAPE
-from maskdm_jax.quality import frechet, inception, kept, measure, reference, score, swd
+from maskdm_jax.quality import (
+    frechet,
+    inception,
+    kept,
+    measure,
+    neighbours,
+    reference,
+    score,
+    swd,
+)
 from maskdm_jax.run import distributed, progress, telemetry
 
 # What two scores must share to be compared, besides the set and the features. Of the later fields,
@@ -111,7 +120,7 @@ class Evaluation:
         """Measures the sets that samples are compared with, or reads what an earlier start kept.
 
         Raises:
-          ConfigError: for sets that cannot give the scores, which are as costly to have as samples.
+          ConfigError: for sets that cannot give the scores: before a run trains until its first.
         """
         for name, opened in self._sets.items():
             if name in self._measured:
@@ -122,8 +131,8 @@ class Evaluation:
                 found = self._kept_or_measured(name, opened)
             self._measured[name] = found
         if "training" in self._sets and distributed.is_main():
-            seen, held = self._measured["training"], self._measured["heldout"]
-            measure.scores(held, seen, ["memorisation"], held)  # refuses images that are in both
+            sets = (self._measured[name] for name in ("training", "heldout"))
+            neighbours.unseen_distances(*(s.features[self._config.eval.features] for s in sets))
 
     def seconds(self, num_records: int, params) -> dict[str, float]:
         """How long the sets and `num_records` scored checkpoints take, but for drawing and reading.

@@ -44,7 +44,8 @@ class HeldoutLoss:
           ConfigError: if the model has classes and the first image no label.
         """
         self._config, self._mesh, self._source = config, mesh, source
-        self._check_labels(source[0]["label"])  # before a run trains until its first scores
+        if config.model.num_classes:  # refused before a run trains until its first scores
+            self._check_labels(source[0]["label"])
         self._size, self._by_batch = draw.batch_size(config, mesh), sharding.batch_sharding(mesh)
         self._loss = jit_heldout_loss(config, mesh)
 

@@ -136,12 +136,13 @@ def going_back(config, stored, step: int) -> str:
     Args: as for `of_checkpoint`.
     """
     here, there = at(config, step), at(stored, step)
-    if here.index >= there.index:
+    changes, before = ([changed for _, changed in c.phases] for c in (config, stored))
+    more = config.train.num_steps - stored.train.num_steps
+    if here.index >= there.index or changes != before or more < 0:  # other phases were meant
         return ""
     goes_on = config.copy_and_resolve_references()
     steps = [phase.num_steps for phase in phases(stored)]
-    steps[there.index] += config.train.num_steps - sum(steps)
-    changes = (changed for _, changed in stored.phases)
+    steps[there.index] += more
     goes_on.update(phases_by="steps", phases=tuple(zip(steps, changes, strict=True)))
     return (
         f"the checkpoint of step {step} is from phase {there.index + 1}, but here phase "

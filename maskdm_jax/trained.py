@@ -57,8 +57,10 @@ def read(
 ) -> Trained:
     """Reads a trained network; `maskdm_jax.load` documents arguments and errors."""
     check_field("sample.weights", weights)
-    if step is not None and not isinstance(step, numbers.Integral):
-        raise ConfigError(f"step is {step!r}; expected an int, or None for the newest; type step=1")
+    if isinstance(step, bool) or not isinstance(step, numbers.Integral | None):
+        raise ConfigError(
+            f"step is {step!r}; expected an int, or None for the newest; type step=None"
+        )
     path = files.place(path, "path")
     if path.is_file():
         return _official(files.local_path(path, "path"), weights, fields)

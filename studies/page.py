@@ -148,7 +148,7 @@ def _reached(headings, lines, found):
         return _table(headings, lines)
     if all(point.family != points.BASELINE for point in found):
         return "<p>There is no run of scratch.</p>"
-    return "<p>No other arm reaches it, except by a run longer than scratch's.</p>"
+    return "<p>No other arm is shown to reach it in scratch's time.</p>"
 
 
 def _until_loss(found):

@@ -384,6 +384,7 @@ def test_a_model_without_classes_refuses_labels_and_guidance(official_file):
         (lambda w: maskdm_jax.load(w, fields={"sample.eta": 1.0}), r"type sample\(..., eta=1.0"),
         (lambda w: maskdm_jax.load(w / "checkpoints/7", step=3), r"of step 7, .* step=3\)$"),
         (lambda w: maskdm_jax.load(w, step="3"), "step is '3'; expected an int, or None"),
+        (lambda w: maskdm_jax.load(w, step=True), "step is True; expected an int, or None"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_loaded_is_one_sentence(workdir, call, said):

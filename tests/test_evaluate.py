@@ -355,9 +355,7 @@ def test_a_held_out_split_without_labels_is_refused_for_a_model_with_classes(con
         evaluation.Evaluation(config, mesh_of(config))
 
 
-def test_held_out_images_that_the_model_has_seen_are_refused_before_it_trains(
-    config, fake_network, monkeypatch
-):
+def test_held_out_images_that_the_model_has_seen_are_refused_before_it_trains(config, fake_network):
     config.eval.metrics = ("memorisation",)
     scorer = evaluation.Evaluation(config, mesh_of(config))
     scorer._sets["heldout"] = scorer._sets["training"]

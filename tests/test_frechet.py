@@ -99,7 +99,10 @@ def test_other_npz_files_are_refused_in_one_sentence(tmp_path, content):
 def test_another_file_named_npz_is_refused(tmp_path):
     path, array = tmp_path / "other.npz", io.BytesIO()
     np.save(array, np.zeros(4))
-    for content in (b"not an archive", b"", array.getvalue()):
+    np.savez_compressed(path, mu=np.arange(8.0), sigma=np.eye(8))
+    flipped = bytearray(path.read_bytes())
+    flipped[60] ^= 255  # in the compressed numbers
+    for content in (b"not an archive", b"", array.getvalue(), flipped):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="holds no statistics"):
             frechet.read(path)

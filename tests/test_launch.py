@@ -208,6 +208,8 @@ def test_what_a_pod_would_run_is_a_valid_shell_command(action, rest):
         ([HOST[0], "--pretrain=configs/no.py", "--workdir=w"], "--pretrain is 'configs/no.py'"),
         ([*HOST[:2], "--finetune=cifar", "--workdir=w"], "--finetune is 'cifar'"),
         ([*HOST, "--workdir"], "--workdir is missing"),
+        ([*HOST, "--workdir", "--dry-run"], "--workdir has no value"),
+        ([*POD, "create", "--name", *NAMED], "--name has no value"),
         ([*HOST, "--workdir=w", "--fast"], "unknown argument --fast"),
         (["launch/slurm.sbatch"], "expected a job with main.py's arguments"),
         (["launch/keep_running.sh"], "the command ''; expected"),

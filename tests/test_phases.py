@@ -348,6 +348,10 @@ def test_a_run_that_more_steps_send_back_to_an_earlier_phase_says_how_to_go_on(t
     longer = stored.copy_and_resolve_references()
     assert not phases.going_back(longer, stored, 6) and not phases.going_back(longer, stored, 2)
     longer.train.num_steps = 24
+    for others in ((), ((1, WHOLE), (1, {}))):  # typed on purpose
+        typed = longer.copy_and_resolve_references()
+        typed.phases = others
+        assert not phases.going_back(typed, stored, 6)
     says = phases.going_back(longer, stored, 6)
     assert "step 6 is from phase 2, but here phase 1 lasts until step 12" in says
     for name, value in re.findall(r'--config.(\S+?)="?(.*?)"?(?= --|$)', says):

@@ -212,7 +212,9 @@ def test_combinations_that_give_no_score_are_refused(run, folders, tmp_path, mon
     monkeypatch.setattr(score, "_measure_all", lambda *_: pytest.fail("the sets are read first"))
     below = str(tmp_path / "grey/a/s.npz")
     (tmp_path / "grey/a").write_text("")
-    fails(run("--features", "64", "--save_reference", below), "--save_reference is", "a file")
+    fails(run("--features", "64", "--save_reference", below), f"{below} cannot be written")
+    (tmp_path / "d.npz").mkdir()
+    fails(run("--features", "64", "--save_reference", f"{tmp_path}/d.npz"), "d.npz/reference.npz")
     large = write_folder(tmp_path / "large", [pixels(0, 20, 20)] * 2)
     fails(run("--features", "64", ref=large), "16x16", "20x20", "--size 16x16")
 

@@ -56,11 +56,11 @@ class Source:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         image, label = self._read(index)
-        if isinstance(image, bytes):
-            with self._damage_explained(index):
+        with self._damage_explained(index):
+            if isinstance(image, bytes):
                 image = pixels.decode(image, self.image_shape[-1], self.crop, self.image_shape[:2])
-        elif self.crop != "none":
-            image = pixels.cropped_array(image, self.crop, self.image_shape[:2])
+            elif self.crop != "none":
+                image = pixels.cropped_array(image, self.crop, self.image_shape[:2])
         if image.shape != self.image_shape:
             raise ConfigError(
                 f"{self.records.name(index)} has {_shown(image.shape)} pixels; expected "

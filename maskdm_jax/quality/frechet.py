@@ -8,7 +8,9 @@ Each set is summed up by the Gaussian N(mu, sigma) with its mean and covariance 
 
 import json
 import pathlib
+import tokenize
 import zipfile
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,13 @@ class Moments(NamedTuple):
     count: int
     mean_D: np.ndarray
     scatter_DD: np.ndarray  # sum of outer products of the deviations from the mean
+
+
+# What NumPy raises for an .npz that is empty, cut short or has flipped bits.
+BAD_NPZ = (
+    OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error,
+    tokenize.TokenError,
+)  # fmt: skip
 
 
 class Statistics(NamedTuple):
@@ -115,8 +124,7 @@ def read(path: str | pathlib.Path) -> Statistics:
             mu_D, sigma_DD = (np.asarray(stored[k], np.float64) for k in ("mu", "sigma"))
             count = int(stored["count"]) if "count" in stored else 0
             made_by = dict(json.loads(str(stored["made_by"]))) if "made_by" in stored else {}
-    # NumPy's errors for files that are empty, cut short, or of one array.
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, *BAD_NPZ) as error:  # a file of one array is no context
         raise ConfigError(
             f"{path} holds no statistics; expected an .npz with mu and sigma, as pytorch-fid's "
             "--save-stats or --save_reference writes it"

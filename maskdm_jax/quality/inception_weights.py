@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 
 from maskdm_jax.errors import ConfigError
+from maskdm_jax.quality.frechet import BAD_NPZ
 from maskdm_jax.quality.inception import Weights, expected_params
 from maskdm_jax.run import files, progress
 from maskdm_jax.weights import torch_file
@@ -56,13 +57,15 @@ def load(path: str = "", flag: str = "--inception_weights") -> Weights:
             f"{flag} {path} is not a file; expected {NAME} from {URL}, or an .npz of the network "
             f"up to mixed_7; type {flag}=FILE"
         )
-    if zipfile.is_zipfile(path) and _is_npz(path):
-        try:
-            params, last = _read_npz(path), 768
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ConfigError(
-                f"{flag} {path} is damaged: {error}; fetch it again, then type the same command"
-            ) from error
+    try:
+        is_npz = zipfile.is_zipfile(path) and _is_npz(path)
+        params = _read_npz(path) if is_npz else None
+    except BAD_NPZ as error:
+        raise ConfigError(
+            f"{flag} {path} is damaged: {error}; fetch it again, then type the same command"
+        ) from error
+    if is_npz:
+        last = 768
     else:
         params, last = _read_torch(path, flag), "logits"
     _check(params, last, f"{flag} {path}")

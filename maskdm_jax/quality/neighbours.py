@@ -66,18 +66,28 @@ def memorisation(
     Raises:
       ConfigError: if most held-out images are training images.
     """
-    samples, training, heldout = _around(training_MD, samples_ND, training_MD, heldout_HD)
-    sample_N, heldout_H = _nearest(samples, training), _nearest(heldout, training)
-    if np.median(heldout_H) == 0:
-        raise ConfigError(
-            "most held-out images are also training images; expected images that the model has "
-            "not seen; type another --heldout, or in a run another --config.eval.heldout_split"
-        )
+    heldout_H = unseen_distances(training_MD, heldout_HD)
+    sample_N = _nearest(*_around(training_MD, samples_ND, training_MD))
     limit = np.quantile(heldout_H, NEAREST_SHARE)
     return {
         "memorisation_ratio": float(np.median(sample_N) / np.median(heldout_H)),
         "memorisation_share": float(np.mean(sample_N < limit)),
     }
+
+
+def unseen_distances(training_MD: np.ndarray, heldout_HD: np.ndarray) -> np.ndarray:
+    """The distances of held-out images to their nearest training images, [H].
+
+    Raises:
+      ConfigError: if most held-out images are training images.
+    """
+    heldout_H = _nearest(*_around(training_MD, heldout_HD, training_MD))
+    if np.median(heldout_H) == 0:
+        raise ConfigError(
+            "most held-out images are also training images; expected images that the model has "
+            "not seen; type another --heldout, or in a run another --config.eval.heldout_split"
+        )
+    return heldout_H
 
 
 def _around(origin_ND, *sets):

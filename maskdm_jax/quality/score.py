@@ -65,14 +65,14 @@ def score(
             f"--save_reference {save_reference} holds the statistics of one kind of features for "
             "fid; type one number after --features"
         )
-    if save_reference:
-        statistics = _statistics_path(save_reference)
     sets = {flag: reference.open_set(path, flag, num) for flag, path in paths.items()}
     if heldout_path:
         sets["--heldout"] = reference.open_set(heldout_path, "--heldout")
     _check(sets, paths, metrics)
     layers = measure.layers(metrics, features)
     weights = load_weights(weights_path, layers) if layers else None
+    if save_reference:
+        statistics = _statistics_path(save_reference)
     measured = _measure_all(sets, layers, metrics, weights, batch_size)
 
     samples, ref, heldout = (measured.get(f) for f in ("--images", "--reference", "--heldout"))
@@ -187,11 +187,19 @@ def from_statistics(
 
 
 def _statistics_path(path):
-    flag = "--save_reference"
-    path = files.local_path(path, flag)
-    if path.suffix != ".npz" or path.is_dir():
-        raise ConfigError(f"{flag} {path} is not an .npz; type {path.stem}.npz")
-    files.out_folder(str(path.parent), flag)
+    path = files.local_path(path, "--save_reference")
+    if path.suffix != ".npz":
+        raise ConfigError(f"--save_reference {path} is not an .npz; type {path.stem}.npz")
+    try:
+        files.make_folder(path.parent)
+        is_file = not path.is_dir()
+    except OSError as error:
+        raise ConfigError(
+            f"--save_reference {path} cannot be written: {error.strerror}; expected a file in a "
+            "folder of your own; type another --save_reference"
+        ) from error
+    if not is_file:
+        raise ConfigError(f"--save_reference {path} is a folder; type {path}/reference.npz")
     return path
 
 
