@@ -230,7 +230,7 @@ def load(
 
     Raises:
       ConfigError: if there is no such checkpoint, if it is damaged, or for fields that it
-        contradicts.
+        contradicts or that are arguments of a method, such as `sample`.
     """
     fields = {} if fields is None else fields
     if not isinstance(fields, Mapping):

@@ -76,13 +76,13 @@ class Evaluation:
         self._metrics = _metrics(config, source)
         self._layers = measure.layers(self._metrics, [config.eval.features])
         self._weights = None
-        if self._layers and config.data.channels not in (1, 3):
-            raise ConfigError(
-                f"data.channels is {config.data.channels}, but the feature network of the metrics "
-                f"{', '.join(self._metrics)} reads grey or colour images; type "
-                "--config.eval.metrics=\"('swd',)\""
-            )
         if self._layers:
+            if config.data.channels not in (1, 3):
+                raise ConfigError(
+                    f"data.channels is {config.data.channels}, but the feature network of the "
+                    f"metrics {', '.join(self._metrics)} reads grey or colour images; type "
+                    "--config.eval.metrics=\"('swd',)\""
+                )
             flag = "--config.eval.inception_weights"
             self._weights = score.load_weights(config.eval.inception_weights, self._layers, flag)
         if source is not None:

@@ -61,6 +61,7 @@ def read(
         raise ConfigError(
             f"step is {step!r}; expected an int, or None for the newest; type step=None"
         )
+    step = None if step is None else int(step)  # NumPy's integers are no JSON
     path = files.place(path, "path")
     if path.is_file():
         return _official(files.local_path(path, "path"), weights, fields)

@@ -7,8 +7,6 @@ reads, are not in it: decoding them again takes less time than their features di
 import hashlib
 import json
 import pathlib
-import zipfile
-import zlib
 
 import numpy as np
 
@@ -16,7 +14,6 @@ from maskdm_jax.quality import frechet, inception, measure
 from maskdm_jax.run import files, lock, progress
 
 _FORMAT = 1
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def path_of(
@@ -58,7 +55,7 @@ def read(path: pathlib.Path) -> measure.Measured | None:
         return measure.Measured(
             facts["sha256"], facts["count"], shape, statistics, parts["features"], None
         )
-    except _DAMAGE as error:
+    except (KeyError, *frechet.BAD_NPZ) as error:
         progress.remark(f"{path} is damaged ({error}); measuring these images again")
         return None
 
